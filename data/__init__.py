@@ -1,0 +1,1 @@
+"""Reference policies, collection, the trajectory store and the training mixture."""

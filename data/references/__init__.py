@@ -1,0 +1,1 @@
+"""Reference policies: found, scored and admitted without a hand in between."""

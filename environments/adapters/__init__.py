@@ -1,0 +1,1 @@
+"""Adapters: each file imports one foreign library, when its first environment is made."""

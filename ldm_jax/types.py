@@ -1,0 +1,80 @@
+"""What an environment says: the time step and the description of where it comes from.
+
+Time runs as in Sutton and Barto: `timestep_t` is what the agent sees at t, so its reward was earned by `action_tm1`.
+An episode that ends at t has its last observation, its last reward and the kind of its ending in `timestep_t`. The
+next step ignores its action and returns `first=True` (next-step reset, as in `gymnasium.vector` and envpool), so each
+observation, the last one included, occurs exactly once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import gymnasium
+import jax
+
+Array = jax.Array
+PyTree = typing.Any
+
+
+class TimeStep(typing.NamedTuple):
+    """One step of B parallel environments; a pytree.
+
+    Attributes:
+      observation: follows the observation space, each leaf `[B, ...]` in the leaf's own dtype. `Discrete` is `int32 [B]`
+        in the space's own values; `Text` is `uint8 [B, L]`, UTF-8 padded with zeros (`ldm_jax.spaces.text_bytes` is L).
+      reward: `float32 [B]`, earned by the previous action; 0 where `first`.
+      terminated: `bool [B]`, the episode ended in a terminal state.
+      truncated: `bool [B]`, the episode was cut off (time limit); may be true together with `terminated`.
+      first: `bool [B]`, the observation starts an episode and the previous action was ignored.
+      action_mask: `bool [B, M]` or None. M is the number of choices summed over the action space's categorical slots in
+        canonical order (`Discrete(n)`: n), true where the choice is allowed.
+    """
+
+    observation: PyTree
+    reward: Array
+    terminated: Array
+    truncated: Array
+    first: Array
+    action_mask: Array | None = None
+
+    @property
+    def last(self) -> Array:
+        """`bool [B]`: the episode ended here, so the action chosen here will be ignored."""
+        return self.terminated | self.truncated
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvironmentSpec:
+    """What is known of an environment before it is stepped.
+
+    Attributes:
+      id: `library/<the library's own id, unchanged>`.
+      library: the part of `id` before the first slash.
+      version: the installed version of the library.
+      observation_space: a `gymnasium.spaces` space of one environment (without B).
+      action_space: the same for actions.
+      batch_size: B, the number of parallel environments.
+      time_limit: steps after which an episode is truncated.
+      domain: what the task is about, for grouping results (`"classic control"`, `"games"`, ...).
+      jittable: `reset` and `step` are pure JAX functions and may be traced.
+    """
+
+    id: str
+    library: str
+    version: str
+    observation_space: gymnasium.Space
+    action_space: gymnasium.Space
+    batch_size: int
+    time_limit: int
+    domain: str
+    jittable: bool
+
+    def __post_init__(self):
+        if not self.id.startswith(self.library + "/"):
+            raise ValueError(f"the id {self.id!r} does not start with its library {self.library!r} and a slash")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
+        if self.time_limit < 1:
+            raise ValueError(f"time_limit is {self.time_limit} steps, expected at least 1")
