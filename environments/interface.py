@@ -13,7 +13,7 @@ class StaleStateError(RuntimeError):
     """A state of a stateful simulator was used twice."""
 
 
-class EnvironmentFault(RuntimeError):
+class EnvironmentFaultError(RuntimeError):
     """An environment broke its contract: NaN rewards, an observation outside its space, a wrong shape."""
 
 
@@ -54,7 +54,7 @@ class Environment(typing.Protocol):
 
         Raises:
           StaleStateError: the simulator is stateful and `state` was used before.
-          EnvironmentFault: the simulator broke its contract.
+          EnvironmentFaultError: the simulator broke its contract.
         """
 
     def close(self) -> None:

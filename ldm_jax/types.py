@@ -22,7 +22,7 @@ class TimeStep(typing.NamedTuple):
     """One step of B parallel environments; a pytree.
 
     Attributes:
-      observation: follows the observation space, each leaf `[B, ...]` in the leaf's own dtype. `Discrete` is `int32 [B]`
+      observation: follows the observation space, each leaf `[B, ...]` in its own dtype. `Discrete` is `int32 [B]`
         in the space's own values; `Text` is `uint8 [B, L]`, UTF-8 padded with zeros (`ldm_jax.spaces.text_bytes` is L).
       reward: `float32 [B]`, earned by the previous action; 0 where `first`.
       terminated: `bool [B]`, the episode ended in a terminal state.

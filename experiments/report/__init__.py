@@ -1,1 +1,1 @@
-
+"""The page that an evaluation writes."""
