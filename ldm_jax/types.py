@@ -78,3 +78,17 @@ class EnvironmentSpec:
             raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
         if self.time_limit < 1:
             raise ValueError(f"time_limit is {self.time_limit} steps, expected at least 1")
+
+
+class Agent(typing.NamedTuple):
+    """Whatever chooses actions, as a pair of pure functions; both may be traced.
+
+    Attributes:
+      init: `init(batch_size) -> carry`, what the agent remembers of B rows before their first time step (a pytree).
+      step: `step(params, carry, timestep, key) -> (carry, action, record)`. `action` follows the action space with a
+        leading B; `record` is a pytree of what the agent wants kept of this step, each leaf `[B, ...]`. It is called at
+        every step, the last of an episode included, though the action is then ignored.
+    """
+
+    init: typing.Callable[[int], PyTree]
+    step: typing.Callable[[PyTree, PyTree, TimeStep, Array], tuple[PyTree, PyTree, PyTree]]
