@@ -1,0 +1,164 @@
+"""Gymnax: pure JAX environments, compiled and batched by `jax.vmap`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import typing
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax import spaces
+from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
+
+LIBRARY = "gymnax"
+
+REFUSED = {"MNISTBandit-bsuite": "it downloads its images while it is made"}
+
+_DOMAINS = {
+    "Acrobot-v1": "classic control",
+    "CartPole-v1": "classic control",
+    "MountainCar-v0": "classic control",
+    "MountainCarContinuous-v0": "classic control",
+    "Pendulum-v1": "classic control",
+    "Catch-bsuite": "games",
+    "Pong-misc": "games",
+    "DeepSea-bsuite": "exploration",
+    "DiscountingChain-bsuite": "credit assignment",
+    "UmbrellaChain-bsuite": "credit assignment",
+    "MemoryChain-bsuite": "memory",
+    "BernoulliBandit-misc": "bandits",
+    "GaussianBandit-misc": "bandits",
+    "SimpleBandit-bsuite": "bandits",
+    "FourRooms-misc": "navigation",
+    "MetaMaze-misc": "navigation",
+    "PointRobot-misc": "navigation",
+    "FrozenLake-misc": "toy text",
+    "Reacher-misc": "robotics",
+    "Swimmer-misc": "robotics",
+}
+
+
+class State(typing.NamedTuple):
+    """State of B environments: a key for what is to come, gymnax's states, and which rows have ended."""
+
+    key: Array
+    inner: PyTree
+    last: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GymnaxEnvironment:
+    """B parallel gymnax environments with next-step reset; see `environments.interface.Environment`."""
+
+    spec: EnvironmentSpec
+    inner: typing.Any
+    params: typing.Any
+
+    def reset(self, key: Array) -> tuple[State, TimeStep]:
+        key, reset_key = jax.random.split(key)
+        observation, inner = self._reset_rows(reset_key)
+        no = jnp.zeros(self.spec.batch_size, bool)
+        time_step = TimeStep(observation, jnp.zeros(self.spec.batch_size), no, no, ~no)
+        return State(key, inner, no), time_step
+
+    def step(self, state: State, action: PyTree) -> tuple[State, TimeStep]:
+        key, reset_key, step_key = jax.random.split(state.key, 3)
+        observation, inner, reward, terminated, truncated = self._step_rows(step_key, state.inner, action)
+        first = state.last
+        # Resetting all rows for the sake of the few that ended is dear in some environments: do it only when one has.
+        observation, inner = jax.lax.cond(
+            first.any(),
+            lambda: _choose_rows(first, self._reset_rows(reset_key), (observation, inner)),
+            lambda: (observation, inner),
+        )
+        going = ~first
+        terminated, truncated = terminated & going, truncated & going
+        time_step = TimeStep(observation, jnp.where(going, reward, 0), terminated, truncated, first)
+        return State(key, inner, terminated | truncated), time_step
+
+    def close(self) -> None:
+        pass
+
+    def _reset_rows(self, key: Array) -> tuple[PyTree, PyTree]:
+        keys = jax.random.split(key, self.spec.batch_size)
+        observation, inner = jax.vmap(self.inner.reset_env, (0, None))(keys, self.params)
+        return self._cast(observation), _strong(inner)
+
+    def _step_rows(self, key: Array, inner: PyTree, action: PyTree) -> tuple[PyTree, PyTree, Array, Array, Array]:
+        def step(key, inner, action):
+            # Not `self.inner.step`, which resets in the same step and so loses the last observation.
+            observation, inner, reward, terminated, _ = self.inner.step_env(key, inner, action, self.params)
+            return observation, inner, reward, terminated, self.inner.is_truncated(inner, self.params)
+
+        keys = jax.random.split(key, self.spec.batch_size)
+        observation, inner, reward, terminated, truncated = jax.vmap(step)(keys, inner, action)
+        return self._cast(observation), _strong(inner), reward.astype(jnp.float32), terminated.astype(bool), truncated
+
+    def _cast(self, observation: PyTree) -> PyTree:
+        space = self.spec.observation_space
+        parts = [
+            spaces.get(observation, leaf.path).astype(spaces.leaf_shape_dtype(leaf.space).dtype)
+            for leaf in spaces.leaves(space)
+        ]
+        return spaces.unflatten(space, parts)
+
+
+def list_ids() -> list[str]:
+    """Gymnax's own ids that work here."""
+    import gymnax
+
+    return [name for name in gymnax.registered_envs if name not in REFUSED]
+
+
+def make(name: str, batch_size: int, time_limit: int | None) -> GymnaxEnvironment:
+    """Makes B environments by gymnax's own id; None keeps gymnax's own time limit (8 to 2,500 steps)."""
+    import gymnax
+
+    inner, params = gymnax.make(name)
+    if time_limit is not None:
+        params = params.replace(max_steps_in_episode=time_limit)
+    observation = jax.eval_shape(inner.reset_env, jax.random.key(0), params)[0]
+    spec = EnvironmentSpec(
+        id=f"{LIBRARY}/{name}",
+        library=LIBRARY,
+        version=importlib.metadata.version(LIBRARY),
+        observation_space=_convert(inner.observation_space(params), observation),
+        action_space=_convert(inner.action_space(params)),
+        batch_size=batch_size,
+        time_limit=int(params.max_steps_in_episode),
+        domain="games" if name.endswith("-MinAtar") else _DOMAINS.get(name, LIBRARY),
+        jittable=True,
+    )
+    return GymnaxEnvironment(spec, inner, params)
+
+
+def _convert(space: typing.Any, value: jax.ShapeDtypeStruct | None = None) -> gymnasium.Space:
+    import gymnax.environments.spaces as gymnax_spaces
+
+    if isinstance(space, gymnax_spaces.Discrete):
+        return gymnasium.spaces.Discrete(int(space.n))
+    if isinstance(space, gymnax_spaces.Box):
+        # What comes out counts: Catch declares int32 and gives float32, FourRooms the other way round.
+        dtype = np.dtype(space.dtype if value is None else value.dtype)
+        low, high = (np.broadcast_to(np.asarray(side, np.float64), space.shape) for side in (space.low, space.high))
+        if np.issubdtype(dtype, np.floating):
+            low = np.where(low < -spaces.UNBOUNDED, -np.inf, low)
+            high = np.where(high > spaces.UNBOUNDED, np.inf, high)
+        return gymnasium.spaces.Box(low.astype(dtype), high.astype(dtype), space.shape, dtype)
+    raise spaces.SpaceError(f"got a gymnax space of kind {type(space).__name__}, expected Discrete or Box")
+
+
+def _strong(tree: PyTree) -> PyTree:
+    # Some resets write Python numbers: without this the first step's weak types would compile a second program.
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), tree)
+
+
+def _choose_rows(choose_B: Array, chosen: PyTree, other: PyTree) -> PyTree:
+    def choose(a, b):
+        return jnp.where(choose_B.reshape(choose_B.shape + (1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(choose, chosen, other)
