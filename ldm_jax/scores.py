@@ -20,8 +20,8 @@ Floats = np.ndarray
 
 ADMIT_STANDARD_ERRORS = 3.0
 ADMIT_DEVIATIONS = 0.5
-# Returns are sums of float32 rewards: two policies this close, relative to the size of the returns, are the same.
-_ROUNDING = 1e-6
+ROUNDING = 1e-6
+"""Returns are sums of float32 rewards: differences this small, relative to the returns or to 1 in z, are not real."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class EnvironmentScore:
       reference_distance: (model - reference) / reference_deviation.
       episodes: number of the model's episodes.
       rows: number of independent rows they were run in.
-      z_samples: `float64 [resamples]`, the bootstrap distribution of z, NaN where a resample has none; empty if refused.
+      z_samples: `float64 [resamples]`, bootstrap distribution of z, NaN where a resample has none; empty if refused.
     """
 
     id: str
@@ -119,7 +119,7 @@ def admit(random_returns: np.ndarray, reference_returns: np.ndarray) -> Admissio
     difference = float(reference.mean() - random.mean())
     standard_error = math.hypot(_standard_error(random), _standard_error(reference))
     deviation = float(random.std(ddof=1))
-    rounding = _ROUNDING * max(abs(reference.mean()), abs(random.mean()))
+    rounding = ROUNDING * max(abs(reference.mean()), abs(random.mean()))
     means = f"the reference returns {reference.mean():.4g} and random {random.mean():.4g}"
     if difference <= rounding:
         admitted, reason = False, f"{means}: not better than random"
@@ -314,13 +314,13 @@ def _standard_error(values: Floats) -> float:
 
 def _distance(mean: float, reference: Floats) -> float | None:
     difference, deviation = mean - float(reference.mean()), float(reference.std(ddof=1))
-    if abs(difference) <= _ROUNDING * abs(float(reference.mean())):
+    if abs(difference) <= ROUNDING * abs(float(reference.mean())):
         return 0.0
     return difference / deviation if deviation > 0 else None
 
 
 def _resampled_means(values: Floats, rng: np.random.Generator, resamples: int) -> Floats:
-    means = values[rng.integers(values.size, size=(resamples, values.size))].mean(axis=1)
+    means = np.array([values[rng.integers(values.size, size=values.size)].mean() for _ in range(resamples)])
     # Resampling n values understates the variance of their mean by (n - 1) / n. Source: Hesterberg 2015, What teachers
     # should know about the bootstrap.
     return values.mean() + (means - values.mean()) * math.sqrt(values.size / (values.size - 1))

@@ -1,4 +1,4 @@
-"""Scores of many environments put together: the performance-threshold curve, aggregates, `scores.json` and the table."""
+"""Scores of many environments together: the performance-threshold curve, aggregates, `scores.json` and the table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typing
 
 import numpy as np
 
-from ldm_jax.scores import EnvironmentScore, Estimate, Floats, interval
+from ldm_jax.scores import ROUNDING, EnvironmentScore, Estimate, Floats, interval
 
 MATCH = 0.95
 TAUS = tuple(hundredth / 100 for hundredth in range(121))
@@ -54,13 +54,13 @@ def curve(
     Returns:
       One point for each threshold.
     """
-    points = []
+    points, tail = [], (1 - confidence) / 2
     for tau in taus:
-        count, tail = int(np.sum(np.asarray(z) >= tau)), (1 - confidence) / 2
-        counts = np.sum(z_samples >= tau, axis=0)
+        count = int(np.sum(_reaches(z, tau)))
+        counts = np.sum(_reaches(z_samples, tau), axis=0)
         low = int(np.quantile(counts, tail, method="lower"))
         high = int(np.quantile(counts, 1 - tail, method="higher"))
-        conservative = int(np.sum(np.asarray(z_low) >= tau))
+        conservative = int(np.sum(_reaches(z_low, tau)))
         points.append(CurvePoint(tau, count, min(low, count), max(high, count), conservative))
     return points
 
@@ -155,7 +155,7 @@ def to_json(
         {
             "registered": len(scores),
             "admitted": len(admitted),
-            "matches": sum(item.z_low is not None and item.z_low >= MATCH for item in scores),
+            "matches": sum(bool(_reaches(item.z_low, MATCH)) for item in admitted),
             "parameters": parameters,
             "decoding": decoding,
             "confidence": confidence,
@@ -170,7 +170,7 @@ def to_json(
 
 def count_reaching(scores: dict[str, typing.Any], tau: float) -> int:
     """The number of admitted environments of a `scores.json` with z >= tau."""
-    return sum(item["z"] is not None and item["z"] >= tau for item in scores["environments"])
+    return sum(item["z"] is not None and bool(_reaches(item["z"], tau)) for item in scores["environments"])
 
 
 def table(scores: dict[str, typing.Any]) -> str:
@@ -213,6 +213,11 @@ def number(value: float | None, form: str = ".4g") -> str:
     # -0.001 is 0.00, not -0.00
     text = format(value, form)
     return text.lstrip("-") if not float(text) else text
+
+
+def _reaches(z: typing.Any, tau: float) -> np.ndarray:
+    # A policy that does exactly what the reference does must not miss tau = 1 by a rounded sum.
+    return np.asarray(z) >= tau - ROUNDING
 
 
 def _finite(value: typing.Any) -> typing.Any:
