@@ -6,15 +6,14 @@ An adapter is a module with two functions:
   None, for the library's own limit;
   `list_ids() -> list[str]`, the library's own ids that work;
 
-and, if it likes, a mapping `REFUSED` from own ids, or patterns of them (`fnmatch`), to why they are left out. It
-imports its library inside these functions. A third party's package offers one under the entry-point group
-`ldm_jax.environments`, the entry's name being the library and its value the module.
+and, if it likes, `refusal(name) -> str | None`, why an id that the library has is not offered. It imports its library
+inside these functions. A third party's package offers one under the entry-point group `ldm_jax.environments`, the
+entry's name being the library and its value the module.
 """
 
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import functools
 import importlib
 import importlib.metadata
@@ -68,9 +67,8 @@ def make(id: str, batch_size: int = 1, *, time_limit: int | None = None) -> Envi
     adapter = _adapter(library)
     known = _names(library, adapter)
     if name not in known:
-        for pattern, reason in getattr(adapter, "REFUSED", {}).items():
-            if fnmatch.fnmatchcase(name, pattern):
-                raise UnknownEnvironmentError(f"{id} is not offered: {reason}")
+        if hasattr(adapter, "refusal") and (reason := adapter.refusal(name)) is not None:
+            raise UnknownEnvironmentError(f"{id} is not offered: {reason}")
         raise UnknownEnvironmentError(
             f"{library} has no environment {name!r}{_or([f'{library}/{near}' for near in _near(name, known)])}"
         )

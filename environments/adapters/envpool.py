@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import os
 import string
+import types
 import typing
 import warnings
 
@@ -18,9 +21,46 @@ from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 LIBRARY = "envpool"
 
-REFUSED: dict[str, str] = {}
+_DOMAINS = types.MappingProxyType(
+    {
+        "atari": "atari",
+        "box2d": "box2d",
+        "classic_control": "classic control",
+        "gfootball": "football",
+        "highway": "driving",
+        "jumanji": "combinatorial",
+        "minigrid": "navigation",
+        "mujoco.dmc": "control suite",
+        "mujoco.gym": "mujoco",
+        "mujoco.metaworld": "manipulation",
+        "mujoco.myosuite": "musculoskeletal",
+        "mujoco.playground": "robotics",
+        "mujoco.robotics": "robotics",
+        "pgx": "board games",
+        "procgen": "procgen",
+        "toy_text": "toy text",
+        "vizdoom": "first person",
+    }
+)
 
-_NO_LIMIT = 1_000_000  # some environments declare 2^31 - 1 steps
+_REFUSED = types.MappingProxyType(
+    {
+        "Cig-v1": "it waits for other players and crashes the process",
+        "MultiDuel-v1": "it waits for other players and crashes the process",
+        "VizdoomCustom-v1": "it has no scenario of its own",
+        "Sudoku-v0": "its database of puzzles is not in the package",
+        "Sudoku-very-easy-v0": "its database of puzzles is not in the package",
+        "Jumanji/Sudoku-v0": "its database of puzzles is not in the package",
+        "Jumanji/Sudoku-very-easy-v0": "its database of puzzles is not in the package",
+    }
+)
+
+_NO_LIMIT = 1_000_000  # steps; where a library has no time limit it declares 2^31 - 1
+_DEFAULT_LIMIT = 1000
+_TOY_TEXT_LIMIT = 200  # CliffWalking declares none, and a random policy walks thousands of steps
+_MISSION_LIMIT = 2304  # BabyAI declares 0: each mission brings its own, at most 4 instructions of 8 x 8 x 9 steps
+_MAX_CATEGORIES = 4096  # a larger `Discrete` observation is a counter, so a number
+_MAX_CHECKED = 4096  # elements; the bounds of larger leaves, images, are not worth checking at every step
 _MAX_THREADS = 16
 
 
@@ -35,168 +75,273 @@ class EnvpoolEnvironment:
 
     Attributes:
       spec: what is known before stepping.
-      rows_outside: rows so far with an observation outside the declared bounds; real libraries do that.
+      rows_outside: rows since `make` with a number outside the declared bounds: some libraries return those.
     """
 
     spec: EnvironmentSpec
     rows_outside: int
 
-    def __init__(self, spec: EnvironmentSpec, name: str):
+    def __init__(self, spec: EnvironmentSpec, name: str, options: dict[str, typing.Any], mask: tuple[str, str] | None):
         self.spec = spec
         self.rows_outside = 0
-        self._name = name
+        self._name, self._options, self._mask = name, options, mask
+        self._leaves = tuple(_Leaf(spec, *leaf) for leaf in spaces.leaves(spec.observation_space))
         self._pool: typing.Any = None
         self._token: Token | None = None
-        self._leaves = spaces.leaves(spec.observation_space)
-        self._steps = 0
 
     def reset(self, key: Array) -> tuple[Token, TimeStep]:
-        import envpool
-
-        # Envpool takes seeds only when a pool is made. A pool costs about a millisecond plus its environments.
         self.close()
         batch_size = self.spec.batch_size
+        # Envpool takes seeds only when a pool is made. A pool costs a millisecond and what its simulators load.
         seeds = np.asarray(jax.random.randint(key, (batch_size,), 0, np.iinfo(np.int32).max))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Gymnasium warns of bounds rounded to float32
-            self._pool = envpool.make_gymnasium(
+        with _quiet():
+            self._pool = _envpool().make_gymnasium(
                 self._name,
                 num_envs=batch_size,
+                num_threads=min(batch_size, _cores(), _MAX_THREADS),
                 seed=seeds.tolist(),
-                num_threads=min(batch_size, len(os.sched_getaffinity(0)), _MAX_THREADS),
-                max_episode_steps=self.spec.time_limit,
+                **self._options,
             )
-        observation, _ = self._pool.reset()
-        self._steps = 0
+            observation, info = self._pool.reset()
+        self._step_count = 0
         self._elapsed_B = np.zeros(batch_size, np.int32)
-        self._last_B = np.zeros(batch_size, bool)
+        self._last_B = np.ones(batch_size, bool)
         self._overdue_B = np.zeros(batch_size, bool)
         no_B = np.zeros(batch_size, bool)
-        reward_B = np.zeros(batch_size, np.float32)
-        return self._issue(), TimeStep(self._fit(observation), reward_B, no_B, no_B.copy(), ~no_B)
+        return self._receive(observation, np.zeros(batch_size, np.float32), no_B, no_B, info)
 
     def step(self, state: Token, action: PyTree) -> tuple[Token, TimeStep]:
-        if state is not self._token or self._pool is None:
+        if self._token is None or state is not self._token:
             raise StaleStateError(
-                f"{self.spec.id} got a state that was used before, or that is older than the last reset or close; "
-                "step only from the state that the last reset or step returned"
+                f"{self.spec.id} got a state that was used before or is older than the last reset or close; "
+                "step from the state that the last reset or step returned, and only once"
             )
-        self._token = None
-        self._steps += 1
-        first_B = self._last_B
+        self._token = None  # a step that fails leaves no state to go on from
+        self._step_count += 1
         action = np.asarray(action)
-        observation, reward_B, terminated_B, truncated_B = self._advance(action)
-        self._elapsed_B = np.where(first_B, 0, self._elapsed_B + 1)
-        reward_B = np.asarray(reward_B, np.float32)
-        if np.isnan(reward_B).any():
-            rows = np.flatnonzero(np.isnan(reward_B))
-            raise EnvironmentFaultError(
-                f"{self.spec.id}, step {self._steps}: the reward is NaN in rows {rows.tolist()}"
-            )
-        # Some environments ignore `max_episode_steps`: the rows that envpool will not reset by itself are overdue.
-        over_B = self._elapsed_B >= self.spec.time_limit
-        self._overdue_B = over_B & ~terminated_B & ~truncated_B
-        truncated_B = truncated_B | over_B
-        self._last_B = terminated_B | truncated_B
-        return self._issue(), TimeStep(self._fit(observation), reward_B, terminated_B, truncated_B, first_B)
+        if not self._overdue_B.any():
+            return self._receive(*self._pool.step(action))
+        # A forced reset and a step in flight together overwrite each other's rows: one after the other.
+        overdue, going = (np.flatnonzero(rows).astype(np.int32) for rows in (self._overdue_B, ~self._overdue_B))
+        observation, info = self._pool.reset(overdue)
+        no = np.zeros(len(overdue), bool)
+        parts = [(observation, np.zeros(len(overdue), np.float32), no, no, info)]
+        if len(going):
+            parts.append(self._pool.step(action[going], going))
+        row_of = np.argsort(np.concatenate([overdue, going]))
+        return self._receive(*jax.tree.map(lambda *rows: np.concatenate(rows)[row_of], *parts))
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
-        self._pool = None
-        self._token = None
+        self._pool = self._token = None
 
-    def _issue(self) -> Token:
-        self._token = Token()
-        return self._token
-
-    def _advance(self, action: np.ndarray) -> tuple[PyTree, np.ndarray, np.ndarray, np.ndarray]:
-        if not self._overdue_B.any():
-            return self._pool.step(action)[:4]
-        # A forced reset and a step sent together would overwrite each other's rows: one after the other.
-        overdue, going = np.flatnonzero(self._overdue_B), np.flatnonzero(~self._overdue_B)
-        fresh, _ = self._pool.reset(overdue.astype(np.int32))
-        no = np.zeros(len(overdue), bool)
-        parts = [(overdue, (fresh, np.zeros(len(overdue), np.float32), no, no))]
-        if len(going):
-            parts.append((going, self._pool.step(action[going], going.astype(np.int32))[:4]))
-        order = np.argsort(np.concatenate([rows for rows, _ in parts]))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[order], *[values for _, values in parts])
-
-    def _fit(self, observation: PyTree) -> PyTree:
+    def _receive(
+        self, observation: PyTree, reward_B: typing.Any, terminated_B: typing.Any, truncated_B: typing.Any, info: PyTree
+    ) -> tuple[Token, TimeStep]:
+        """Makes a time step of what envpool returned and keeps the books."""
+        first_B = self._last_B
+        self._elapsed_B = np.where(first_B, 0, self._elapsed_B + 1)
+        over_B = self._elapsed_B >= self.spec.time_limit
+        # Some environments ignore `max_episode_steps`: envpool will not reset these rows by itself.
+        self._overdue_B = over_B & ~terminated_B & ~truncated_B
+        truncated_B = truncated_B | over_B
+        self._last_B = terminated_B | truncated_B
+        reward_B = np.asarray(reward_B, np.float32)
+        if reward_B.shape != (self.spec.batch_size,):
+            self._fault(f"the reward has shape {list(reward_B.shape)}, expected {[self.spec.batch_size]}")
+        if not np.isfinite(reward_B).all():
+            rows = np.flatnonzero(~np.isfinite(reward_B))
+            self._fault(f"the reward is {reward_B[rows[0]]} in rows {rows[:8].tolist()}")
+        outside_B = np.zeros(self.spec.batch_size, bool)
         values = []
-        for path, space in self._leaves:
-            struct = spaces.leaf_shape_dtype(space)
-            value = np.asarray(spaces.get(observation, path)).reshape(self.spec.batch_size, *struct.shape)
-            value = value.astype(struct.dtype, copy=False)
-            if value.dtype == np.float32 and np.isnan(value).any():
-                rows = np.flatnonzero(np.isnan(value).reshape(self.spec.batch_size, -1).any(1))
-                raise EnvironmentFaultError(
-                    f"{self.spec.id}, step {self._steps}: the observation is NaN in rows {rows.tolist()}"
-                )
+        for leaf in self._leaves:
+            value = leaf.fit(spaces.get(observation, leaf.path))
+            if isinstance(value, str):
+                self._fault(value)
+            if leaf.bounded:
+                outside_B |= leaf.outside(value)
             values.append(value)
-        return spaces.unflatten(self.spec.observation_space, values)
+        self.rows_outside += int(outside_B.sum())
+        fields: tuple[typing.Any, ...] = (
+            spaces.unflatten(self.spec.observation_space, values),
+            reward_B,
+            terminated_B,
+            truncated_B,
+            first_B,
+            None if self._mask is None else self._allowed(spaces.get({"obs": observation, "info": info}, self._mask)),
+        )
+        self._token = Token()
+        return self._token, TimeStep(*fields)
+
+    def _allowed(self, mask: np.ndarray) -> np.ndarray:
+        sizes = [size for leaf in spaces.leaves(self.spec.action_space) for size in spaces.choices(leaf.space)]
+        mask = mask.astype(bool).reshape(self.spec.batch_size, len(sizes), -1)
+        # At an end nothing may be allowed any more; a slot without a choice would make NaN of every policy.
+        return (mask | ~mask.any(-1, keepdims=True)).reshape(self.spec.batch_size, -1)
+
+    def _fault(self, what: str) -> typing.NoReturn:
+        raise EnvironmentFaultError(f"{self.spec.id}, step {self._step_count} after the reset: {what}")
+
+
+class _Leaf:
+    """One leaf of the observation: brings what envpool returned into its space, or says what is wrong with it."""
+
+    def __init__(self, spec: EnvironmentSpec, path: tuple[str | int, ...], space: typing.Any):
+        self.path, self.space = path, space
+        struct = spaces.leaf_shape_dtype(space)
+        self._shape, self._dtype = (spec.batch_size, *struct.shape), struct.dtype
+        self._name = "the observation" + (f", part {'/'.join(map(str, path))!r}," if path else "")
+        self.bounded = False
+        if isinstance(space, gymnasium.spaces.Box) and space.dtype != np.uint8 and np.prod(space.shape) <= _MAX_CHECKED:
+            self.bounded = bool((np.isfinite(space.low) | np.isfinite(space.high)).any())
+
+    def fit(self, value: np.ndarray) -> typing.Any:
+        """The value `[B, ...]` in the shape and dtype of its space, or a sentence that says what is wrong with it."""
+        if value.shape != self._shape:
+            if value.size != np.prod(self._shape):
+                return f"{self._name} has shape {list(value.shape)}, expected {list(self._shape)}"
+            value = value.reshape(self._shape)  # scalars come as [B, 1]
+        value = value.astype(self._dtype, copy=False)
+        if np.issubdtype(self._dtype, np.floating):
+            wrong = ~np.isfinite(value)
+        elif isinstance(self.space, gymnasium.spaces.Discrete):
+            index = value - spaces.start(self.space)
+            wrong = (index < 0) | (index >= spaces.choices(self.space)[0])
+        else:
+            return value
+        if not wrong.any():
+            return value
+        rows = np.flatnonzero(wrong.reshape(len(value), -1).any(1))
+        return f"{self._name} is {value[wrong][0]} in rows {rows[:8].tolist()}, expected a value of {self.space}"
+
+    def outside(self, value: np.ndarray) -> np.ndarray:
+        return ((value < self.space.low) | (value > self.space.high)).reshape(len(value), -1).any(1)
 
 
 def list_ids() -> list[str]:
     """Envpool's own ids that work here."""
-    import envpool
+    return sorted(name for name in _envpool().list_all_envs() if refusal(name) is None)
 
-    return sorted(set(envpool.list_all_envs()))
+
+def refusal(name: str) -> str | None:
+    """Why an id that envpool lists is not offered; None where it is."""
+    if name in _REFUSED or name not in _registry().specs:
+        return _REFUSED.get(name)
+    family = _family(name)
+    if family == "procgen":
+        return _procgen_fault()
+    if (family == "pgx" and name != "Play2048-v1") or "multi-agent" in name or "MultiAgent" in name:
+        return "several players act in it, and envpool returns an observation and a reward for each"
+    return None
 
 
 def make(name: str, batch_size: int, time_limit: int | None) -> EnvpoolEnvironment:
-    """Makes B environments by envpool's own id; None keeps envpool's own time limit, or a default where it has none."""
-    import envpool
+    """Makes B environments by envpool's own id.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Gymnasium warns of bounds rounded to float32
-        inner = envpool.make_spec(name)
-        observation_space, action_space = inner.observation_space, inner.action_space
-    limit = time_limit or inner.config.max_episode_steps
-    if limit > _NO_LIMIT:
-        limit = 200 if _family(name) == "toy_text" else 1000
+    Args:
+      name: an id of `list_ids`.
+      batch_size: B.
+      time_limit: steps; None keeps envpool's own, or takes a default where it has none.
+    """
+    family = _family(name)
+    # Raw VizDoom actions are unbounded numbers of which only zero and non-zero differ: take its discrete form.
+    options: dict[str, typing.Any] = {"use_combined_action": True} if family == "vizdoom" else {}
+    with _quiet():
+        inner = _envpool().make_spec(name, **options)
+        declared, action_space = inner.observation_space, _convert_action(inner.action_space)
+    own_limit = inner.config.max_episode_steps
+    if time_limit is None and own_limit == 0:
+        time_limit = _MISSION_LIMIT  # not passed on: a mission's reward depends on its own limit
+    else:
+        if time_limit is None and own_limit > _NO_LIMIT:
+            time_limit = _TOY_TEXT_LIMIT if family == "toy_text" else _DEFAULT_LIMIT
+        time_limit = options["max_episode_steps"] = time_limit or own_limit
+    mask = _find_mask(inner.state_array_spec, action_space)
     spec = EnvironmentSpec(
         id=f"{LIBRARY}/{name}",
         library=LIBRARY,
         version=importlib.metadata.version(LIBRARY),
-        observation_space=_convert(observation_space),
-        action_space=_convert(action_space),
+        observation_space=_convert_observation(declared, mask[1:] if mask else ()),
+        action_space=action_space,
         batch_size=batch_size,
-        time_limit=limit,
-        domain=_DOMAINS.get(_family(name), LIBRARY),
+        time_limit=time_limit,
+        domain=_DOMAINS.get(family, LIBRARY),
         jittable=False,
     )
-    return EnvpoolEnvironment(spec, name)
+    return EnvpoolEnvironment(spec, name, options, mask)
 
 
-_DOMAINS = {
-    "atari": "atari",
-    "box2d": "box2d",
-    "classic_control": "classic control",
-    "toy_text": "toy text",
-    "minigrid": "navigation",
-    "mujoco": "mujoco",
-}
+def _envpool() -> typing.Any:
+    return importlib.import_module("envpool")
+
+
+def _quiet() -> warnings.catch_warnings:
+    # Gymnasium warns of bounds that it rounds to float32, once for every space.
+    return warnings.catch_warnings(action="ignore")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _family(name: str) -> str:
-    from envpool.registration import registry
-
-    return registry.specs[name][0].split(".")[1]
+    return _registry().specs[name][0].removeprefix("envpool.")
 
 
-def _convert(space: gymnasium.Space, name: str = "") -> gymnasium.Space:
-    if isinstance(space, gymnasium.spaces.Dict):
-        return gymnasium.spaces.Dict({key: _convert(child, key) for key, child in space.items()})
+def _registry() -> typing.Any:
+    return importlib.import_module("envpool.registration").registry
+
+
+@functools.cache
+def _procgen_fault() -> str | None:
+    # It needs the shared libraries of Qt, which no Python package brings.
+    try:
+        with _quiet():
+            _envpool().make_spec("CoinrunEasy-v0")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _find_mask(state_spec: dict[str, typing.Any], action_space: typing.Any) -> tuple[str, str] | None:
+    """Where the mask of allowed choices is, if it has one row per slot of the action space."""
+    sizes = spaces.choices(action_space)
+    for key in ("obs:action_mask", "info:legal_action_mask"):
+        # Masks over combinations of slots (BinPack, Minesweeper) say nothing slot by slot: they stay observations.
+        if key in state_spec and tuple(state_spec[key].shape) in {sizes, (len(sizes), *set(sizes))}:
+            source, _, name = key.partition(":")
+            return source, name
+    return None
+
+
+def _convert_action(space: typing.Any) -> gymnasium.Space:
     if isinstance(space, gymnasium.spaces.Box):
-        if name == "mission" and space.dtype == np.uint8:
-            return gymnasium.spaces.Text(space.shape[0], min_length=0, charset=string.printable)
-        if np.issubdtype(space.dtype, np.floating):
-            # FLT_MIN, the smallest positive number, stands where the lowest was meant (LunarLander).
-            low = np.where(
-                (space.low < -spaces.UNBOUNDED) | (space.low == np.finfo(np.float32).tiny), -np.inf, space.low
-            )
-            high = np.where(space.high > spaces.UNBOUNDED, np.inf, space.high)
-            return gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32), space.shape, np.float32)
+        if np.issubdtype(space.dtype, np.integer):
+            start = space.low.astype(np.int64)
+            return gymnasium.spaces.MultiDiscrete(space.high.astype(np.int64) - start + 1, start=start)
+        return _real(space)
     return space
+
+
+def _convert_observation(space: typing.Any, left_out: tuple[str, ...] = (), name: str = "") -> gymnasium.Space:
+    if isinstance(space, gymnasium.spaces.Dict):
+        children = {key: child for key, child in space.items() if key not in left_out}
+        return gymnasium.spaces.Dict({key: _convert_observation(child, (), key) for key, child in children.items()})
+    if isinstance(space, gymnasium.spaces.Discrete) and (size := int(space.n)) > _MAX_CATEGORIES:
+        start = int(space.start)
+        return gymnasium.spaces.Box(start, start + size - 1, (), np.int32)
+    if name == "mission":
+        # MiniGrid declares its sentence as bytes; they are ASCII, padded with zeros.
+        return gymnasium.spaces.Text(space.shape[0], min_length=0, charset=string.printable)
+    if isinstance(space, gymnasium.spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        return _real(space)
+    return space
+
+
+def _real(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:
+    """The Box in float32, without false bounds."""
+    # LunarLander, pgx and VizDoom declare the smallest positive number where they mean the lowest one.
+    low = np.where((space.low < -spaces.UNBOUNDED) | (space.low == np.finfo(space.dtype).tiny), -np.inf, space.low)
+    high = np.where(space.high > spaces.UNBOUNDED, np.inf, space.high)
+    return gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32), space.shape, np.float32)

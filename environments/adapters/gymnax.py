@@ -16,7 +16,7 @@ from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 LIBRARY = "gymnax"
 
-REFUSED = {"MNISTBandit-bsuite": "it downloads its images while it is made"}
+_REFUSED = {"MNISTBandit-bsuite": "it downloads its images while it is made"}
 
 _DOMAINS = {
     "Acrobot-v1": "classic control",
@@ -111,7 +111,12 @@ def list_ids() -> list[str]:
     """Gymnax's own ids that work here."""
     import gymnax
 
-    return [name for name in gymnax.registered_envs if name not in REFUSED]
+    return [name for name in gymnax.registered_envs if name not in _REFUSED]
+
+
+def refusal(name: str) -> str | None:
+    """Why an id that gymnax lists is not offered; None where it is."""
+    return _REFUSED.get(name)
 
 
 def make(name: str, batch_size: int, time_limit: int | None) -> GymnaxEnvironment:
