@@ -1,0 +1,93 @@
+"""The model as three pure functions over a plain nested dict of arrays."""
+
+from __future__ import annotations
+
+import functools
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ldm_jax.codec import Features, Signature
+from ldm_jax.config import ModelConfig
+from ldm_jax.decoder import Cache, Decoder, Norm, init_cache
+from ldm_jax.heads import Head, Predictions
+from ldm_jax.tokens import SignatureEncoder, Tokens
+from ldm_jax.types import Array
+
+Params = dict[str, typing.Any]
+"""Parameters: nested dict of float32 arrays; those of the decoder's blocks have a leading axis of N layers."""
+
+
+class Inputs(typing.NamedTuple):
+    """One bucket's rows of a batch; a pytree.
+
+    Attributes:
+      features: leaves `[R, T, ...]`.
+      signature: leaves `[R, ...]`.
+    """
+
+    features: Features
+    signature: Signature
+
+
+class Model(typing.NamedTuple):
+    """The policy network as pure functions; nothing is hidden in it but the shapes.
+
+    Attributes:
+      init: `init(key) -> params`.
+      apply: `apply(params, inputs, cache=None) -> (predictions, cache)`. `inputs` maps bucket names to `Inputs`, and
+        `predictions` has the same names. Without a cache all T steps are read at once; with one T is 1, and the rows of
+        all buckets, in sorted order of their names, are the rows of the cache.
+      init_cache: `init_cache(batch_size) -> cache` of rows that have seen nothing.
+    """
+
+    init: typing.Callable[[Array], Params]
+    apply: typing.Callable[..., tuple[dict[str, Predictions], Cache | None]]
+    init_cache: typing.Callable[[int], Cache]
+
+
+class _Network(nnx.Module):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.signature = SignatureEncoder(cfg, rngs)
+        self.tokens = Tokens(cfg, rngs)
+        self.decoder = Decoder(cfg, rngs)
+        self.norm = Norm(cfg.width)
+        self.head = Head(cfg, rngs)
+
+    def __call__(self, inputs: dict[str, Inputs], cache: Cache | None) -> tuple[dict[str, Predictions], Cache | None]:
+        names = sorted(inputs)
+        conditions = {name: self.signature(inputs[name].signature.vector) for name in names}
+        tokens = [self.tokens(*inputs[name], conditions[name]) for name in names]
+        x, cache = self.decoder(jnp.concatenate(tokens, 0), cache)
+        x, start, predictions = self.norm(x), 0, {}
+        for name, part in zip(names, tokens, strict=True):
+            rows = x[start : start + part.shape[0]]
+            predictions[name] = self.head(rows, *inputs[name], conditions[name])
+            start += part.shape[0]
+        return predictions, cache
+
+
+def make_model(cfg: ModelConfig) -> Model:
+    """Builds the pure functions for a configuration; allocates nothing."""
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: _Network(cfg, nnx.Rngs(params=jax.random.key(0)))))
+
+    def init(key: Array) -> Params:
+        state = nnx.state(_Network(cfg, nnx.Rngs(params=key)), nnx.Param)
+        return nnx.to_pure_dict(state)
+
+    def apply(
+        params: Params, inputs: dict[str, Inputs], cache: Cache | None = None
+    ) -> tuple[dict[str, Predictions], Cache | None]:
+        state = jax.tree.map(lambda leaf: leaf, abstract)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)(inputs, cache)
+
+    return Model(init, apply, functools.partial(init_cache, cfg))
+
+
+def count_parameters(params: Params) -> int:
+    """The number of parameters, of arrays or of their shapes (`jax.eval_shape`)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
