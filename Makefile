@@ -1,0 +1,49 @@
+# Two commands for a new user: `make quickstart` and `make test`. All they need is Python 3.11, git and make.
+PYTHON ?= python3
+WORKDIR ?= runs/quickstart
+# Further flags of the quickstart, for example FLAGS=--seed=1; and options of pytest, for example PYTEST="-k scores".
+FLAGS ?=
+PYTEST ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Where the wheel is built and installed, apart from the checkout.
+DIST := build/dist
+INSTALLED := build/installed
+PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
+
+.PHONY: quickstart test lint clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.installed-quickstart
+	$(BIN)/python -m experiments.quickstart --workdir=$(WORKDIR) $(FLAGS)
+
+# Tests see the package as a user gets it: the wheel is installed into an environment of its own, which borrows its
+# dependencies from $(VENV), and PYTHONSAFEPATH keeps the checkout's folders off the path, in subprocesses too.
+test: lint
+	rm -rf build
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) .
+	$(BIN)/python -m venv --without-pip $(INSTALLED)
+	$(BIN)/pip --python $(INSTALLED)/bin/python install --quiet --no-deps --no-index $(DIST)/*.whl
+	$(BIN)/python -c '$(PURELIB)' > "$$($(INSTALLED)/bin/python -c '$(PURELIB)')/dependencies.pth"
+	PYTHONSAFEPATH=1 LDM_JAX_TESTS_INSTALLED=1 $(INSTALLED)/bin/python -m pytest -q -n 2 $(PYTEST)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One stamp for each set of extras: installed again only when what it depends on has changed.
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+	  "$(PYTHON) is missing or older than Python 3.11; name another one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo \
+	  "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

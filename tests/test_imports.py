@@ -1,0 +1,272 @@
+"""Who may import whom, read from the syntax trees, and what an import may do, seen in a fresh interpreter."""
+
+import ast
+import configparser
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGES = ("ldm_jax", "environments", "data", "experiments")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+# Libraries with a home: these files alone import them. A folder's name ends in a slash.
+HOMES = {
+    "tensorstore": {"data/store.py"},
+    "grain": {"data/mixture.py"},
+    "orbax": {"ldm_jax/checkpoints.py"},
+    "podman": {"environments/containers.py"},
+    "flax": {"ldm_jax/model.py", "ldm_jax/tokens.py", "ldm_jax/heads.py", "ldm_jax/layers.py", "ldm_jax/decoder.py"},
+    "absl": {"experiments/"},
+    "ml_collections": {"experiments/"},
+    "tqdm": {"experiments/"},
+    "matplotlib": {"experiments/report/"},
+}
+# Each environment library is imported by the adapter of its name, inside functions.
+LIBRARIES = ("gymnax", "envpool")
+# `import ldm_jax` in a notebook brings what the core computes with and nothing of the rest.
+HEAVY = ("tensorstore", "grain", "orbax", "matplotlib", "absl.flags", "tqdm", "pandas", "podman", *LIBRARIES)
+IMPORTERS = ("importlib.import_module", "import_module", "__import__")
+# Each folder, and the folders it may import.
+MAY_IMPORT = {"ldm_jax": {"ldm_jax"}, "environments": {"ldm_jax", "environments"}, "data": set(PACKAGES[:3])}
+
+
+class Import:
+    """One import: where it stands, what it names, whether it is relative and whether it is lazy."""
+
+    def __init__(self, path, line, module, relative, lazy):
+        self.path, self.line, self.module, self.relative, self.lazy = path, line, module, relative, lazy
+        self.top = module.split(".")[0]
+
+    def __repr__(self):
+        return f"{self.path}:{self.line} imports {self.module}"
+
+
+def name(node):
+    """`a.b.c` as written; empty for anything else."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+@functools.cache
+def tree(path):
+    return ast.parse(path.read_text("utf-8"), str(path))
+
+
+def relative_path(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path):
+    """All imports of a file, those by `importlib` and by `__import__` too."""
+    found, place = [], relative_path(path)
+
+    def visit(node, lazy):
+        if isinstance(node, ast.If) and name(node.test).endswith("TYPE_CHECKING"):
+            lazy = True
+        if isinstance(node, ast.Import):
+            found.extend(Import(place, node.lineno, alias.name, False, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = place.removesuffix(".py").removesuffix("/__init__").split("/")
+            if path.name != "__init__.py":
+                package = package[:-1]
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            start = ".".join(filter(None, (base, node.module)))
+            # `from a import b` may import the module a.b: its names are looked at too.
+            found.extend(
+                Import(place, node.lineno, f"{start}.{alias.name}", bool(node.level), lazy) for alias in node.names
+            )
+        elif isinstance(node, ast.Call) and name(node.func) in IMPORTERS and isinstance(node.args[0], ast.Constant):
+            found.append(Import(place, node.lineno, node.args[0].value, False, lazy))
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(tree(path), False)
+    return found
+
+
+ALL = [item for path in SOURCES for item in imports(path)]
+
+
+def within(path, homes):
+    return any(path == home or (home.endswith("/") and path.startswith(home)) for home in homes)
+
+
+# Who imports whom
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_data_goes_down_the_list_of_folders_and_never_back_up(package):
+    allowed = MAY_IMPORT[package]
+    wrong = [
+        item for item in ALL if item.path.startswith(f"{package}/") and item.top in PACKAGES and item.top not in allowed
+    ]
+    assert not wrong
+
+
+def test_environments_import_only_the_types_and_spaces_of_the_core():
+    allowed = ("ldm_jax.types", "ldm_jax.spaces")
+    wrong = [
+        item
+        for item in ALL
+        if item.path.startswith("environments/") and item.top == "ldm_jax" and not item.module.startswith(allowed)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", ["data", "environments"])
+def test_packages_with_bare_names_import_themselves_relatively(package):
+    wrong = [item for item in ALL if item.path.startswith(f"{package}/") and item.top == package and not item.relative]
+    assert not wrong
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_library_is_imported_in_its_home_alone(library):
+    wrong = [item for item in ALL if item.top == library and not within(item.path, HOMES[library])]
+    assert not wrong
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_an_environment_library_is_imported_in_its_adapter_alone_and_lazily(library):
+    home = f"environments/adapters/{library}.py"
+    found = [item for item in ALL if item.top == library]
+    assert found, f"no file imports {library}, expected {home}"
+    assert not [item for item in found if item.path != home or not item.lazy]
+
+
+def test_every_adapter_is_known_to_this_test():
+    adapters = {path.stem for path in (ROOT / "environments" / "adapters").glob("*.py")} - {"__init__"}
+    assert adapters <= set(LIBRARIES), "name the adapter's library in LIBRARIES"
+
+
+# What only scripts do
+
+
+def calls(path):
+    return [(node.lineno, name(node.func)) for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+
+
+def test_only_experiments_print_set_jax_up_make_meshes_and_look_at_the_working_directory():
+    forbidden = re.compile(
+        r"(print|input|breakpoint|jax\.config\.update|config\.update|(os\.)?getcwd|os\.chdir|(pathlib\.)?Path\.cwd"
+        r"|(jax\.)?(make_mesh|set_mesh)|jax\.sharding\.(set_mesh|use_mesh|Mesh)|Mesh|logging\.basicConfig)"
+    )
+    paths = [path for path in SOURCES if not relative_path(path).startswith("experiments/")]
+    wrong = [
+        f"{relative_path(path)}:{line} calls {call}"
+        for path in paths
+        for line, call in calls(path)
+        if forbidden.fullmatch(call)
+    ]
+    assert not wrong
+
+
+def test_the_report_prints_nothing():
+    # It is called with its folder; only the scripts around it talk to the user.
+    wrong = [
+        call for path in (ROOT / "experiments" / "report").glob("*.py") for _, call in calls(path) if call == "print"
+    ]
+    assert not wrong
+
+
+def test_no_module_runs_anything_when_imported_but_definitions():
+    # A bare call at the top of a module is a side effect, except under `if __name__ == "__main__"`.
+    wrong = [
+        f"{relative_path(path)}:{node.lineno}"
+        for path in SOURCES
+        for node in tree(path).body
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Call)
+        # Pytrees and flags can only be registered by calling.
+        and not re.search(r"\.(register_\w+|DEFINE_\w+|mark_\w+)$", name(node.value.func))
+    ]
+    assert not wrong
+
+
+# What an import does
+
+
+def run_python(code):
+    # From a folder without any sources, as a notebook would; no backend is named, so that one that starts is seen.
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+LOADED = f"""
+import sys, jax._src.xla_bridge as bridge
+assert not bridge._backends, "a backend was started"
+print(*[name for name in {HEAVY} if name in sys.modules])
+"""
+
+
+def test_importing_the_core_starts_no_backend_and_brings_nothing_it_does_not_compute_with():
+    assert run_python("import ldm_jax" + LOADED) == []
+
+
+def test_importing_the_environments_brings_no_environment_library():
+    assert run_python("import environments" + LOADED) == []
+
+
+def test_importing_all_modules_starts_no_backend():
+    modules = [relative_path(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in SOURCES]
+    run_python("\n".join(f"import {module}" for module in modules) + LOADED)
+
+
+# What is shipped
+
+
+def test_every_package_is_shipped_with_its_data():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = setup["options"]["packages"].split()
+    found = [relative_path(path.parent).replace("/", ".") for path in SOURCES if path.name == "__init__.py"]
+    assert sorted(listed) == sorted(found)
+    # A folder of sources without __init__.py would be left out of the wheel without a word.
+    assert {relative_path(path.parent).replace("/", ".") for path in SOURCES} == set(listed)
+    for package, patterns in setup["options.package_data"].items():
+        assert all(list((ROOT / package.replace(".", "/")).glob(pattern)) for pattern in patterns.split())
+
+
+@pytest.mark.skipif("LDM_JAX_TESTS_INSTALLED" not in os.environ, reason="only `make test` installs the wheel")
+def test_the_tests_see_the_installed_wheel():
+    import ldm_jax
+    from experiments.report import page
+
+    for module in (ldm_jax, page):
+        assert "site-packages" in module.__file__ and not module.__file__.startswith(str(ROOT / "ldm_jax"))
+    (home,) = run_python("import data, environments, ldm_jax; print(ldm_jax.__file__)")
+    assert home == ldm_jax.__file__
+    installed = pathlib.Path(ldm_jax.__file__).parents[1]
+    for package in PACKAGES:
+        there = sorted(path.relative_to(installed) for path in (installed / package).rglob("*.py"))
+        assert there == sorted(path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py"))
+    assert (installed / "experiments" / "report" / "template.html").exists()
+    assert not (installed / "tests").exists() and not (installed / "benchmarks").exists()
+
+
+def test_no_tracked_file_names_a_machine_s_folders_or_a_package_registry():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    # Written in pieces, so that this file does not find itself.
+    homes = "|".join(("/ro" + "ot/", "/ho" + "me/", "/Us" + "ers/", "/wo" + "rk/"))
+    registries = "|".join(
+        ("pypi" + r"\.org", "pythonhosted" + r"\.org", "--(extra-)?index" + "-url", "find" + "-links")
+    )
+    pattern = re.compile(rf"(?<![\w.$}}])({homes})|{registries}")
+    wrong = []
+    for relative in filter(None, names.split("\0")):
+        path = ROOT / relative
+        if path.is_file() and b"\0" not in (content := path.read_bytes()):
+            wrong += [f"{relative}: {match[0]}" for match in pattern.finditer(content.decode("utf-8", "replace"))]
+    assert not wrong
