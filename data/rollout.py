@@ -94,7 +94,8 @@ def rollout(
     """
     if environment.spec.jittable:
         return _rollout(environment, agent, params, carry, state, timestep, key, steps)
-    clock, buffers, treedef = _CLOCK, [], None
+    clock, treedef = _CLOCK, None
+    buffers: list[np.ndarray] = []
     for t in range(steps):
         carry, clock, action, record = _act(environment, agent, params, carry, clock, timestep, key)
         # On a CPU this waits for the result and copies nothing.

@@ -1,0 +1,395 @@
+"""Proximal policy optimisation for any environment of the interface.
+
+Where the environment is jittable, acting and learning compile into one program; elsewhere the same update follows the
+rollout of a Python loop.
+Source: Schulman et al. 2017 (PPO); Schulman et al. 2016 (generalised advantage estimation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from environments.interface import Environment
+from ldm_jax.actions import ActionLayout, Slots, action_layout, from_slots
+from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
+
+from .. import rollout as acting
+from . import networks
+from .policy import SlotPolicy, choice_logits, sample_slots, slot_agent
+
+REPORTS = 20
+"""How often training reports its progress."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """Hyperparameters; the defaults do for most small environments.
+
+    Attributes:
+      budget_steps: environment steps of training, over all rows.
+      rows: parallel environments.
+      steps: length of a rollout, in steps per row.
+      learning_rate: of Adam, falling linearly to 0.
+      discount: gamma.
+      trace: lambda of the advantage estimation.
+      epochs: passes over a rollout.
+      minibatches: per pass; divides rows times steps.
+      clip: of the probability ratio.
+      entropy: weight of the entropy bonus.
+      value_weight: of the value loss.
+      max_gradient_norm: of the whole gradient.
+      hidden: widths of the hidden layers of policy and value.
+      activation: a name in `jax.nn`.
+      deviation: initial standard deviation of continuous slots, in half ranges.
+      learn_deviation: whether it is trained.
+      noise_correlation: of the exploration noise of continuous slots from step to step, 0 (white) to below 1.
+    """
+
+    budget_steps: int = 500_000
+    rows: int = 64
+    steps: int = 128
+    learning_rate: float = 1e-3
+    discount: float = 0.99
+    trace: float = 0.95
+    epochs: int = 4
+    minibatches: int = 8
+    clip: float = 0.2
+    entropy: float = 0.01
+    value_weight: float = 0.5
+    max_gradient_norm: float = 0.5
+    hidden: tuple[int, ...] = (64, 64)
+    activation: str = "tanh"
+    deviation: float = 1.0
+    learn_deviation: bool = True
+    noise_correlation: float = 0.0
+
+    def __post_init__(self):
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # a list, when it comes from JSON
+        for name in ("budget_steps", "rows", "steps", "epochs", "minibatches", "learning_rate", "clip", "deviation"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("discount", "trace", "noise_correlation"):
+            if not 0 <= getattr(self, name) <= 1 or self.noise_correlation == 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number from 0 to 1")
+        if self.rows * self.steps % self.minibatches:
+            raise ValueError(
+                f"a rollout of {self.rows} rows x {self.steps} steps does not split into {self.minibatches} minibatches"
+            )
+        if not self.hidden or not callable(getattr(jax.nn, self.activation, None)):
+            raise ValueError(f"got hidden {self.hidden} and activation {self.activation!r}, expected jax.nn's names")
+
+    @property
+    def updates(self) -> int:
+        """Rollouts that the budget pays for, at least one."""
+        return max(1, self.budget_steps // (self.rows * self.steps))
+
+
+class Kept(typing.NamedTuple):
+    """What the learning agent records: slots as sampled, before clipping, their log-probability and the value."""
+
+    slots: Slots
+    log_probability: Array
+    value: Array
+
+
+class Learner(typing.NamedTuple):
+    """All that training changes; a pytree.
+
+    Attributes:
+      params: of the network, with `log_deviation`.
+      moments: of the observation's numbers.
+      optimiser: Adam's state.
+      reward_moments: of the discounted sum of rewards, `[1]`.
+      discounted: that sum so far, `float32 [B]`.
+      loss: mean of the last update.
+    """
+
+    params: PyTree
+    moments: networks.Moments
+    optimiser: PyTree
+    reward_moments: networks.Moments
+    discounted: Array
+    loss: Array
+
+
+def advantages(
+    value: Array, reward: Array, terminated: Array, truncated: Array, discount: float, trace: float
+) -> tuple[Array, Array]:
+    """Generalised advantages under next-step reset.
+
+    A termination cuts the value after it; a truncation does not, and its last observation is there to be valued. The
+    action at the end of an episode was ignored, so it has no advantage and what it met counts nowhere.
+
+    Args:
+      value: `float32 [T + 1, B]`, of the observations.
+      reward: `float32 [T + 1, B]`, earned on the way to them.
+      terminated: `bool [T + 1, B]`.
+      truncated: `bool [T + 1, B]`.
+      discount: gamma.
+      trace: lambda.
+
+    Returns:
+      Advantages `float32 [T, B]`, 0 where not valid, and `bool [T, B]`, whether the action counts.
+
+    Source: Schulman et al. 2016, equation 16.
+    """
+    last = terminated | truncated
+    valid = ~last[:-1]
+    after = jnp.where(terminated[1:], 0.0, value[1:])
+    error = jnp.where(valid, reward[1:] + discount * after - value[:-1], 0.0)
+
+    def back(advantage, now):
+        error, valid, ends = now
+        advantage = jnp.where(valid, error + discount * trace * jnp.where(ends, 0.0, advantage), 0.0)
+        return advantage, advantage
+
+    _, result = jax.lax.scan(back, jnp.zeros_like(value[0]), (error, valid, last[1:]), reverse=True)
+    return result, valid
+
+
+class Batch(typing.NamedTuple):
+    """N steps to learn from; a pytree.
+
+    Attributes:
+      observation: each leaf `[N, ...]`.
+      action_mask: `bool [N, M]` or None.
+      slots: what was sampled.
+      log_probability: `float32 [N]`, of it, when acting.
+      advantage: `float32 [N]`.
+      target: `float32 [N]`, of the value.
+      valid: `bool [N]`; the other rows count for nothing, whatever they hold.
+    """
+
+    observation: PyTree
+    action_mask: Array | None
+    slots: Slots
+    log_probability: Array
+    advantage: Array
+    target: Array
+    valid: Array
+
+
+def loss(
+    params: PyTree,
+    config: PPOConfig,
+    layout: ActionLayout,
+    network: networks.Network,
+    moments: networks.Moments,
+    batch: Batch,
+) -> Array:
+    """The clipped objective, with value loss and entropy bonus, averaged over the valid steps."""
+    valid = batch.valid
+    # Masking the result is not enough: the gradient of NaN times 0 is NaN.
+    batch = jax.tree.map(lambda x: jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), batch)
+    logits, mean, value = network.apply(params["perceptrons"], moments, batch.observation, batch.action_mask)
+    log_deviation = params["log_deviation"]
+    if not config.learn_deviation:
+        log_deviation = jax.lax.stop_gradient(log_deviation)
+    log_probability, entropy = _judge(layout, batch.slots, logits, mean, log_deviation)
+
+    def average(x):
+        return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+    centred = batch.advantage - average(batch.advantage)
+    advantage = centred / (jnp.sqrt(average(centred**2)) + 1e-8)
+    ratio = jnp.exp(jnp.where(valid, log_probability - batch.log_probability, 0.0))
+    clipped = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
+    objective = jnp.minimum(ratio * advantage, clipped * advantage)
+    value_loss = 0.5 * (value - batch.target) ** 2
+    return average(-objective + config.value_weight * value_loss - config.entropy * entropy)
+
+
+def train(environment: Environment, config: PPOConfig, seed: int, progress: acting.Progress | None = None) -> PyTree:
+    """Trains a policy.
+
+    Args:
+      environment: `config.rows` rows.
+      config: hyperparameters.
+      seed: of everything random.
+      progress: is told the environment steps done and their total.
+
+    Returns:
+      Parameters for the policy of `agent`, as NumPy arrays.
+
+    Raises:
+      FloatingPointError: training diverged.
+    """
+    if environment.spec.batch_size != config.rows:
+        raise ValueError(f"the environment has {environment.spec.batch_size} rows, expected rows = {config.rows}")
+    reset_key, key = jax.random.split(jax.random.key(seed))
+    learning_agent = _learning_agent(environment, config)
+    learner = _begin(environment, config, seed)
+    loop = acting.start(environment, learning_agent, reset_key)
+    reports = min(config.updates, REPORTS)
+    for report in range(reports):
+        begin, end = (config.updates * i // reports for i in (report, report + 1))
+        if environment.spec.jittable:
+            learner, loop = _train_inside(environment, config, learner, loop, key, begin, end)
+        else:
+            for update in range(begin, end):
+                act_key, learn_key = jax.random.split(jax.random.fold_in(key, update))
+                params = (learner.params, learner.moments)
+                loop, trajectory = acting.rollout(environment, learning_agent, params, *loop, act_key, config.steps)
+                learner = _learn(environment, config, learner, trajectory, loop[2], learn_key)
+        if not np.isfinite(learner.loss):
+            raise FloatingPointError(
+                f"training {environment.spec.id} diverged after {end} updates: the loss is {learner.loss}; "
+                "lower the learning rate or look at the rewards"
+            )
+        if progress is not None:
+            progress(end * config.rows * config.steps, config.updates * config.rows * config.steps)
+    return jax.tree.map(np.asarray, {"network": learner.params, "moments": learner.moments._asdict()})
+
+
+def agent(spec: EnvironmentSpec, config: PPOConfig) -> Agent:
+    """The agent of trained parameters, in either form; see `policy.slot_agent`."""
+    layout, network = action_layout(spec.action_space), _network(spec, config)
+
+    def policy(params, timestep: TimeStep) -> SlotPolicy:
+        moments = networks.Moments(**params["moments"])
+        logits, mean, _ = network.apply(
+            params["network"]["perceptrons"], moments, timestep.observation, timestep.action_mask
+        )
+        return SlotPolicy(logits, mean, jnp.broadcast_to(jnp.exp(params["network"]["log_deviation"]), mean.shape))
+
+    return slot_agent(layout, policy)
+
+
+def _network(spec: EnvironmentSpec, config: PPOConfig) -> networks.Network:
+    layout = action_layout(spec.action_space)
+    return networks.network(spec.observation_space, layout, config.hidden, config.activation)
+
+
+@functools.lru_cache(maxsize=8)  # one agent per training, so that its compiled step is found again
+def _learning_agent(environment: Environment, config: PPOConfig) -> Agent:
+    layout, network = action_layout(environment.spec.action_space), _network(environment.spec, config)
+
+    def init(batch_size):
+        return jnp.zeros((batch_size, layout.continuous))
+
+    def step(params, noise, timestep: TimeStep, key):
+        learned, moments = params
+        logits, mean, value = network.apply(learned["perceptrons"], moments, timestep.observation, timestep.action_mask)
+        white = sample_slots(layout, key, logits, jnp.zeros_like(mean), jnp.ones_like(mean))
+        # Each step's noise is standard normal by itself, so the log-probability of one step needs no history.
+        correlation = config.noise_correlation
+        going = correlation * noise + (1 - correlation**2) ** 0.5 * white.continuous
+        noise = jnp.where(timestep.first[:, None], white.continuous, going)
+        slots = Slots(white.categorical, mean + jnp.exp(learned["log_deviation"]) * noise)
+        log_probability, _ = _judge(layout, slots, logits, mean, learned["log_deviation"])
+        return noise, from_slots(layout, slots), Kept(slots, log_probability, value)
+
+    return Agent(init, step)
+
+
+def _judge(layout: ActionLayout, slots: Slots, logits: Array, mean: Array, log_deviation: Array):
+    """Log-probability of the slots and entropy of the distribution, `[N]` each, summed over slots."""
+    choices = choice_logits(layout, logits)
+    chosen = jnp.take_along_axis(choices, slots.categorical[..., None], -1)[..., 0]
+    whitened = (slots.continuous - mean) * jnp.exp(-log_deviation)
+    constant = 0.5 * np.log(2 * np.pi)
+    log_probability = chosen.sum(-1) - (0.5 * whitened**2 + log_deviation + constant).sum(-1)
+    entropy = -(jnp.exp(choices) * choices).sum((-2, -1)) + (log_deviation + constant + 0.5).sum()
+    return log_probability, entropy
+
+
+def _optimiser(config: PPOConfig) -> optax.GradientTransformation:
+    total = config.updates * config.epochs * config.minibatches
+    schedule = optax.linear_schedule(config.learning_rate, 0.0, total)
+    return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.adam(schedule, eps=1e-5))
+
+
+def _begin(environment: Environment, config: PPOConfig, seed: int) -> Learner:
+    layout, network = action_layout(environment.spec.action_space), _network(environment.spec, config)
+    params = {
+        "perceptrons": network.init(np.random.default_rng(seed)),
+        "log_deviation": np.full(layout.continuous, np.log(config.deviation), np.float32),
+    }
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(_optimiser(config).init, params))
+    return Learner(
+        params,
+        networks.no_moments(network.size),
+        zeros,  # Adam begins at zeros
+        networks.no_moments(1),
+        np.zeros(config.rows, np.float32),
+        np.float32(0),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _train_inside(environment, config, learner, loop, key, begin, end):
+    learning_agent = _learning_agent(environment, config)
+
+    def update(i, state):
+        learner, loop = state
+        act_key, learn_key = jax.random.split(jax.random.fold_in(key, i))
+        params = (learner.params, learner.moments)
+        loop, trajectory = acting.rollout(environment, learning_agent, params, *loop, act_key, config.steps)
+        return _learn(environment, config, learner, trajectory, loop[2], learn_key), loop
+
+    return jax.lax.fori_loop(begin, end, update, (learner, loop))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _learn(environment, config, learner, trajectory, following, key):
+    """One PPO update from a rollout and the time step after it."""
+    spec = environment.spec
+    layout, network, optimiser = action_layout(spec.action_space), _network(spec, config), _optimiser(config)
+    steps, kept = trajectory.timestep, trajectory.record
+
+    _, _, value = network.apply(
+        learner.params["perceptrons"], learner.moments, following.observation, following.action_mask
+    )
+    value, reward, terminated, truncated = (
+        jnp.concatenate([now, after[None]])
+        for now, after in (
+            (kept.value, value),
+            (steps.reward, following.reward),
+            (steps.terminated, following.terminated),
+            (steps.truncated, following.truncated),
+        )
+    )
+    reward, reward_moments, discounted = _normalise_reward(config, learner, reward, terminated | truncated)
+    advantage, valid = advantages(value, reward, terminated, truncated, config.discount, config.trace)
+    target = advantage + value[:-1]
+
+    def flat(tree):
+        return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
+
+    data = flat(Batch(steps.observation, steps.action_mask, kept.slots, kept.log_probability, advantage, target, valid))
+
+    def descend(state, index_N):
+        params, optimiser_state = state
+        batch = jax.tree.map(lambda x: x[index_N], data)
+        value, gradient = jax.value_and_grad(loss)(params, config, layout, network, learner.moments, batch)
+        change, optimiser_state = optimiser.update(gradient, optimiser_state, params)
+        return (optax.apply_updates(params, change), optimiser_state), value
+
+    shuffles = jax.vmap(lambda key: jax.random.permutation(key, valid.size))(jax.random.split(key, config.epochs))
+    shuffles = shuffles.reshape(config.epochs * config.minibatches, -1)
+    (params, optimiser_state), losses = jax.lax.scan(descend, (learner.params, learner.optimiser), shuffles)
+    # Only now: the rollout's log-probabilities were taken under the old moments, and so is its update.
+    numbers = network.numbers(data.observation)
+    moments = networks.add_moments(learner.moments, numbers, jnp.ones(numbers.shape[0], bool))
+    return Learner(params, moments, optimiser_state, reward_moments, discounted, losses.mean())
+
+
+def _normalise_reward(config: PPOConfig, learner: Learner, reward: Array, last: Array):
+    """Scales rewards `[T + 1, B]` by the deviation of their discounted sum; its mean is left alone."""
+    valid = ~last[:-1]
+
+    def add(discounted, now):
+        reward, valid = now
+        discounted = jnp.where(valid, config.discount * discounted + reward, 0.0)
+        return discounted, discounted
+
+    discounted, sums = jax.lax.scan(add, learner.discounted, (reward[1:], valid))
+    moments = networks.add_moments(learner.reward_moments, sums.reshape(-1, 1), valid.ravel())
+    return jnp.clip(reward / jnp.sqrt(moments.variance + 1e-8), -10, 10), moments, discounted
