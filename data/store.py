@@ -265,7 +265,8 @@ def append_part(
     with _claimed(url, kvstore, id) as (name, is_ours):
         _write_arrays(url, kvstore, f"{id}/{name}/", arrays, records)
         _write(url, kvstore, f"{id}/{name}/{manifest.EPISODES}", index)
-        _write(url, kvstore, f"{id}/{card_name}", card_data)
+        if kvstore.read(f"{id}/{card_name}").result().value != card_data:
+            _write(url, kvstore, f"{id}/{card_name}", card_data)
         part = PartRecord(name, records, manifest.checksum(index))
 
         def add(groups: Groups) -> Groups:

@@ -1,0 +1,262 @@
+"""The mixture: every training batch as a pure function of one integer, and an iterator that reads ahead."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import typing
+
+import jax
+import numpy as np
+
+from ldm_jax.types import PyTree
+
+from .store import Dataset, Part, Request, read_many
+
+LENGTH = 1 << 62
+"""What a source without an end says its length is."""
+
+
+class MixtureError(ValueError):
+    """A mixture that cannot be drawn: weights, lengths, or windows that do not stack."""
+
+
+class Transform(typing.Protocol):
+    """Turns a window into a row of a batch; the shapes must be equal within a bucket."""
+
+    def __call__(self, environment_index: int, leaves: dict[str, np.ndarray], seed: int) -> PyTree:
+        """Makes the row.
+
+        Args:
+          environment_index: position of the environment in the source's `ids`.
+          leaves: one array `[L, ...]` per leaf of the store, in its own dtype.
+          seed: 64 bits that belong to this window, for what is random in the transform.
+
+        Returns:
+          A pytree of NumPy arrays.
+        """
+
+
+class Window(typing.NamedTuple):
+    """Where a window lies, and the seed that belongs to it."""
+
+    environment_index: int
+    part: Part
+    stream: int
+    start: int
+    seed: int
+
+
+class WindowSource:
+    """Windows of many environments, drawn by weight; a Grain random-access source.
+
+    Item i is the same whoever asks and in whatever order: a hash of the seed and i chooses the environment by weight,
+    then one of all the environment's windows, uniformly. Windows do not cross parts: a part shorter than a window gives
+    none.
+
+    Args:
+      dataset: parts written later are not drawn from.
+      ids: the environments.
+      weights: positive, one per environment; only their ratios count.
+      window_length: L, in steps.
+      seed: of the draws.
+      transform: see `Transform`.
+
+    Raises:
+      MixtureError: weights that are not positive, or an environment whose parts are all shorter than a window.
+      StoreError: the dataset has no such environment.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        ids: collections.abc.Sequence[str],
+        weights: collections.abc.Sequence[float],
+        window_length: int,
+        seed: int,
+        transform: Transform,
+    ):
+        self.ids, self.window_length, self.seed, self._transform = tuple(ids), window_length, int(seed), transform
+        self.weights = tuple(map(float, weights))
+        if not self.ids or len(self.ids) != len(self.weights):
+            raise MixtureError(
+                f"got {len(self.ids)} ids and {len(self.weights)} weights, expected as many, at least one"
+            )
+        for id, weight in zip(self.ids, self.weights, strict=True):
+            if not (weight > 0 and math.isfinite(weight)):
+                raise MixtureError(
+                    f"the weight of {id} is {weight}, expected a positive number; leave {id} out instead"
+                )
+        if window_length < 1:
+            raise MixtureError(f"window_length is {window_length}, expected at least 1 step")
+        self._cumulative = np.cumsum(self.weights) / sum(self.weights)
+        self._parts = [self._long_enough(dataset, id) for id in self.ids]
+        # The last window of each part, plus one, in the numbering of all windows of the environment.
+        self._ends = [
+            np.cumsum([(part.steps - window_length + 1) * part.streams for part in parts]) for parts in self._parts
+        ]
+        digest = hashlib.blake2b(json.dumps([self.seed, self.ids]).encode(), digest_size=24).digest()
+        self._keys = np.frombuffer(digest, "<u8")
+
+    def _long_enough(self, dataset: Dataset, id: str) -> list[Part]:
+        parts = dataset.parts(id)
+        if long_enough := [part for part in parts if part.steps >= self.window_length]:
+            return long_enough
+        raise MixtureError(
+            f"a window is {self.window_length} steps, but the longest part of {id} has "
+            f"{max(part.steps for part in parts)}: collect longer streams or shorten the window"
+        )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes with what is drawn: the environments, their data, weights, window length or seed."""
+        data = [
+            [[part.name, sorted(record.checksum for record in part.record.leaves.values())] for part in parts]
+            for parts in self._parts
+        ]
+        described = json.dumps([self.ids, self.weights, self.window_length, self.seed, data])
+        return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+    def locate(self, indices: collections.abc.Sequence[int]) -> list[Window]:
+        """The windows of the given items, without reading them."""
+        environment_draw, window_draw, seeds = _draws(self._keys, np.asarray(indices, np.uint64))
+        environments = np.searchsorted(self._cumulative, _unit(environment_draw), side="right")
+        environments = np.minimum(environments, len(self.ids) - 1)  # the cumulative sum may end below 1
+        windows = []
+        for environment, unit, seed in zip(
+            environments.tolist(), _unit(window_draw).tolist(), seeds.tolist(), strict=True
+        ):
+            ends = self._ends[environment]
+            window = min(int(unit * ends[-1]), int(ends[-1]) - 1)
+            position = int(np.searchsorted(ends, window, side="right"))
+            part = self._parts[environment][position]
+            first = int(ends[position - 1]) if position else 0
+            stream, start = divmod(window - first, part.steps - self.window_length + 1)
+            windows.append(Window(environment, part, stream, start, seed))
+        return windows
+
+    def read(self, indices: collections.abc.Sequence[int]) -> list[PyTree]:
+        """The given items; they are read from the store together."""
+        windows, length = self.locate(indices), self.window_length
+        values = read_many(
+            [Request(part, part.leaf_names, start, start + length, stream) for _, part, stream, start, _ in windows]
+        )
+        return [
+            self._transform(window.environment_index, leaves, window.seed)
+            for window, leaves in zip(windows, values, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> PyTree:
+        return self.read([index])[0]
+
+    def __repr__(self) -> str:
+        return f"WindowSource({len(self.ids)} environments, {self.window_length} steps, {self.fingerprint})"
+
+
+class Bucket(typing.NamedTuple):
+    """A source and the number of its rows in every global batch."""
+
+    source: WindowSource
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Batches of several buckets, one of which is `mixture[s]`; a Grain random-access source.
+
+    The global batch s holds the items `s * rows` to `(s + 1) * rows` of each bucket, whatever the number of hosts; each
+    host has an equal, contiguous share of the rows. So s is all there is to keep for a resume.
+
+    Attributes:
+      buckets: by name.
+      process_index: this host.
+      process_count: the number of hosts; divides the rows of every bucket.
+
+    Raises:
+      MixtureError: there is no bucket, or rows that the hosts cannot share equally.
+    """
+
+    buckets: collections.abc.Mapping[str, Bucket]
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self):
+        if not self.buckets:
+            raise MixtureError("got no bucket, expected at least one")
+        if not 0 <= self.process_index < self.process_count:
+            raise MixtureError(f"process_index is {self.process_index}, expected 0 to {self.process_count - 1}")
+        for name, bucket in self.buckets.items():
+            if bucket.rows < 1 or bucket.rows % self.process_count:
+                raise MixtureError(
+                    f"bucket {name!r} has {bucket.rows} rows, expected a positive multiple of the "
+                    f"{self.process_count} hosts"
+                )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes with what the batches hold, not with the hosts; keep it beside s and compare before a resume."""
+        described = json.dumps(
+            sorted((name, source.fingerprint, rows) for name, (source, rows) in self.buckets.items())
+        )
+        return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+    def __len__(self) -> int:
+        return LENGTH // max(bucket.rows for bucket in self.buckets.values())
+
+    def __getitem__(self, step: int) -> dict[str, PyTree]:
+        return {name: self._rows(name, *bucket, step) for name, bucket in self.buckets.items()}
+
+    def _rows(self, name: str, source: WindowSource, rows: int, step: int) -> PyTree:
+        share = rows // self.process_count
+        first = step * rows + self.process_index * share
+        values = source.read(range(first, first + share))
+        try:
+            return jax.tree.map(lambda *leaves: np.stack(leaves), *values)
+        except ValueError as error:
+            raise MixtureError(f"the rows of bucket {name!r} differ in structure or shape: {error}") from error
+
+    def batches(self, start: int = 0, prefetch: int = 4) -> collections.abc.Iterator[dict[str, PyTree]]:
+        """Yields `mixture[start]`, `mixture[start + 1]`, ... without end, read ahead by a thread.
+
+        Args:
+          start: s of the first batch.
+          prefetch: batches to hold ready.
+
+        Returns:
+          An iterator; `close()` it, or drop it, to stop the thread.
+
+        Raises:
+          StoreError: a part is damaged.
+          MixtureError: the rows of a bucket do not stack.
+        """
+        import grain
+
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+        iterator = iter(grain.MapDataset.source(self)[start:].to_iter_dataset(options))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+
+def _draws(keys: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Hashes: `uint64 [K, I]` of keys `uint64 [K]` and indices `uint64 [I]`.
+
+    Source: SplitMix64, Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    """
+    state = keys[:, None] + (indices[None] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def _unit(draws: np.ndarray) -> np.ndarray:
+    """The upper 53 bits as `float64` in [0, 1)."""
+    return (draws >> np.uint64(11)) * 2.0**-53

@@ -1,0 +1,422 @@
+"""The trajectory store: what is written is read back, and a writer may die anywhere."""
+
+import concurrent.futures
+import dataclasses
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import gymnasium
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from data import manifest, store
+from ldm_jax.cards import EnvironmentCard, Reference, Returns, Statistics
+
+ID = "gymnax/CartPole-v1"
+quick = hypothesis.settings(max_examples=40, deadline=None)
+
+
+def card(id: str = ID, version: str = "1") -> EnvironmentCard:
+    returns = Returns.of(np.zeros((2, 3)))
+    return EnvironmentCard(
+        id=id,
+        library=id.split("/")[0],
+        version=version,
+        domain="classic control",
+        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (4,)),
+        action_space=gymnasium.spaces.Discrete(2),
+        time_limit=500,
+        statistics=Statistics((0.0,) * 4, (1.0,) * 4, 1.0, (), (), 10),
+        random_returns=returns,
+        reference_returns=returns,
+        reference=Reference("ppo", "greedy", 100, 0),
+    )
+
+
+def episodes(steps: int, streams: int) -> store.Episodes:
+    zeros = np.zeros(streams)
+    return store.Episodes(zeros, zeros + steps, zeros + 0.5, np.arange(streams), zeros + 0.25, np.arange(streams))
+
+
+def append(
+    dataset: store.Dataset, id: str = ID, steps: int = 70, streams: int = 3, value: float = 0.0
+) -> store.Dataset:
+    rng = np.random.default_rng(int(value))
+    leaves = {
+        "observation/value": rng.random((steps, streams, 4), np.float32),
+        "reward": np.full((steps, streams), value, np.float32),
+        "first": rng.random((steps, streams)) < 0.5,
+    }
+    return store.append_part(dataset, card(id), leaves, episodes(steps, streams))
+
+
+def memory() -> str:
+    return f"memory://{uuid.uuid4()}"
+
+
+@st.composite
+def parts(draw):
+    steps, streams = draw(st.integers(1, 40)), draw(st.integers(1, 4))
+    words = st.text(st.characters(exclude_categories=["Cs"]), min_size=0, max_size=8)
+    names = draw(
+        st.lists(st.tuples(st.sampled_from(["observation", "action"]), words), min_size=1, max_size=4, unique=True)
+    )
+    leaves = {}
+    for number, (outer, word) in enumerate(names):
+        dtype = draw(st.sampled_from(manifest.DTYPES))
+        shape = (steps, streams, *draw(st.lists(st.integers(0, 3), max_size=3)))
+        # The number keeps one name from lying inside another.
+        leaves[f"{outer}/{number} {word}"] = draw(hnp.arrays(dtype, shape))
+    return steps, streams, leaves
+
+
+@quick
+@hypothesis.given(parts(), st.data())
+def test_what_is_written_is_read_back(part, data):
+    steps, streams, leaves = part
+    url = memory()
+    store.append_part(store.create_dataset(url), card(), leaves, episodes(steps, streams))
+    dataset = store.open_dataset(url)
+    store.verify(dataset)
+    (read,) = dataset.parts(ID)
+    assert (read.steps, read.streams, read.leaf_names) == (steps, streams, tuple(sorted(leaves)))
+    start = data.draw(st.integers(0, steps - 1))
+    stop = data.draw(st.integers(start + 1, steps))
+    stream = data.draw(st.integers(0, streams - 1))
+    for name, value in read.read(read.leaf_names, start, stop, stream).items():
+        assert value.dtype == leaves[name].dtype
+        assert read.leaf(name) == (leaves[name].shape[2:], leaves[name].dtype)
+        assert value.tobytes() == leaves[name][start:stop, stream].tobytes()
+
+
+@quick
+@hypothesis.given(st.lists(st.text(max_size=5).map(lambda text: text.encode()[:12]), min_size=1, max_size=20))
+def test_text_bytes_are_read_back(texts):
+    value = np.zeros((len(texts), 1, 12), np.uint8)
+    for row, text in zip(value, texts, strict=True):
+        row[0, : len(text)] = list(text)
+    dataset = store.create_dataset(memory())
+    dataset = store.append_part(dataset, card(), {"observation/value": value}, episodes(len(texts), 1))
+    (part,) = dataset.parts(ID)
+    np.testing.assert_array_equal(part.read(["observation/value"], 0, len(texts), 0)["observation/value"], value[:, 0])
+
+
+@pytest.mark.parametrize("name", ["/", "..", "../../up", "a//b", ".", "ü ? * : \\", "%2F", "zarr.json", "x" * 200])
+def test_a_leaf_of_any_name_stays_in_its_folder(tmp_path, name):
+    dataset = store.create_dataset(tmp_path / "inside")
+    store.append_part(dataset, card(), {name: np.ones((5, 2), np.float32)}, episodes(5, 2))
+    store.verify(store.open_dataset(tmp_path / "inside"))
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"]
+    assert sorted(path.name for path in (tmp_path / "inside").iterdir()) == ["gymnax", "manifest.json"]
+
+
+@pytest.mark.parametrize("leaf", [((300, 50), np.float32), ((40, 7, 84, 84, 4), np.uint8), ((3000, 5, 6), np.float16)])
+def test_chunks_hold_one_stream_and_shards_divide_into_them(leaf):
+    shape, dtype = leaf
+    value = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+    metadata = manifest.array_metadata(value)
+    chunk = metadata["codecs"][0]["configuration"]["chunk_shape"]
+    shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    assert chunk[1] == 1 and chunk[2:] == list(shape[2:])
+    assert not any(outer % inner for outer, inner in zip(shard, chunk, strict=True))
+    assert np.prod(shard) * value.itemsize <= 2 * manifest.SHARD_BYTES
+    dataset = store.append_part(store.create_dataset(memory()), card(), {"x": value}, episodes(*shape[:2]))
+    store.verify(dataset)
+    window = dataset.parts(ID)[0].read(["x"], 10, shape[0], 3)["x"]
+    np.testing.assert_array_equal(window, value[10:, 3])
+
+
+def test_windows_of_many_parts_are_read_together():
+    dataset = store.create_dataset(memory())
+    for value in range(3):
+        dataset = append(dataset, value=value)
+    requests = [store.Request(part, ("reward",), 0, 64, 1) for part in dataset.parts(ID)]
+    assert [window["reward"].tolist() for window in store.read_many(requests)] == [[float(v)] * 64 for v in range(3)]
+
+
+def test_the_card_and_the_episodes_are_read_back(tmp_path):
+    dataset = append(store.create_dataset(tmp_path))
+    assert dataset.ids == (ID,)
+    assert dataset.card(ID) == card()
+    for got, expected in zip(dataset.parts(ID)[0].episodes, episodes(70, 3), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    leaves = {name: np.zeros((70, 3, *shape), dtype) for name, (shape, dtype) in _leaves(dataset).items()}
+    newer = store.append_part(dataset, card(version="2"), leaves, episodes(70, 3))
+    assert newer.card(ID).version == "2"
+    assert dataset.card(ID).version == "1", "an open dataset stays as it was"
+
+
+def _leaves(dataset):
+    part = dataset.parts(ID)[0]
+    return {name: part.leaf(name) for name in part.leaf_names}
+
+
+def test_appending_touches_no_written_file(tmp_path):
+    dataset = append(store.create_dataset(tmp_path))
+    before = {
+        path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / ID).rglob("*") if path.is_file()
+    }
+    append(dataset, value=1)
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before
+    assert [part.name for part in store.open_dataset(tmp_path).parts(ID)] == ["part-00001", "part-00002"]
+
+
+def test_urls_of_files(tmp_path):
+    append(store.create_dataset(tmp_path / "a b"))
+    assert store.open_dataset(f"file://{tmp_path}/a b/").ids == (ID,)
+
+
+def test_another_reader_of_the_same_format(tmp_path):
+    """The files are plain zarr3 and npy, with nothing of ours needed to read them."""
+    tensorstore = pytest.importorskip("tensorstore")
+    append(store.create_dataset(tmp_path), value=3)
+    folder = tmp_path / ID / "part-00001"
+    array = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{folder}/reward/"}, open=True).result()
+    assert (array.read().result() == 3).all()
+    assert np.load(folder / "episodes.npy")["length"].tolist() == [70, 70, 70]
+
+
+WRITER = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_store
+dataset = test_store.store.create_dataset({url!r})
+for value in range({start}, {start} + {count}):
+    dataset = test_store.append(dataset, {id!r}, steps=200, streams=8, value=value)
+    print(value, flush=True)
+"""
+
+
+def writer(url: pathlib.Path, id: str = ID, count: int = 10**6, start: int = 0) -> subprocess.Popen:
+    code = WRITER.format(tests=str(pathlib.Path(__file__).parent), url=str(url), id=id, count=count, start=start)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_writer_loses_at_most_the_part_in_flight(tmp_path):
+    rng = random.Random(0)
+    kept = 0
+    for start in range(5):
+        process = writer(tmp_path, start=kept)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.08))
+        process.send_signal(signal.SIGKILL)
+        said = 1 + len(process.stdout.read().split())
+        process.wait()
+        dataset = store.open_dataset(tmp_path)
+        store.verify(dataset)
+        count = len(dataset.parts(ID))
+        assert kept + said <= count <= kept + said + 1
+        rewards = [float(part.read(["reward"], 0, 1, 0)["reward"][0]) for part in dataset.parts(ID)]
+        assert rewards[kept : kept + said] == [float(kept + value) for value in range(said)], start
+        kept = count
+    dataset = append(dataset, steps=200, streams=8, value=kept)
+    store.verify(store.open_dataset(tmp_path))
+    folders = {path.name for path in (tmp_path / ID).iterdir() if path.is_dir()}
+    assert folders == {part.name for part in dataset.parts(ID)}, "leftovers were taken over"
+    assert not list((tmp_path / ID).glob("*.claim"))
+
+
+def test_leftovers_of_a_dead_writer_do_no_harm(tmp_path):
+    dataset = store.create_dataset(tmp_path)
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (tmp_path / ID / "part-00001" / "reward").mkdir(parents=True)
+    (tmp_path / ID / "part-00001" / "reward" / "zarr.json").write_text("half")
+    claim = {"host": store.socket.gethostname(), "pid": int(dead.stdout), "time_s": time.time(), "token": "x"}
+    (tmp_path / ID / "part-00001.claim").write_text(json.dumps(claim))
+    assert store.open_dataset(tmp_path).ids == ()
+    dataset = append(dataset)
+    assert [part.name for part in dataset.parts(ID)] == ["part-00001"]
+    store.verify(store.open_dataset(tmp_path))
+
+
+def test_a_claim_of_a_live_writer_is_respected(tmp_path):
+    dataset = store.create_dataset(tmp_path)
+    (tmp_path / ID).mkdir(parents=True)
+    claim = {"host": "another machine", "pid": 1, "time_s": time.time(), "token": "x"}
+    (tmp_path / ID / "part-00001.claim").write_text(json.dumps(claim))
+    assert [part.name for part in append(dataset).parts(ID)] == ["part-00002"]
+
+
+def test_a_failed_append_leaves_nothing(tmp_path):
+    dataset = append(store.create_dataset(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    leaves = {name: np.zeros((70, 3, *shape), dtype) for name, (shape, dtype) in _leaves(dataset).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store.manifest, "leaf_folder", lambda name: "x" * 300 if name == "reward" else name)
+        with pytest.raises(store.StoreError, match="cannot write"):
+            store.append_part(dataset, card(), leaves, episodes(70, 3))
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [p for p in before if p.is_file()]
+    store.verify(append(store.open_dataset(tmp_path)))
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one group", "a group each"])
+def test_concurrent_threads_lose_nothing(same):
+    url = memory()
+
+    def write(number):
+        return append(store.create_dataset(url), ID if same else f"gymnax/{number}", value=number)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(24)))
+    dataset = store.open_dataset(url)
+    store.verify(dataset)
+    parts = [part for id in dataset.ids for part in dataset.parts(id)]
+    assert sorted(part.read(["reward"], 0, 1, 0)["reward"][0] for part in parts) == list(range(24))
+
+
+def test_concurrent_processes_lose_nothing(tmp_path):
+    processes = [writer(tmp_path, ID, 15, 0), writer(tmp_path, ID, 15, 100), writer(tmp_path, "gymnax/Other", 15, 200)]
+    assert [process.communicate()[0].count("\n") for process in processes] == [15, 15, 15]
+    assert all(process.returncode == 0 for process in processes)
+    dataset = store.open_dataset(tmp_path)
+    store.verify(dataset)
+    got = [sorted(part.read(["reward"], 0, 1, 0)["reward"][0] for part in dataset.parts(id)) for id in dataset.ids]
+    assert got == [[*range(15), *range(100, 115)], [*range(200, 215)]]
+
+
+def test_a_removed_group_leaves_the_others(tmp_path):
+    dataset = store.create_dataset(tmp_path)
+    for id in ("x/a", "x/a/b", "x/ab"):
+        dataset = append(dataset, id)
+    dataset = store.remove_group(dataset, "x/a")
+    assert dataset.ids == store.open_dataset(tmp_path).ids == ("x/a/b", "x/ab")
+    store.verify(dataset)
+    assert not [path for path in (tmp_path / "x/a").rglob("*") if path.is_file() and "b" not in path.parts]
+    dataset = append(dataset, "x/a", value=5)
+    assert dataset.parts("x/a")[0].read(["reward"], 0, 2, 0)["reward"].tolist() == [5, 5], "not what was cached"
+    with pytest.raises(store.StoreError, match=r"no environment 'x/abc': did you mean x/ab"):
+        store.remove_group(dataset, "x/abc")
+
+
+def _files(tmp_path, leaf):
+    return [
+        path for path in (tmp_path / ID / "part-00001" / leaf).rglob("*") if path.is_file() and path.name != "zarr.json"
+    ]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip"])
+def test_damage_is_named_and_never_read_as_data(tmp_path, damage):
+    append(store.create_dataset(tmp_path))
+    (path,) = _files(tmp_path, "observation/value")
+    data = path.read_bytes()
+    if damage == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    dataset = store.open_dataset(tmp_path)  # lazily: one bad part does not keep the rest from being used
+    message = r"part-00001 of gymnax/CartPole-v1, leaf 'observation/value', cannot be read.*delete the group"
+    with pytest.raises(store.StoreError, match=message):
+        dataset.parts(ID)[0].read(["observation/value"], 0, 5, 0)
+    with pytest.raises(store.StoreError, match=message):
+        store.verify(dataset)
+    assert dataset.parts(ID)[0].read(["reward"], 0, 5, 0)["reward"].shape == (5,)
+    append(store.remove_group(dataset, ID))
+    store.verify(store.open_dataset(tmp_path))
+
+
+def test_a_swapped_file_fails_verification(tmp_path):
+    dataset = append(append(store.create_dataset(tmp_path)), value=1)
+    (path,) = _files(tmp_path, "reward")
+    other = tmp_path / ID / "part-00002" / path.relative_to(tmp_path / ID / "part-00001")
+    path.write_bytes(other.read_bytes())
+    with pytest.raises(store.StoreError, match="leaf 'reward', cannot be read: its checksum differs"):
+        store.verify(dataset)
+
+
+@pytest.mark.parametrize("name", ["episodes.npy", "card"])
+def test_a_damaged_index_or_card_is_named(tmp_path, name):
+    dataset = append(store.create_dataset(tmp_path))
+    (path,) = (tmp_path / ID).glob("card-*") if name == "card" else [tmp_path / ID / "part-00001" / name]
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(store.StoreError, match=f"{name}.*{ID} again"):
+        store.verify(dataset)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "manifest.json"])
+def test_a_foreign_folder_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    for use in (store.open_dataset, store.create_dataset):
+        with pytest.raises(store.StoreError, match=r"is not a dataset.*empty folder"):
+            use(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]
+
+
+def test_no_dataset(tmp_path):
+    with pytest.raises(store.StoreError, match=r"there is no dataset.*create_dataset"):
+        store.open_dataset(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_schema_version(tmp_path):
+    append(store.create_dataset(tmp_path))
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    for use in (store.open_dataset, store.create_dataset):
+        with pytest.raises(store.StoreError, match="schema version 99, this program reads and writes 1"):
+            use(tmp_path)
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for url in (tmp_path / "file" / "under", tmp_path / "file", "/proc/nothing"):
+        with pytest.raises(store.StoreError, match=r"cannot write manifest\.json at .*Choose a place"):
+            store.create_dataset(url)
+    with pytest.raises(store.StoreError, match="Expected a path or a file, memory, s3 or gs URL"):
+        store.open_dataset("ftp://x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reward": np.zeros((70, 2), np.float32)}, r"leaf 'reward' .* shape \(70, 2\)"),
+        ({"reward": np.zeros((70, 3), np.complex64)}, "leaf 'reward' .*complex64.*, expected one of bool"),
+        ({"reward": np.zeros((70, 3), object)}, "expected one of bool"),
+        ({"reward": np.zeros((70, 3), ">f4")}, "expected one of bool"),
+        ({"reward": np.zeros((70, 3), np.float64)}, "leaf 'reward' .*float64.*float32.*same leaves"),
+        ({"extra": np.zeros((70, 3), np.float64)}, "leaf 'extra' .*but missing in part-00001"),
+        ({"reward/inner": np.zeros((70, 3), np.float64)}, "leaf 'reward/inner' .* lies inside 'reward'"),
+        ({"episodes.npy": np.zeros((70, 3), np.float64)}, "the name of the episode index"),
+    ],
+)
+def test_leaves_that_do_not_fit_are_refused(change, message):
+    dataset = append(store.create_dataset(memory()))
+    leaves = {name: np.zeros((70, 3, *shape), dtype) for name, (shape, dtype) in _leaves(dataset).items()}
+    with pytest.raises(store.StoreError, match=message):
+        store.append_part(dataset, card(), leaves | change, episodes(70, 3))
+    assert len(store.open_dataset(dataset.url).parts(ID)) == 1
+
+
+def test_episodes_outside_the_part_are_refused():
+    dataset, leaves = store.create_dataset(memory()), {"reward": np.zeros((70, 3), np.float32)}
+    with pytest.raises(store.StoreError, match=r"episode 2 of .* outside 70 steps of 3 streams"):
+        store.append_part(dataset, card(), leaves, episodes(70, 3)._replace(length=np.array([70, 70, 71])))
+    with pytest.raises(store.StoreError, match="columns of the shapes"):
+        store.append_part(dataset, card(), leaves, episodes(70, 3)._replace(length=np.array([70, 70])))
+
+
+@pytest.mark.parametrize("id", ["x/../../up", "x//y", "/x", "x/", "x/.", "x\\y", "x/\n", ""])
+def test_ids_that_leave_the_folder_are_refused(tmp_path, id):
+    dataset = store.create_dataset(tmp_path / "inside")
+    with pytest.raises(store.StoreError, match="cannot name a folder"):
+        store.append_part(dataset, dataclasses.replace(card(), id=id), {"x": np.zeros((5, 2))}, episodes(5, 2))
+    assert [path.name for path in tmp_path.rglob("*")] == ["inside", "manifest.json"]
+
+
+def test_windows_outside_the_part_are_refused():
+    (part,) = append(store.create_dataset(memory())).parts(ID)
+    for start, stop, stream in [(0, 71, 0), (-1, 5, 0), (5, 5, 0), (0, 5, 3), (0, 5, -1)]:
+        with pytest.raises(store.StoreError, match="has 70 steps and 3 streams"):
+            part.read(["reward"], start, stop, stream)
+    with pytest.raises(store.StoreError, match="has no leaf 'rewards', only first, observation/value, reward"):
+        part.read(["rewards"], 0, 5, 0)
