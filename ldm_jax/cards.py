@@ -172,7 +172,7 @@ class EnvironmentCard:
             fields = {field.name: description[field.name] for field in dataclasses.fields(cls)}
             for name in ("observation_space", "action_space"):
                 fields[name] = spaces.from_json(fields[name])
-            statistics = {
+            statistics: dict[str, typing.Any] = {
                 key: tuple(value) if isinstance(value, list | tuple) else value
                 for key, value in fields["statistics"].items()
             }

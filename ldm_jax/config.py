@@ -111,7 +111,7 @@ class ModelConfig:
             raise ConfigError(f"{what} needs {wanted}: make the model with these values or leave the environment out")
 
 
-_LARGE = {
+_LARGE: dict[str, typing.Any] = {
     "numeric": 2048,
     "categorical": 1024,
     "values": 1024,

@@ -29,7 +29,7 @@ class Leaf(typing.NamedTuple):
     """A leaf of a nested space: the keys and positions that lead to it, and its space."""
 
     path: tuple[str | int, ...]
-    space: gymnasium.Space
+    space: typing.Any  # a gymnasium.Space; which kind decides what attributes it has
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ def leaves(space: gymnasium.Space) -> tuple[Leaf, ...]:
       SpaceError: a kind of space that is not supported.
     """
     if isinstance(space, spaces.Dict):
-        children = [(key, space[key]) for key in sorted(space)]
+        children: list[tuple[str | int, gymnasium.Space]] = [(key, space[key]) for key in sorted(space)]
     elif isinstance(space, spaces.Tuple):
         children = list(enumerate(space))
     # MissionSpace of MiniGrid and the like subclass a kind without being one: exact types only.
@@ -94,7 +94,9 @@ def leaf_shape_dtype(space: gymnasium.Space) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(space.shape, np.int32)
     if isinstance(space, spaces.MultiBinary):
         return jax.ShapeDtypeStruct(space.shape, np.int8)
-    return jax.ShapeDtypeStruct((text_bytes(space),), np.uint8)
+    if isinstance(space, spaces.Text):
+        return jax.ShapeDtypeStruct((text_bytes(space),), np.uint8)
+    raise SpaceError(f"got {space}, expected a leaf")
 
 
 def zeros(space: gymnasium.Space, batch_shape: tuple[int, ...]) -> PyTree:
@@ -120,7 +122,7 @@ def choices(space: gymnasium.Space) -> tuple[int, ...]:
     return ()
 
 
-def start(space: gymnasium.Space) -> np.ndarray | int:
+def start(space: gymnasium.Space) -> typing.Any:
     """The smallest value of a categorical leaf space (`Discrete.start`, `MultiDiscrete.start`, 0)."""
     return space.start if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else 0
 
@@ -238,7 +240,6 @@ def to_json(space: gymnasium.Space) -> dict[str, typing.Any]:
         return {"kind": "Dict", "spaces": {key: to_json(space[key]) for key in sorted(space)}}
     if isinstance(space, spaces.Tuple):
         return {"kind": "Tuple", "spaces": [to_json(child) for child in space]}
-    (_,) = leaves(space)  # refuses what is not supported
     if isinstance(space, spaces.Box):
         low, high = _bounds_to_json(space.low), _bounds_to_json(space.high)
         return {"kind": "Box", "low": low, "high": high, "shape": list(space.shape), "dtype": str(space.dtype)}
@@ -248,8 +249,10 @@ def to_json(space: gymnasium.Space) -> dict[str, typing.Any]:
         return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
     if isinstance(space, spaces.MultiBinary):
         return {"kind": "MultiBinary", "shape": list(space.shape)}
-    charset = "".join(sorted(space.character_set))
-    return {"kind": "Text", "min_length": space.min_length, "max_length": space.max_length, "charset": charset}
+    if isinstance(space, spaces.Text):
+        charset = "".join(sorted(space.character_set))
+        return {"kind": "Text", "min_length": space.min_length, "max_length": space.max_length, "charset": charset}
+    raise SpaceError(f"got {space}, which has no description in JSON")
 
 
 def from_json(description: dict[str, typing.Any]) -> gymnasium.Space:

@@ -12,9 +12,9 @@ import dataclasses
 import typing
 
 import gymnasium
-import jax
 
-Array = jax.Array
+Array = typing.Any
+"""A `jax.Array` or a `numpy.ndarray`: pure functions take either and answer in kind."""
 PyTree = typing.Any
 
 
