@@ -165,7 +165,7 @@ class EnvpoolEnvironment:
         self.rows_outside += int(outside_B.sum())
         fields: tuple[typing.Any, ...] = (
             spaces.unflatten(self.spec.observation_space, values),
-            reward_B,
+            np.where(first_B, np.float32(0), reward_B),  # MetaWorld rewards a reset
             terminated_B,
             truncated_B,
             first_B,
@@ -307,9 +307,10 @@ def _procgen_fault() -> str | None:
 def _find_mask(state_spec: dict[str, typing.Any], action_space: typing.Any) -> tuple[str, str] | None:
     """Where the mask of allowed choices is, if it has one row per slot of the action space."""
     sizes = spaces.choices(action_space)
+    wanted = sizes if len(sizes) == 1 else (len(sizes), *set(sizes))
     for key in ("obs:action_mask", "info:legal_action_mask"):
         # Masks over combinations of slots (BinPack, Minesweeper) say nothing slot by slot: they stay observations.
-        if key in state_spec and tuple(state_spec[key].shape) in {sizes, (len(sizes), *set(sizes))}:
+        if sizes and key in state_spec and tuple(state_spec[key].shape) == wanted:
             source, _, name = key.partition(":")
             return source, name
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import typing
 
@@ -50,22 +49,34 @@ class State(typing.NamedTuple):
     last: Array
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class GymnaxEnvironment:
     """B parallel gymnax environments with next-step reset; see `environments.interface.Environment`."""
 
     spec: EnvironmentSpec
-    inner: typing.Any
-    params: typing.Any
+
+    def __init__(self, spec: EnvironmentSpec, inner: typing.Any, params: typing.Any):
+        self.spec = spec
+        self._inner, self._params = inner, params
+        # Compiled here, so that stepping by hand is quick too; inside another jit or a scan it makes no difference.
+        self._reset, self._step = jax.jit(self._pure_reset), jax.jit(self._pure_step)
 
     def reset(self, key: Array) -> tuple[State, TimeStep]:
+        return self._reset(key)
+
+    def step(self, state: State, action: PyTree) -> tuple[State, TimeStep]:
+        return self._step(state, action)
+
+    def close(self) -> None:
+        pass
+
+    def _pure_reset(self, key: Array) -> tuple[State, TimeStep]:
         key, reset_key = jax.random.split(key)
         observation, inner = self._reset_rows(reset_key)
         no = jnp.zeros(self.spec.batch_size, bool)
         time_step = TimeStep(observation, jnp.zeros(self.spec.batch_size), no, no, ~no)
         return State(key, inner, no), time_step
 
-    def step(self, state: State, action: PyTree) -> tuple[State, TimeStep]:
+    def _pure_step(self, state: State, action: PyTree) -> tuple[State, TimeStep]:
         key, reset_key, step_key = jax.random.split(state.key, 3)
         observation, inner, reward, terminated, truncated = self._step_rows(step_key, state.inner, action)
         first = state.last
@@ -80,19 +91,16 @@ class GymnaxEnvironment:
         time_step = TimeStep(observation, jnp.where(going, reward, 0), terminated, truncated, first)
         return State(key, inner, terminated | truncated), time_step
 
-    def close(self) -> None:
-        pass
-
     def _reset_rows(self, key: Array) -> tuple[PyTree, PyTree]:
         keys = jax.random.split(key, self.spec.batch_size)
-        observation, inner = jax.vmap(self.inner.reset_env, (0, None))(keys, self.params)
+        observation, inner = jax.vmap(self._inner.reset_env, (0, None))(keys, self._params)
         return self._cast(observation), _strong(inner)
 
     def _step_rows(self, key: Array, inner: PyTree, action: PyTree) -> tuple[PyTree, PyTree, Array, Array, Array]:
         def step(key, inner, action):
-            # Not `self.inner.step`, which resets in the same step and so loses the last observation.
-            observation, inner, reward, terminated, _ = self.inner.step_env(key, inner, action, self.params)
-            return observation, inner, reward, terminated, self.inner.is_truncated(inner, self.params)
+            # Not gymnax's own `step`, which resets in the same step and so loses the last observation.
+            observation, inner, reward, terminated, _ = self._inner.step_env(key, inner, action, self._params)
+            return observation, inner, reward, terminated, self._inner.is_truncated(inner, self._params)
 
         keys = jax.random.split(key, self.spec.batch_size)
         observation, inner, reward, terminated, truncated = jax.vmap(step)(keys, inner, action)
