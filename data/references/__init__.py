@@ -1,1 +1,19 @@
 """Reference policies: found, scored and admitted without a hand in between."""
+
+from .pipeline import ScoredReference, score_reference, train_reference
+from .policy import ReferencePolicy, random_agent
+from .recipes import Recipe, recipe
+from .saving import ReferenceError, load_reference, save_reference
+
+__all__ = [
+    "Recipe",
+    "ReferenceError",
+    "ReferencePolicy",
+    "ScoredReference",
+    "load_reference",
+    "random_agent",
+    "recipe",
+    "save_reference",
+    "score_reference",
+    "train_reference",
+]

@@ -212,8 +212,8 @@ def _apply_perceptron(layers: PyTree, x: Array, activate: typing.Callable[[Array
 
 
 def _image_shape(space: spaces.Box) -> tuple[int, int, int]:
-    shape = space.shape if len(space.shape) == 3 else (*space.shape, 1)
-    return (shape[1], shape[2], shape[0]) if shape[0] < shape[2] else shape
+    first, second, third = (*space.shape, 1)[:3]
+    return (second, third, first) if first < third else (first, second, third)
 
 
 def _as_image(value: Array, space: spaces.Box) -> Array:

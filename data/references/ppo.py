@@ -187,7 +187,9 @@ def loss(
     """The clipped objective, with value loss and entropy bonus, averaged over the valid steps."""
     valid = batch.valid
     # Masking the result is not enough: the gradient of NaN times 0 is NaN.
-    batch = jax.tree.map(lambda x: jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), batch)
+    batch = jax.tree.map(
+        lambda x: jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), batch
+    )
     logits, mean, value = network.apply(params["perceptrons"], moments, batch.observation, batch.action_mask)
     log_deviation = params["log_deviation"]
     if not config.learn_deviation:
@@ -226,7 +228,7 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: acti
     reset_key, key = jax.random.split(jax.random.key(seed))
     learning_agent = _learning_agent(environment, config)
     learner = _begin(environment, config, seed)
-    loop = acting.start(environment, learning_agent, reset_key)
+    loop: typing.Any = acting.start(environment, learning_agent, reset_key)
     reports = min(config.updates, REPORTS)
     for report in range(reports):
         begin, end = (config.updates * i // reports for i in (report, report + 1))
@@ -268,7 +270,7 @@ def _network(spec: EnvironmentSpec, config: PPOConfig) -> networks.Network:
 
 
 @functools.lru_cache(maxsize=8)  # one agent per training, so that its compiled step is found again
-def _learning_agent(environment: Environment, config: PPOConfig) -> Agent:
+def _learning_agent(environment: typing.Any, config: PPOConfig) -> Agent:
     layout, network = action_layout(environment.spec.action_space), _network(environment.spec, config)
 
     def init(batch_size):

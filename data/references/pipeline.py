@@ -1,0 +1,117 @@
+"""From an environment's id to a scored reference policy: train, choose the form, score, admit or refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import jax
+import numpy as np
+
+from environments.interface import Environment
+from ldm_jax import cards, scores
+
+from .. import rollout as acting
+from .policy import ReferencePolicy, random_agent
+from .recipes import ALGORITHMS, Recipe, recipe
+
+Make = typing.Callable[..., Environment]
+"""`make(id, batch_size=B)`, as `environments.make`."""
+
+_SCORING = 0x5C0E  # sets the randomness of scoring apart from that of training
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScoredReference:
+    """A reference in its better form, with what it and a random policy score.
+
+    Attributes:
+      policy: the reference.
+      random_returns: of the uniformly random policy.
+      reference_returns: of the reference, on other episodes than those that chose its form.
+      admission: whether it is good enough to score others against, and why not.
+    """
+
+    policy: ReferencePolicy
+    random_returns: cards.Returns
+    reference_returns: cards.Returns
+
+    @property
+    def admission(self) -> scores.Admission:
+        return scores.admit(self.random_returns.array, self.reference_returns.array)
+
+
+def train_reference(
+    make: Make, id: str, how: Recipe | None = None, seed: int = 0, progress: acting.Progress | None = None
+) -> ReferencePolicy:
+    """Trains a reference policy.
+
+    Args:
+      make: makes the environment, `environments.make` or the like.
+      id: of the environment.
+      how: the recipe; the one that `recipes.recipe` chooses, if None.
+      seed: of everything random.
+      progress: is told the environment steps done and their total.
+
+    Returns:
+      The policy, in its sampled form.
+    """
+    spec = make(id, batch_size=1).spec
+    chosen = recipe(spec) if how is None else how
+    module, _ = ALGORITHMS[chosen.algorithm]
+    environment = make(id, batch_size=chosen.config.rows)
+    try:
+        params = module.train(environment, chosen.config, seed, progress)
+    finally:
+        environment.close()
+    return ReferencePolicy(
+        module.agent(spec, chosen.config),
+        {"policy": params, "sampled": np.bool_(True)},
+        cards.Reference(chosen.algorithm, "sampled", chosen.config.budget_steps, seed),
+        spec,
+        chosen.config,
+    )
+
+
+def score_reference(
+    make: Make,
+    policy: ReferencePolicy,
+    seed: int = 0,
+    rows: int = 64,
+    episodes_per_row: int = 4,
+    progress: acting.Progress | None = None,
+) -> ScoredReference:
+    """Scores a reference and a random policy on fresh episodes, equally many in every row.
+
+    The better of the greedy and the sampled form is found on episodes of its own, and scored afresh: choosing by
+    the reported episodes would flatter it.
+
+    Args:
+      make: makes the environment, as for training.
+      policy: the reference, in either form.
+      seed: of the episodes.
+      rows: parallel environments.
+      episodes_per_row: E; `rows * episodes_per_row` of at least 100 make a score.
+      progress: is told the episodes done and their total.
+
+    Returns:
+      The reference in its better form, and the scores.
+    """
+    root = jax.random.fold_in(jax.random.key(seed), _SCORING)
+    environment = make(policy.spec.id, batch_size=rows)
+    each = rows * episodes_per_row
+
+    def returns(stage: int, agent, params) -> cards.Returns:
+        report = None if progress is None else (lambda done, _: progress(stage * each + done, 4 * each))
+        key = jax.random.fold_in(root, stage)
+        return cards.Returns.of(acting.evaluate(environment, agent, params, key, episodes_per_row, report).returns)
+
+    try:
+        greedy, sampled = policy.in_form("greedy"), policy.in_form("sampled")
+        trial = {form: returns(0 if form is greedy else 1, form.agent, form.params).mean for form in (greedy, sampled)}
+        better = max(trial, key=trial.__getitem__)
+        reference_returns = returns(2, better.agent, better.params)
+        random_returns = returns(3, random_agent(policy.spec.action_space), ())
+    finally:
+        environment.close()
+    return ScoredReference(better, random_returns, reference_returns)
