@@ -76,7 +76,7 @@ class PartRecord(typing.NamedTuple):
 
 
 class GroupRecord(typing.NamedTuple):
-    """An environment: the name of its card's file and its parts, oldest first."""
+    """An environment: the name of its card's file and its parts, in the order of their names."""
 
     card: str
     parts: tuple[PartRecord, ...]

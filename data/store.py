@@ -180,7 +180,7 @@ class Dataset:
         return EnvironmentCard.from_json(json.loads(data))
 
     def parts(self, id: str) -> tuple[Part, ...]:
-        """The parts of an environment, oldest first.
+        """The parts of an environment, in the order of their names.
 
         Raises:
           StoreError: the dataset has no such id.
@@ -391,8 +391,11 @@ def _claimed(
     def clear() -> None:
         kvstore.delete_range(_under(f"{id}/{name}/")).result()
 
-    for number in itertools.count(1 + max((int(name.removeprefix("part-")) for name in shown()), default=0)):
+    taken = shown()
+    for number in itertools.count(1):
         name = f"part-{number:05d}"
+        if name in taken:
+            continue
         read = kvstore.read(f"{id}/{name}.claim").result()
         if read.state == "value" and not _is_abandoned(read.value):
             continue
