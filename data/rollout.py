@@ -61,9 +61,8 @@ def start(environment: Environment, agent: Agent, key: Array) -> tuple[PyTree, P
       agent: who will act.
       key: typed key; all randomness of the environment comes from it.
     """
-    if environment.spec.jittable:
-        return _start(environment, agent, key)
-    return (agent.init(environment.spec.batch_size), *environment.reset(key))
+    reset = _reset if environment.spec.jittable else type(environment).reset
+    return (agent.init(environment.spec.batch_size), *reset(environment, key))
 
 
 def rollout(
@@ -222,9 +221,10 @@ _act = jax.jit(_step, static_argnums=(0, 1))
 _act_and_count = jax.jit(_step_and_count, static_argnums=(0, 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(environment, agent, key):
-    return (agent.init(environment.spec.batch_size), *environment.reset(key))
+# Apart from the agent, so that an environment's reset is compiled once, whoever acts.
+@functools.partial(jax.jit, static_argnums=0)
+def _reset(environment, key):
+    return environment.reset(key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 7))

@@ -6,13 +6,12 @@ import dataclasses
 import typing
 
 import jax
-import numpy as np
 
 from environments.interface import Environment
 from ldm_jax import cards, scores
 
 from .. import rollout as acting
-from .policy import ReferencePolicy, random_agent
+from .policy import Form, ReferencePolicy, with_form
 from .recipes import ALGORITHMS, Recipe, recipe
 
 Make = typing.Callable[..., Environment]
@@ -66,7 +65,7 @@ def train_reference(
         environment.close()
     return ReferencePolicy(
         module.agent(spec, chosen.config),
-        {"policy": params, "sampled": np.bool_(True)},
+        with_form(params, "sampled"),
         cards.Reference(chosen.algorithm, "sampled", chosen.config.budget_steps, seed),
         spec,
         chosen.config,
@@ -101,17 +100,18 @@ def score_reference(
     environment = make(policy.spec.id, batch_size=rows)
     each = rows * episodes_per_row
 
-    def returns(stage: int, agent, params) -> cards.Returns:
+    def returns(stage: int, form: Form) -> cards.Returns:
         report = None if progress is None else (lambda done, _: progress(stage * each + done, 4 * each))
-        key = jax.random.fold_in(root, stage)
-        return cards.Returns.of(acting.evaluate(environment, agent, params, key, episodes_per_row, report).returns)
+        params, key = with_form(policy.params["policy"], form), jax.random.fold_in(root, stage)
+        return cards.Returns.of(
+            acting.evaluate(environment, policy.agent, params, key, episodes_per_row, report).returns
+        )
 
     try:
-        greedy, sampled = policy.in_form("greedy"), policy.in_form("sampled")
-        trial = {form: returns(0 if form is greedy else 1, form.agent, form.params).mean for form in (greedy, sampled)}
-        better = max(trial, key=trial.__getitem__)
-        reference_returns = returns(2, better.agent, better.params)
-        random_returns = returns(3, random_agent(policy.spec.action_space), ())
+        better: typing.Literal["greedy", "sampled"] = (
+            "greedy" if returns(0, "greedy").mean >= returns(1, "sampled").mean else "sampled"
+        )
+        reference_returns, random_returns = returns(2, better), returns(3, "random")
     finally:
         environment.close()
-    return ScoredReference(better, random_returns, reference_returns)
+    return ScoredReference(policy.in_form(better), random_returns, reference_returns)

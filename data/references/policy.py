@@ -16,6 +16,9 @@ from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from .networks import MASKED
 
+Form = typing.Literal["greedy", "sampled", "random"]
+FORMS = typing.get_args(Form)
+
 
 class SlotPolicy(typing.NamedTuple):
     """What a policy says of each slot; a pytree.
@@ -37,7 +40,7 @@ class ReferencePolicy:
 
     Attributes:
       agent: its step takes `params` and records an `ldm_jax.actions.Distribution` at every state.
-      params: NumPy arrays; `params["sampled"]` chooses the form, so both forms are one compiled program.
+      params: NumPy arrays; `params["form"]` is the place in `FORMS`, so that all forms are one compiled program.
       reference: algorithm, form, budget and seed.
       spec: the environment it was trained for; the batch size does not matter.
       config: of the algorithm.
@@ -51,8 +54,16 @@ class ReferencePolicy:
 
     def in_form(self, form: typing.Literal["greedy", "sampled"]) -> ReferencePolicy:
         """The same policy, acting greedily or by sampling."""
-        params = self.params | {"sampled": np.bool_(form == "sampled")}
-        return dataclasses.replace(self, params=params, reference=dataclasses.replace(self.reference, form=form))
+        return dataclasses.replace(
+            self,
+            params=with_form(self.params["policy"], form),
+            reference=dataclasses.replace(self.reference, form=form),
+        )
+
+
+def with_form(params: PyTree, form: Form) -> PyTree:
+    """Parameters of a `slot_agent` from those of its policy."""
+    return {"policy": params, "form": np.int32(FORMS.index(form))}
 
 
 def random_agent(action_space: gymnasium.Space) -> Agent:
@@ -65,32 +76,36 @@ def random_agent(action_space: gymnasium.Space) -> Agent:
 
 
 def slot_agent(layout: ActionLayout, policy: typing.Callable[[PyTree, TimeStep], SlotPolicy]) -> Agent:
-    """An agent that acts on what `policy` says, in either form, and records it as a distribution.
+    """An agent that acts on what `policy` says, and records it as a distribution.
 
     Greedy takes the likeliest choice and the mean, and records each continuous slot as a point at the clipped mean.
+    Random ignores the policy, as `random_agent` does; here it spares the compilation of another agent.
 
     Args:
       layout: of the action space.
       policy: `policy(params["policy"], timestep)`.
 
     Returns:
-      An agent whose parameters are `{"policy": ..., "sampled": bool []}`.
+      An agent whose parameters are those of `with_form`.
     """
+    half_range = ((layout.high - layout.low) / 2).astype(np.float32)
 
     def step(params, carry, timestep: TimeStep, key):
         logits, mean, deviation = policy(params["policy"], timestep)
-        sampled = params["sampled"]
+        greedy, sampled = params["form"] == FORMS.index("greedy"), params["form"] == FORMS.index("sampled")
+        policy_key, random_key = jax.random.split(key)
         point = jnp.clip(mean, -1, 1)
-        slots = sample_slots(layout, key, logits, mean, deviation)
+        slots = sample_slots(layout, policy_key, logits, mean, deviation)
         categorical = jnp.where(sampled, slots.categorical, best_choices(layout, logits))
-        continuous = jnp.where(sampled, slots.continuous, point)
-        half_range = ((layout.high - layout.low) / 2).astype(np.float32)
+        action = from_slots(layout, Slots(categorical, jnp.where(sampled, slots.continuous, point)))
+        uniform = spaces.sample(random_key, layout.space, timestep.reward.shape[0], timestep.action_mask)
+        action = jax.tree.map(lambda a, b: jnp.where(greedy | sampled, a, b), action, uniform)
         record = Distribution(
             logits,
-            denormalise(layout, jnp.where(sampled, mean, point)),
-            jnp.where(sampled, deviation, 0.0) * half_range,
+            denormalise(layout, jnp.where(greedy, point, mean)),
+            jnp.where(greedy, 0.0, deviation) * half_range,
         )
-        return carry, from_slots(layout, Slots(categorical, continuous)), record
+        return carry, action, record
 
     return Agent(lambda batch_size: (), step)
 

@@ -226,9 +226,9 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: acti
     if environment.spec.batch_size != config.rows:
         raise ValueError(f"the environment has {environment.spec.batch_size} rows, expected rows = {config.rows}")
     reset_key, key = jax.random.split(jax.random.key(seed))
-    learning_agent = _learning_agent(environment, config)
-    learner = _begin(environment, config, seed)
-    loop: typing.Any = acting.start(environment, learning_agent, reset_key)
+    learning_agent = _learning_agent(typing.cast(typing.Hashable, environment), config)
+    learner: typing.Any = _begin(environment, config, seed)
+    loop = acting.start(environment, learning_agent, reset_key)
     reports = min(config.updates, REPORTS)
     for report in range(reports):
         begin, end = (config.updates * i // reports for i in (report, report + 1))
@@ -237,8 +237,10 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: acti
         else:
             for update in range(begin, end):
                 act_key, learn_key = jax.random.split(jax.random.fold_in(key, update))
-                params = (learner.params, learner.moments)
-                loop, trajectory = acting.rollout(environment, learning_agent, params, *loop, act_key, config.steps)
+                params, (carry, state, timestep) = (learner.params, learner.moments), loop
+                loop, trajectory = acting.rollout(
+                    environment, learning_agent, params, carry, state, timestep, act_key, config.steps
+                )
                 learner = _learn(environment, config, learner, trajectory, loop[2], learn_key)
         if not np.isfinite(learner.loss):
             raise FloatingPointError(
@@ -332,8 +334,10 @@ def _train_inside(environment, config, learner, loop, key, begin, end):
     def update(i, state):
         learner, loop = state
         act_key, learn_key = jax.random.split(jax.random.fold_in(key, i))
-        params = (learner.params, learner.moments)
-        loop, trajectory = acting.rollout(environment, learning_agent, params, *loop, act_key, config.steps)
+        params, (carry, state, timestep) = (learner.params, learner.moments), loop
+        loop, trajectory = acting.rollout(
+            environment, learning_agent, params, carry, state, timestep, act_key, config.steps
+        )
         return _learn(environment, config, learner, trajectory, loop[2], learn_key), loop
 
     return jax.lax.fori_loop(begin, end, update, (learner, loop))
@@ -374,7 +378,7 @@ def _learn(environment, config, learner, trajectory, following, key):
         change, optimiser_state = optimiser.update(gradient, optimiser_state, params)
         return (optax.apply_updates(params, change), optimiser_state), value
 
-    shuffles = jax.vmap(lambda key: jax.random.permutation(key, valid.size))(jax.random.split(key, config.epochs))
+    shuffles = jnp.argsort(jax.random.bits(key, (config.epochs, valid.size)), -1)
     shuffles = shuffles.reshape(config.epochs * config.minibatches, -1)
     (params, optimiser_state), losses = jax.lax.scan(descend, (learner.params, learner.optimiser), shuffles)
     # Only now: the rollout's log-probabilities were taken under the old moments, and so is its update.

@@ -22,7 +22,7 @@ from ldm_jax.types import Agent, EnvironmentSpec, PyTree, TimeStep
 
 from .. import rollout as acting
 from .networks import MASKED
-from .policy import SlotPolicy, slot_agent
+from .policy import SlotPolicy, slot_agent, with_form
 
 PAIRS_LIMIT = 50_000
 """States times actions up to which a table is used."""
@@ -69,7 +69,7 @@ def is_tabular(spec: EnvironmentSpec) -> bool:
     observation, action = spec.observation_space, spec.action_space
     if not (isinstance(observation, spaces.Discrete) and isinstance(action, spaces.Discrete)):
         return False
-    return int(observation.n * action.n) <= PAIRS_LIMIT
+    return int(observation.n) * int(action.n) <= PAIRS_LIMIT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,7 +178,7 @@ def train(
     loop = acting.start(environment, explorer, reset_key)
     logits = np.zeros((model.states, model.actions), np.float32)
     for round in range(config.rounds):
-        params = {"policy": {"logits": logits}, "sampled": np.bool_(True)}
+        params = with_form({"logits": logits}, "sampled")
         loop, trajectory = acting.rollout(
             environment, explorer, params, *loop, jax.random.fold_in(key, round), config.steps
         )
