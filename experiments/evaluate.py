@@ -1,0 +1,119 @@
+"""Evaluates the saved policy in every environment: `python -m experiments.evaluate --workdir=runs/mine`.
+
+Writes `evaluation/<id>.json` as each environment is finished and, once all are, `report/`. Killed and started again, it
+evaluates only what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import typing
+
+import jax
+import numpy as np
+
+import environments as registry
+from data.references import load_reference
+from data.rollout import evaluate
+from experiments import progress
+from experiments.report.page import write_report
+from experiments.targets import PUBLIC_TARGETS
+from experiments.workdir import claim, key_of, listed, write
+from ldm_jax import policy as policies
+from ldm_jax import scores, summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the policy is evaluated; its decoding is the one it was saved with, the same in all environments.
+
+    Attributes:
+      seed: of the episodes.
+      rows: parallel rows per environment; each starts with an empty context.
+      episodes: per row, on one context; the first is reported apart too.
+    """
+
+    seed: int = 1_000_003
+    rows: int = 64
+    episodes: int = 4
+
+    def __post_init__(self):
+        if self.rows < 2 or self.episodes < 1:
+            raise ValueError(f"got {self.rows} rows x {self.episodes} episodes, expected at least 2 rows x 1")
+
+
+def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
+    """Evaluates in all environments the policy knows, scores it and writes the report.
+
+    Args:
+      config: how many episodes.
+      workdir: has `references/` and `policy/`.
+      environments: the ids to report; empty for all that have a reference, admitted or refused.
+
+    Returns:
+      The contents of `report/scores.json`.
+
+    Raises:
+      WorkdirError: the workdir cannot be used.
+      PolicyError: there is no policy.
+    """
+    policy = policies.load(workdir / "policy")
+    ids = environments or listed(workdir / "references")
+    claim(workdir, "evaluate", config, owns=("evaluation", "report"))
+    digest = fingerprint(policy)
+    results = []
+    for id in ids:
+        scored = load_reference(workdir / "references" / id)
+        returns = None
+        if id in policy.cards:
+            returns = _returns(config, workdir / "evaluation" / f"{id}.json", policy, digest, id)
+        reference = (scored.random_returns.array, scored.reference_returns.array)
+        results.append(
+            scores.score(id, scored.policy.spec.domain, *reference, returns, PUBLIC_TARGETS.get(id), config.seed)
+        )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(policy.params))
+    found = summary.to_json(results, parameters, policy.decoding, config.seed)
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    details = {"Evaluation seed": config.seed, "Policy": digest, "ldm_jax": importlib.metadata.version("ldm_jax")}
+    page = write_report(workdir / "report", found, rows, "One policy, many environments", details)
+    print(f"{summary.table(found)}\n\nreport: {page}")
+    return found
+
+
+def fingerprint(policy: policies.Policy) -> str:
+    """Changes with the parameters, decoding and cards: results of another policy are not taken for this one's."""
+    digest = hashlib.blake2b(digest_size=8)
+    cards = {id: card.to_json() for id, card in sorted(policy.cards.items())}
+    digest.update(json.dumps([dataclasses.asdict(policy.cfg), policy.decoding, cards], sort_keys=True).encode())
+    for leaf in jax.tree.leaves(policy.params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _returns(config: Config, path: pathlib.Path, policy: policies.Policy, digest: str, id: str) -> np.ndarray:
+    """Returns `[rows, episodes]`, from the file where it is there and of this policy."""
+    if path.exists() and (kept := json.loads(path.read_text()))["policy"] == digest:
+        return np.array(kept["returns"])
+    clock, card = progress.clock(), policy.cards[id]
+    environment = registry.make(id, config.rows, time_limit=card.time_limit)
+    with progress.bar(f"evaluate {id}", config.rows * config.episodes, "episode") as advance:
+        key, watch = key_of(config.seed, "evaluate", id), progress.up_to(advance)
+        episodes = evaluate(environment, policy.agent(id), policy.params, key, config.episodes, watch)
+    environment.close()
+    returns = episodes.returns.astype(np.float64)
+    result = {"id": id, "policy": digest, "returns": returns.tolist(), "lengths": episodes.lengths.tolist()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(result))
+    mean, episodes_run = float(returns.mean()), returns.size
+    progress.log("evaluated", id=id, model=mean, episodes=episodes_run, seconds=clock())
+    return returns
+
+
+if __name__ == "__main__":
+    from experiments.flags import launch
+
+    launch(run, {"default": Config()})

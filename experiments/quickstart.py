@@ -1,0 +1,95 @@
+"""From nothing to a measured policy: `python -m experiments.quickstart --workdir=runs/quickstart`.
+
+Trains references, collects, pretrains one model and evaluates it, one stage after the other. Killed and started again
+with the same flags, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import typing
+
+from data import collect as collecting
+from experiments import collect, evaluate, pretrain, references
+from experiments.workdir import check_ids, claim
+from ldm_jax.config import SIZES
+from ldm_jax.training import TrainingConfig
+
+ENVIRONMENTS = (
+    "gymnax/CartPole-v1",
+    "gymnax/Acrobot-v1",
+    "gymnax/Pendulum-v1",
+    "gymnax/MountainCarContinuous-v0",
+    "gymnax/Catch-bsuite",
+    "gymnax/Breakout-MinAtar",
+    "gymnax/Reacher-misc",
+    "gymnax/PointRobot-misc",
+    "envpool/FrozenLake-v1",
+    "envpool/Taxi-v3",
+    "envpool/CliffWalking-v1",
+    "envpool/LunarLander-v3",
+    "envpool/MiniGrid-Empty-5x5-v0",
+)
+"""Fixed before anything was trained: vectors, categories and grids, discrete and continuous, no task twice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The four stages.
+
+    Attributes:
+      environments: what to train in and to report, unless the flag `--environments` says otherwise.
+      references: see `experiments.references`.
+      collect: see `experiments.collect`.
+      pretrain: see `experiments.pretrain`.
+      evaluate: see `experiments.evaluate`.
+    """
+
+    environments: tuple[str, ...] = ENVIRONMENTS
+    references: references.Config = dataclasses.field(default_factory=references.Config)
+    collect: collect.Config = dataclasses.field(default_factory=collect.Config)
+    pretrain: pretrain.Config = dataclasses.field(default_factory=pretrain.Config)
+    evaluate: evaluate.Config = dataclasses.field(default_factory=evaluate.Config)
+
+
+SMOKE = Config(
+    environments=("gymnax/Catch-bsuite", "gymnax/CartPole-v1", "envpool/FrozenLake-v1"),
+    references=references.Config(budget=0.2, rows=32, episodes=2),
+    collect=collect.Config(data=collecting.Config(streams=16, steps=256)),
+    pretrain=pretrain.Config(
+        model=SIZES["nano"], training=TrainingConfig(steps=60, warmup=5), window=16, checkpoint_steps=20
+    ),
+    evaluate=evaluate.Config(rows=50, episodes=2),
+)
+"""Small enough for a test: it shows that all parts fit, not what they can do."""
+
+
+def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
+    """Runs all stages.
+
+    Args:
+      config: of the stages.
+      workdir: everything is written there; it must be empty, or begun with the same configuration.
+      environments: overrides `config.environments`; empty for those.
+
+    Returns:
+      The contents of `report/scores.json`.
+
+    Raises:
+      UnknownEnvironmentError: an id that is not known; nothing has been done then.
+      WorkdirError: the workdir cannot be used.
+    """
+    ids = environments or config.environments
+    check_ids(ids)
+    claim(workdir, "quickstart", dataclasses.replace(config, environments=ids), owns=("*",))
+    references.run(config.references, workdir, ids)
+    collect.run(config.collect, workdir, ids)
+    pretrain.run(config.pretrain, workdir)
+    return evaluate.run(config.evaluate, workdir, ids)
+
+
+if __name__ == "__main__":
+    from experiments.flags import launch
+
+    launch(run, {"full": Config(), "smoke": SMOKE})

@@ -1,0 +1,164 @@
+"""Trains references: `python -m experiments.references --workdir=runs/mine --environments=gymnax/Catch-bsuite`.
+
+Writes `references/<id>/` as each is finished. Killed and started again, it trains only what is missing.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import threading
+import time
+import typing
+
+import environments as registry
+from data.references import Recipe, load_reference, recipe, save_reference, score_reference, train_reference
+from experiments import progress
+from experiments.workdir import FREE, WorkdirError, check_ids, claim, seed_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How references are made.
+
+    Attributes:
+      seed: of training and scoring.
+      budget: fraction of each recipe's environment steps that is spent.
+      rows: parallel rows of scoring.
+      episodes: per row, of each policy scored.
+      workers: processes; small networks do not fill two cores. Results do not depend on it.
+    """
+
+    seed: int = 0
+    budget: float = 1.0
+    rows: int = 64
+    episodes: int = 4
+    workers: int = dataclasses.field(default=2, metadata={FREE: True})
+
+    def __post_init__(self):
+        if not self.budget > 0:
+            raise ValueError(f"budget is {self.budget}, expected a positive fraction")
+        for name in ("rows", "episodes", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+class Unit(typing.NamedTuple):
+    """One environment to work on."""
+
+    id: str
+    recipe: Recipe
+    directory: pathlib.Path
+
+
+def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...]) -> None:
+    """Makes the references that are missing.
+
+    Args:
+      config: how.
+      workdir: gets `references/`.
+      environments: their ids.
+
+    Raises:
+      UnknownEnvironmentError: an id that is not known; nothing has been done then.
+      WorkdirError: the workdir cannot be used, or no environment was named.
+    """
+    if not environments:
+        raise WorkdirError(
+            "no environment was named; give --environments=gymnax/CartPole-v1,envpool/Taxi-v3 or the like"
+        )
+    check_ids(environments)
+    claim(workdir, "references", config, owns=("references",))
+    units = []
+    for id in environments:
+        directory = workdir / "references" / id
+        if directory.exists():
+            load_reference(directory)  # finished, or it says what is wrong with it
+        else:
+            units.append(Unit(id, _recipe(config, id), directory))
+    if units:
+        total = sum(unit.recipe.config.budget_steps for unit in units)
+        with progress.bar("references", total, "step") as advance:
+            run_units = _run_here if config.workers == 1 or len(units) == 1 else _run_in_processes
+            for facts in run_units(config, units, advance):
+                progress.log("reference", **facts)
+
+
+def _recipe(config: Config, id: str) -> Recipe:
+    environment = registry.make(id)
+    chosen = recipe(environment.spec)
+    environment.close()
+    budget = max(1, round(config.budget * chosen.config.budget_steps))
+    return dataclasses.replace(chosen, config=dataclasses.replace(chosen.config, budget_steps=budget))
+
+
+def _make(config: Config, unit: Unit, advance: typing.Callable[[int], None]) -> dict[str, typing.Any]:
+    clock, seed = progress.clock(), seed_of(config.seed, "references", unit.id)
+    policy = train_reference(registry.make, unit.id, unit.recipe, seed, progress.up_to(advance))
+    trained_s = clock()
+    scored = score_reference(registry.make, policy, seed, config.rows, config.episodes)
+    save_reference(unit.directory, scored)
+    return {
+        "id": unit.id,
+        "algorithm": scored.policy.reference.algorithm,
+        "form": scored.policy.reference.form,
+        "random": scored.random_returns.mean,
+        "reference": scored.reference_returns.mean,
+        "admitted": scored.admission.admitted,
+        "train_seconds": trained_s,
+        "score_seconds": round(clock() - trained_s, 1),
+    }
+
+
+def _run_here(
+    config: Config, units: list[Unit], advance: typing.Callable[[int], None]
+) -> typing.Iterator[dict[str, typing.Any]]:
+    for unit in units:
+        yield _make(config, unit, advance)
+
+
+def _run_in_processes(
+    config: Config, units: list[Unit], advance: typing.Callable[[int], None]
+) -> typing.Iterator[dict[str, typing.Any]]:
+    context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
+    steps = context.Queue()
+    # The longest first: else one of them may be what all wait for in the end.
+    units = sorted(units, key=lambda unit: -unit.recipe.config.budget_steps)
+    pool = concurrent.futures.ProcessPoolExecutor(config.workers, context, _begin_worker, (steps, os.getpid()))
+    with pool:
+        waiting = {pool.submit(_make_in_worker, config, unit) for unit in units}
+        try:
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+                while not steps.empty():
+                    advance(steps.get())
+                yield from (future.result() for future in done)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_worker: dict[str, typing.Any] = {}
+
+
+def _begin_worker(steps: multiprocessing.Queue, parent: int) -> None:
+    def watch():
+        # A parent that was killed cannot stop its workers, and they would train on beside those of the next run.
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    _worker["steps"] = steps
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _make_in_worker(config: Config, unit: Unit) -> dict[str, typing.Any]:
+    return _make(config, unit, _worker["steps"].put)
+
+
+if __name__ == "__main__":
+    from experiments.flags import launch
+
+    launch(run, {"default": Config()})
