@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import typing
 
 import environments as registry
 from data import collect
@@ -45,15 +46,20 @@ def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (
     """
     ids = environments or listed(workdir / "references")
     claim(workdir, "collect", config, owns=("dataset",))
-    dataset = create_dataset(workdir / "dataset")
-    for number, id in enumerate(ids, 1):
+    dataset, missing = create_dataset(workdir / "dataset"), []
+    for id in ids:
         scored = load_reference(workdir / "references" / id)
         if not scored.admission.admitted:
             progress.log("refused", id=id, reason=scored.admission.reason)
         elif not _is_done(dataset, id, scored):
-            if id in dataset.ids:
-                dataset = remove_group(dataset, id)
-            dataset = _collect(config, dataset, scored, f"{number}/{len(ids)} {id}")
+            missing.append(scored)
+    if missing:
+        total = sum(_streams(config, scored) for scored in missing) * config.data.steps
+        with progress.bar("collect", total, "step") as advance:
+            for scored in missing:
+                if scored.policy.spec.id in dataset.ids:
+                    dataset = remove_group(dataset, scored.policy.spec.id)
+                dataset = _collect(config, dataset, scored, advance)
 
 
 def _is_done(dataset: Dataset, id: str, scored: ScoredReference) -> bool:
@@ -63,14 +69,18 @@ def _is_done(dataset: Dataset, id: str, scored: ScoredReference) -> bool:
     return card.reference == scored.policy.reference and card.reference_returns == scored.reference_returns
 
 
-def _collect(config: Config, dataset: Dataset, scored: ScoredReference, title: str) -> Dataset:
-    spec, clock = scored.policy.spec, progress.clock()
-    streams = collect.affordable_streams(spec, config.data)
-    environment = registry.make(spec.id, streams, time_limit=spec.time_limit)
+def _streams(config: Config, scored: ScoredReference) -> int:
+    return collect.affordable_streams(scored.policy.spec, config.data)
+
+
+def _collect(
+    config: Config, dataset: Dataset, scored: ScoredReference, advance: typing.Callable[[int], None]
+) -> Dataset:
+    spec, streams, clock = scored.policy.spec, _streams(config, scored), progress.clock()
+    environment = registry.make(spec.id, streams)
     try:
-        with progress.bar(f"collect {title}", streams * config.data.steps, "step") as advance:
-            seed = seed_of(config.seed, "collect", spec.id)
-            collected = collect.collect(environment, scored.policy, seed, config.data, advance)
+        seed = seed_of(config.seed, "collect", spec.id)
+        collected = collect.collect(environment, scored.policy, seed, config.data, advance)
     finally:
         environment.close()
     card = EnvironmentCard.of(

@@ -64,13 +64,16 @@ def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (
     policy = policies.load(workdir / "policy")
     ids = environments or listed(workdir / "references")
     claim(workdir, "evaluate", config, owns=("evaluation", "report"))
-    digest = fingerprint(policy)
-    results = []
+    digest, results = fingerprint(policy), []
+    paths = {id: workdir / "evaluation" / f"{id}.json" for id in ids if id in policy.cards}
+    missing = [id for id, path in paths.items() if _kept(path, digest) is None]
+    if missing:
+        with progress.bar("evaluate", len(missing) * config.rows * config.episodes, "episode") as advance:
+            for id in missing:
+                _evaluate(config, policy, digest, id, paths[id], advance)
     for id in ids:
         scored = load_reference(workdir / "references" / id)
-        returns = None
-        if id in policy.cards:
-            returns = _returns(config, workdir / "evaluation" / f"{id}.json", policy, digest, id)
+        returns = _kept(paths[id], digest) if id in paths else None
         reference = (scored.random_returns.array, scored.reference_returns.array)
         results.append(
             scores.score(id, scored.policy.spec.domain, *reference, returns, PUBLIC_TARGETS.get(id), config.seed)
@@ -94,23 +97,32 @@ def fingerprint(policy: policies.Policy) -> str:
     return digest.hexdigest()
 
 
-def _returns(config: Config, path: pathlib.Path, policy: policies.Policy, digest: str, id: str) -> np.ndarray:
-    """Returns `[rows, episodes]`, from the file where it is there and of this policy."""
-    if path.exists() and (kept := json.loads(path.read_text()))["policy"] == digest:
-        return np.array(kept["returns"])
-    clock, card = progress.clock(), policy.cards[id]
-    environment = registry.make(id, config.rows, time_limit=card.time_limit)
-    with progress.bar(f"evaluate {id}", config.rows * config.episodes, "episode") as advance:
-        key, watch = key_of(config.seed, "evaluate", id), progress.up_to(advance)
+def _kept(path: pathlib.Path, digest: str) -> np.ndarray | None:
+    """Returns `[rows, episodes]` of an earlier evaluation of the same policy."""
+    kept = json.loads(path.read_text()) if path.exists() else {"policy": ""}
+    return np.array(kept["returns"]) if kept["policy"] == digest else None
+
+
+def _evaluate(
+    config: Config,
+    policy: policies.Policy,
+    digest: str,
+    id: str,
+    path: pathlib.Path,
+    advance: typing.Callable[[int], None],
+) -> None:
+    clock, key = progress.clock(), key_of(config.seed, "evaluate", id)
+    environment = registry.make(id, config.rows)
+    try:
+        watch = progress.up_to(advance)
         episodes = evaluate(environment, policy.agent(id), policy.params, key, config.episodes, watch)
-    environment.close()
+    finally:
+        environment.close()
     returns = episodes.returns.astype(np.float64)
     result = {"id": id, "policy": digest, "returns": returns.tolist(), "lengths": episodes.lengths.tolist()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(result))
-    mean, episodes_run = float(returns.mean()), returns.size
-    progress.log("evaluated", id=id, model=mean, episodes=episodes_run, seconds=clock())
-    return returns
+    progress.log("evaluated", id=id, model=float(returns.mean()), episodes=returns.size, seconds=clock())
 
 
 if __name__ == "__main__":

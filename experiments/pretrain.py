@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
 import typing
 
+import jax
 import numpy as np
 
 from data.mixture import Bucket, Mixture, WindowSource
@@ -86,13 +88,15 @@ def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (
     mixture = mix(dataset, codecs, config)
     model, steps = make_model(config.model), config.training.steps
     configuration = {"pretrain": dataclasses.asdict(config), "environments": list(ids), "data": mixture.fingerprint}
+    trained = False
     with Checkpoints(workdir / "checkpoints", configuration) as checkpoints:
-        state = training.init_state(model, config.training)
-        state = checkpoints.restore(state) or state
-        begun = int(state.step)
-        if begun < steps:
+        init = functools.partial(training.init_state, model, config.training)
+        # Shapes are enough to restore, and parameters take seconds to make.
+        state = checkpoints.restore(jax.eval_shape(init)) or init()
+        if int(state.step) < steps:
             state = _train(config, state, mixture, checkpoints, ids, workdir)
-    if begun < steps or not (workdir / "policy").exists():
+            trained = True
+    if trained or not (workdir / "policy").exists():
         cards = {codec.card.id: codec.card for codec in codecs}
         policy.save(workdir / "policy", policy.Policy(config.model, state.params, cards, config.decoding))
 
