@@ -26,8 +26,8 @@ IMAGE_FEATURES = 256
 IMAGE_SIDE = 32
 """A Box with two axes at least this long is an image, seen through convolutions; smaller grids are flattened."""
 
-CONVOLUTIONS = ((8, 4, 16), (4, 2, 32))
-"""Kernel, stride and channels of each layer, valid padding."""
+CONVOLUTIONS = ((4, 16), (2, 32))
+"""Stride and channels of each layer; the kernel is twice the stride, the padding valid (Mnih et al. 2013)."""
 
 
 class Moments(typing.NamedTuple):
@@ -230,18 +230,23 @@ def _as_image(value: Array, space: spaces.Box) -> Array:
 def _init_convolutions(rng: np.random.Generator, shape: tuple[int, int, int]) -> PyTree:
     height, width, channels = shape
     layers = []
-    for kernel, stride, features in CONVOLUTIONS:
-        weights = _orthogonal(rng, kernel * kernel * channels, features, math.sqrt(2))
-        weights = weights.reshape(kernel, kernel, channels, features)
-        layers.append({"kernel": weights, "bias": np.zeros(features, np.float32)})
-        height, width, channels = (height - kernel) // stride + 1, (width - kernel) // stride + 1, features
+    for stride, features in CONVOLUTIONS:
+        kernel = _orthogonal(rng, 4 * stride * stride * channels, features, math.sqrt(2))
+        layers.append({"kernel": kernel, "bias": np.zeros(features, np.float32)})
+        height, width, channels = height // stride - 1, width // stride - 1, features
     return layers + _init_perceptron(rng, (height * width * channels, IMAGE_FEATURES), math.sqrt(2))
 
 
 def _apply_convolutions(layers: PyTree, x: Array) -> Array:
-    for layer, (_, stride, _) in zip(layers[:-1], CONVOLUTIONS, strict=True):
-        x = jax.lax.conv_general_dilated(
-            x, layer["kernel"], (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        x = jax.nn.relu(x + layer["bias"])
+    for layer, (stride, _) in zip(layers[:-1], CONVOLUTIONS, strict=True):
+        x = jax.nn.relu(_patches(x, stride) @ layer["kernel"] + layer["bias"])
     return jax.nn.relu(x.reshape(x.shape[0], -1) @ layers[-1]["kernel"] + layers[-1]["bias"])
+
+
+def _patches(x: Array, stride: int) -> Array:
+    """Windows `[B, rows, columns, window]` of twice the stride: on CPUs, convolving in a loop is far slower."""
+    batch, height, width, channels = x.shape
+    rows, columns = height // stride, width // stride
+    x = x[:, : rows * stride, : columns * stride].reshape(batch, rows, stride, columns, stride, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
+    return jnp.concatenate([x[:, :-1, :-1], x[:, :-1, 1:], x[:, 1:, :-1], x[:, 1:, 1:]], -1)
