@@ -7,6 +7,7 @@ import pathlib
 import typing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -91,12 +92,13 @@ class Checkpoints:
                 f"the checkpoint {self.directory / str(step)} is of another run: {'; '.join(differences)}. "
                 "Resume with the same configuration, or choose another folder"
             )
-        abstract = jax.tree.map(_with_device, _without_key_type(like))
+        wanted = _without_key_type(like)
+        abstract = jax.tree.map(_with_device, wanted)
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         except Exception as error:
             raise CheckpointError(_damaged(self.directory / str(step), error)) from error
-        state = TrainState(*(restored.state[name] for name in TrainState._fields))
+        state = TrainState(**jax.tree.map(_placed, wanted, restored.state))
         return state._replace(key=jax.random.wrap_key_data(state.key))
 
 
@@ -159,6 +161,12 @@ def _without_key_type(state: TrainState) -> dict[str, typing.Any]:
 
 def _abstract(leaf: typing.Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _placed(like: typing.Any, leaf: jax.Array) -> jax.Array:
+    # Orbax commits arrays to a device; a state that was bound to none would compile its step anew.
+    bound = like.sharding is not None if _abstract(like) else like.committed
+    return leaf if bound else jnp.asarray(np.asarray(leaf))
 
 
 def _with_device(leaf: typing.Any) -> jax.ShapeDtypeStruct:

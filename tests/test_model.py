@@ -1,0 +1,253 @@
+"""Laws of the model: causality, cached decoding, padding, history, compilation."""
+
+import dataclasses
+import functools
+
+import examples
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax import spaces
+from ldm_jax.codec import Codec, bucket_for
+from ldm_jax.config import SIZES, ConfigError, ModelConfig
+from ldm_jax.model import Inputs, count_parameters, make_model
+
+NANO = dataclasses.replace(SIZES["nano"], values=64)
+WINDOW = NANO.window
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(NANO)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return model.init(jax.random.key(0))
+
+
+def flatten(predictions):
+    """Softmaxed predictions as one array `[rows, T, ...]`."""
+    return np.concatenate([np.asarray(jax.nn.softmax(p, -1)).reshape(*p.shape[:2], -1) for p in predictions], -1)
+
+
+@pytest.mark.parametrize("name", ["continuous", "mixed"])
+def test_cached_decoding_equals_one_forward_pass_with_staggered_resets(model, params, name):
+    codec, steps, resets = examples.make_codec(name), 4 * WINDOW, (0, 5, 2 * WINDOW + 3)
+    example = examples.random_example(codec, len(resets), steps, seed=1)
+    cache, step = model.init_cache(len(resets)), jax.jit(model.apply)
+    decoded = []
+    for t in range(steps):
+        fresh = jnp.array([t == reset for reset in resets])
+        cache = cache._replace(length=jnp.where(fresh, 0, cache.length))
+        now = example.inputs._replace(
+            features=jax.tree.map(lambda leaf, t=t: leaf[:, t : t + 1], example.inputs.features)
+        )
+        predictions, cache = step(params, {"rows": now}, cache)
+        decoded.append(flatten(predictions["rows"]))
+    decoded = np.concatenate(decoded, 1)
+    for row, reset in enumerate(resets):
+        features = jax.tree.map(lambda leaf, row=row, reset=reset: leaf[row : row + 1, reset:], example.inputs.features)
+        signature = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], example.inputs.signature)
+        whole, _ = model.apply(params, {"rows": Inputs(features, signature)})
+        np.testing.assert_allclose(decoded[row, reset:], flatten(whole["rows"])[0], atol=2e-5)
+
+
+def test_attention_is_causal_and_local_by_gradient(params, model):
+    example = examples.random_example(examples.make_codec("vector"), 1, 4 * WINDOW, seed=2)
+    t = 3 * WINDOW
+
+    def prediction(numeric):
+        inputs = example.inputs._replace(features=example.inputs.features._replace(numeric=numeric))
+        return jax.nn.log_softmax(model.apply(params, {"rows": inputs})[0]["rows"].choices[0, t, 0, :3])[0]
+
+    influence = np.abs(jax.grad(prediction)(example.inputs.features.numeric)).sum((0, 2, 3))
+    reach = NANO.layers * (WINDOW - 1)
+    assert (influence[t + 1 :] == 0).all()
+    assert (influence[: max(0, t - reach)] == 0).all()
+    assert (influence[t - WINDOW + 1 : t + 1] > 0).all()
+
+
+def test_a_nan_in_padding_changes_nothing(params, model):
+    codec = examples.make_codec("mixed")
+    example = examples.random_example(codec, 2, 6, seed=3)
+    features = example.inputs.features
+    before, _ = model.apply(params, {"rows": example.inputs})
+    numbers = codec.observation_layout.numbers
+    slots = codec.action_layout.continuous
+    side = features.grids[0].copy()
+    side[:, :, 7:] = np.nan
+    numeric = features.numeric.copy()
+    numeric[:, :, numbers:] = np.nan
+    continuous = features.previous.continuous.copy()
+    continuous[..., slots:] = np.nan
+    poisoned = features._replace(
+        numeric=numeric, grids=(side,), previous=features.previous._replace(continuous=continuous)
+    )
+    assert np.isnan(numeric).any() and np.isnan(side).any() and np.isnan(continuous).any()
+    after, _ = model.apply(params, {"rows": example.inputs._replace(features=poisoned)})
+    np.testing.assert_array_equal(before["rows"].choices, after["rows"].choices)
+    np.testing.assert_array_equal(before["rows"].bins[:, :, :slots], after["rows"].bins[:, :, :slots])
+
+
+@pytest.mark.parametrize("change", ["reward", "terminated", "truncated", "action"])
+def test_how_an_episode_ended_changes_the_next_prediction(params, model, change):
+    codec = examples.make_codec("vector")
+    arrays = examples.random_stream(codec, 8, seed=4)
+    for name in ("terminated", "truncated"):
+        arrays[name] = np.zeros(8, bool)
+    arrays["first"] = np.arange(8) == 5
+    arrays["terminated"][4] = True
+    other = {name: leaf.copy() for name, leaf in arrays.items()}
+    if change == "reward":
+        other["reward"][4] += 1.0
+    elif change == "action":
+        other["action/value"][3] = (other["action/value"][3] + 1) % 3
+    else:
+        other["terminated"][4], other["truncated"][4] = False, True
+        if change == "terminated":
+            other["terminated"][4] = True
+    outputs = []
+    for stream in (arrays, other):
+        features, _ = codec.window(stream)
+        inputs = Inputs(examples.stack([features]), examples.stack([codec.signature]))
+        outputs.append(flatten(model.apply(params, {"rows": inputs})[0]["rows"]))
+    assert np.abs(outputs[0] - outputs[1])[0, 5].max() > 1e-6
+    np.testing.assert_array_equal(outputs[0][0, :3], outputs[1][0, :3])
+
+
+def test_the_ignored_action_does_not_matter(params, model):
+    codec = examples.make_codec("vector")
+    arrays = examples.random_stream(codec, 8, seed=5)
+    arrays["terminated"], arrays["truncated"] = np.arange(8) == 4, np.zeros(8, bool)
+    arrays["first"] = np.arange(8) == 5
+    other = arrays | {"action/value": arrays["action/value"].copy()}
+    other["action/value"][4] = (other["action/value"][4] + 1) % 3
+    outputs = []
+    for stream in (arrays, other):
+        features, _ = codec.window(stream)
+        inputs = Inputs(examples.stack([features]), examples.stack([codec.signature]))
+        outputs.append(flatten(model.apply(params, {"rows": inputs})[0]["rows"]))
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_rows_and_buckets_do_not_touch_each_other(params, model):
+    batch = {name: example.inputs for name, example in examples.random_batch(examples.SPACES, 2, 5, seed=6).items()}
+    together, _ = model.apply(params, batch)
+    for name, inputs in batch.items():
+        alone, _ = model.apply(params, {name: jax.tree.map(lambda leaf: leaf[1:], inputs)})
+        np.testing.assert_allclose(flatten(together[name])[1:], flatten(alone[name]), atol=1e-5)
+
+
+def test_the_signature_is_seen(params, model):
+    codec = examples.make_codec("vector")
+    example = examples.random_example(codec, 1, 3, seed=7)
+    other = example.inputs.signature._replace(vector=example.inputs.signature.vector * 0.5)
+    one, two = (
+        model.apply(params, {"rows": i})[0]["rows"].choices
+        for i in (example.inputs, example.inputs._replace(signature=other))
+    )
+    assert np.abs(one - two).max() > 1e-4
+
+
+def test_masked_choices_have_no_probability(params, model):
+    codec = examples.make_codec("vector")
+    example = examples.random_example(codec, 2, 4, seed=8)
+    mask = example.inputs.features.action_mask.copy()
+    mask[..., 1] = False
+    inputs = example.inputs._replace(features=example.inputs.features._replace(action_mask=mask))
+    probabilities = jax.nn.softmax(model.apply(params, {"rows": inputs})[0]["rows"].choices, -1)
+    assert (np.asarray(probabilities[..., 1]) == 0).all()
+    assert (np.asarray(probabilities[..., 3:]) == 0).all()
+
+
+def test_a_second_call_compiles_nothing(model, params):
+    apply = jax.jit(lambda *arguments: model.apply(*arguments))  # a cache of its own
+    for seed in (9, 10):
+        apply(params, {name: e.inputs for name, e in examples.random_batch(["vector", "grid"], 2, 4, seed).items()})
+    assert apply._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "variant", [{"qk_norm": False}, {"kv_heads": 1}, {"remat": "full"}, {"remat": "dots"}, {"dtype": "bfloat16"}]
+)
+def test_variants_of_the_decoder_run_and_stay_finite(variant):
+    cfg = dataclasses.replace(NANO, **variant)
+    model = make_model(cfg)
+    params = model.init(jax.random.key(1))
+    batch = {name: e.inputs for name, e in examples.random_batch(["vector", "mixed"], 2, 4, seed=11).items()}
+
+    def total(params):
+        return sum(jnp.square(jnp.maximum(p, -30)).sum() for p in jax.tree.leaves(model.apply(params, batch)[0]))
+
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(total)(params)))
+
+
+@pytest.mark.parametrize(
+    ("size", "backbone"), [("32m", 31.5e6), ("70m", 70.8e6), ("308m", 302e6), ("736m", 736e6), ("micro", 0.65e6)]
+)
+def test_named_sizes_have_their_parameter_counts(size, backbone):
+    shapes = jax.eval_shape(make_model(SIZES[size]).init, jax.random.key(0))
+    assert count_parameters(shapes["decoder"]) == pytest.approx(backbone, rel=0.03)
+
+
+def test_init_is_a_pure_function_of_the_key(model, params):
+    same, other = model.init(jax.random.key(0)), model.init(jax.random.key(1))
+    assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), params, same))
+    assert not jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), params, other))
+    assert all(
+        type(node) is dict
+        for node in jax.tree.leaves(params, is_leaf=lambda x: not isinstance(x, dict))
+        if isinstance(node, dict)
+    )
+
+
+@pytest.mark.parametrize("name", examples.SPACES)
+def test_the_window_and_the_single_steps_encode_alike(name):
+    codec = examples.make_codec(name)
+    arrays = examples.random_stream(codec, 12, seed=12)
+    features, targets = codec.window(arrays)
+    space = codec.card.action_space
+    stacked = {key: leaf[None] for key, leaf in arrays.items()}
+    step = jax.jit(codec.features)
+    for t in range(12):
+        previous = spaces.unflatten(
+            space, [arrays[f"action/{leaf.name}"][max(t - 1, 0)][None] for leaf in spaces.leaves(space)]
+        )
+        one = step(examples.timestep_at(codec, stacked, t), previous, np.array([t > 0]))
+        for whole, single in zip(jax.tree.leaves(features), jax.tree.leaves(one), strict=True):
+            assert whole.dtype == single.dtype
+            np.testing.assert_allclose(whole[t], single[0], atol=1e-5)
+    assert targets.weight.sum() == arrays["label_mask"].sum()
+    if codec.action_layout.categorical:
+        np.testing.assert_allclose(targets.probabilities.sum((-2, -1)), codec.action_layout.categorical, rtol=1e-5)
+
+
+def test_the_signature_is_bounded():
+    for name in examples.SPACES:
+        assert np.abs(examples.make_codec(name).signature.vector).max() < 10
+
+
+def test_a_space_too_large_names_the_way_out():
+    card = examples.make_card(examples.gs.Box(-1, 1, (300,)), examples.gs.Discrete(40))
+    with pytest.raises(ConfigError, match=r"numeric=512 \(the model has 128\), choices=128"):
+        ModelConfig().check_fits(Codec(card).bucket, card.id)
+    with pytest.raises(spaces.SpaceError, match="numeric = 5000"):
+        bucket_for(examples.gs.Box(-1, 1, (5000,)), examples.gs.Discrete(2))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("layers", 0, "layers is 0"),
+        ("heads", 3, "3 heads"),
+        ("kv_heads", 3, "divisor"),
+        ("dtype", "int8", "bfloat16"),
+        ("remat", "x", "dots"),
+    ],
+)
+def test_bad_configurations_are_refused(field, value, message):
+    with pytest.raises(ConfigError, match=message):
+        functools.partial(ModelConfig, **{field: value})()
