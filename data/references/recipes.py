@@ -55,7 +55,8 @@ TUNED: typing.Mapping[str, dict[str, typing.Any]] = types.MappingProxyType(
             "steps": 256,
             "minibatches": 16,
             "learning_rate": 5e-4,
-            "discount": 0.995,
+            "discount": 0.999,
+            "trace": 0.98,
         },
         "MiniGrid-Empty-5x5": {"budget_steps": 200_000},
     }
