@@ -12,11 +12,18 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from data.mixture import MixtureError
 from data.references import ReferenceError
 from data.store import StoreError
 from environments import EnvironmentFaultError, LibraryMissingError, UnknownEnvironmentError
 from experiments.progress import logger
 from experiments.workdir import WorkdirError
+from ldm_jax.cards import CardError
+from ldm_jax.checkpoints import CheckpointError
+from ldm_jax.config import ConfigError
+from ldm_jax.policy import PolicyError
+from ldm_jax.spaces import SpaceError
+from ldm_jax.training import TrainingError
 
 
 class _Dataclass(typing.Protocol):
@@ -26,10 +33,17 @@ class _Dataclass(typing.Protocol):
 T = typing.TypeVar("T", bound=_Dataclass)
 
 EXPECTED_ERRORS = (
+    CardError,
+    CheckpointError,
+    ConfigError,
     EnvironmentFaultError,
     LibraryMissingError,
+    MixtureError,
+    PolicyError,
     ReferenceError,
+    SpaceError,
     StoreError,
+    TrainingError,
     UnknownEnvironmentError,
     WorkdirError,
 )
@@ -64,7 +78,11 @@ def launch(run: typing.Callable[[T, pathlib.Path, tuple[str, ...]], typing.Any],
         absl_logging.set_verbosity(absl_logging.WARNING)
         logger.setLevel(logging.INFO)
         try:
-            run(rebuild(config, holder.value), pathlib.Path(workdir.value), tuple(environments.value))
+            resolved = rebuild(config, holder.value)
+        except ValueError as error:  # a configuration that checked itself
+            sys.exit(f"error: {error}")
+        try:
+            run(resolved, pathlib.Path(workdir.value), tuple(environments.value))
         except EXPECTED_ERRORS as error:
             logger.debug("", exc_info=True)
             sys.exit(f"error: {error}")
