@@ -93,6 +93,12 @@ def _check_runs(id: str, own: Environment, short: Environment, steps: int, seed:
                 _check_types(environment, time_step)
     with _law(id, "reset"):
         _check_reset(long[0])
+    with _law(id, "reproducibility"):
+        _check_same(long, _run(own, key, steps, random_actions), "the same key and the same actions")
+    with _law(id, "the edges of the action space"):
+        for edge in ("low", "high"):
+            action = _edge(own.spec.action_space, own.spec.batch_size, edge)
+            _run(own, key, 3, _always(action))
     with _law(id, "next-step reset"):
         for run in (long, brief):
             _check_firsts(run)
@@ -100,12 +106,6 @@ def _check_runs(id: str, own: Environment, short: Environment, steps: int, seed:
     with _law(id, "the time limit"):
         _check_limit(long, own.spec.time_limit, exact=False)
         _check_limit(brief, SHORT_LIMIT, exact=True)
-    with _law(id, "reproducibility"):
-        _check_same(long, _run(own, key, steps, random_actions), "the same key and the same actions")
-    with _law(id, "the edges of the action space"):
-        for edge in ("low", "high"):
-            action = _edge(own.spec.action_space, own.spec.batch_size, edge)
-            _run(own, key, 3, _always(action))
     with _law(id, "independent rows"):
         _check_rows(own, key, other, steps, random_actions)
 

@@ -139,9 +139,9 @@ def _names(library: str, adapter: types.ModuleType) -> tuple[str, ...]:
     try:
         return tuple(adapter.list_ids())
     except ImportError as error:
-        if library in BUILT_IN and error.name is not None and error.name.partition(".")[0] == library:
+        if library in BUILT_IN:
             raise LibraryMissingError(
-                f"{library} is not installed; install it with: pip install 'ldm_jax[{library}]'"
+                f"{library} is not installed ({error}); install it with: pip install 'ldm_jax[{library}]'"
             ) from error
         raise LibraryMissingError(f"{library} cannot be imported: {error!r}") from error
     except Exception as error:

@@ -59,6 +59,9 @@ _NO_LIMIT = 1_000_000  # steps; where a library has no time limit it declares 2^
 _DEFAULT_LIMIT = 1000
 _TOY_TEXT_LIMIT = 200  # CliffWalking declares none, and a random policy walks thousands of steps
 _MISSION_LIMIT = 2304  # BabyAI declares 0: each mission brings its own, at most 4 instructions of 8 x 8 x 9 steps
+_LIMIT_IS_THEIRS = ("jumanji", "minigrid", "mujoco.playground")
+"""Families whose simulators themselves use `max_episode_steps`: for an internal limit, a reward, or a schedule."""
+
 _MAX_CATEGORIES = 4096  # a larger `Discrete` observation is a counter, so a number
 _MAX_CHECKED = 4096  # elements; the bounds of larger leaves, images, are not worth checking at every step
 _MAX_THREADS = 16
@@ -143,7 +146,7 @@ class EnvpoolEnvironment:
         first_B = self._last_B
         self._elapsed_B = np.where(first_B, 0, self._elapsed_B + 1)
         over_B = self._elapsed_B >= self.spec.time_limit
-        # Some environments ignore `max_episode_steps`: envpool will not reset these rows by itself.
+        # Only envpool's own ends make it reset a row by itself.
         self._overdue_B = over_B & ~terminated_B & ~truncated_B
         truncated_B = truncated_B | over_B
         self._last_B = terminated_B | truncated_B
@@ -256,7 +259,10 @@ def make(name: str, batch_size: int, time_limit: int | None) -> EnvpoolEnvironme
     else:
         if time_limit is None and own_limit > _NO_LIMIT:
             time_limit = _TOY_TEXT_LIMIT if family == "toy_text" else _DEFAULT_LIMIT
-        time_limit = options["max_episode_steps"] = time_limit or own_limit
+        time_limit = time_limit or own_limit
+        # Envpool calls an end in the very step of its limit truncated, even a terminal one, and some simulators ignore
+        # the limit. So the limit is kept by `EnvpoolEnvironment`, and envpool's own lies one step behind it.
+        options["max_episode_steps"] = time_limit + (family not in _LIMIT_IS_THEIRS)
     mask = _find_mask(inner.state_array_spec, action_space)
     spec = EnvironmentSpec(
         id=f"{LIBRARY}/{name}",

@@ -1,0 +1,466 @@
+import dataclasses
+import functools
+import pathlib
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import gymnasium
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies
+
+import environments
+from environments import registry
+from ldm_jax import spaces
+from ldm_jax.types import TimeStep
+
+EXAMPLE_LIBRARY = pathlib.Path(__file__).parent / "example_library"
+
+# One of each kind: vector, grid, categorical, continuous, text, masks, several action slots, a limit we impose.
+PASSING = [
+    "gymnax/DeepSea-bsuite",
+    "gymnax/FrozenLake-misc",
+    "gymnax/Pendulum-v1",
+    "envpool/CartPole-v1",
+    "envpool/CliffWalking-v1",
+    "envpool/Connector-v2",
+    "envpool/Game2048-v1",
+    "envpool/LunarLander-v3",
+    "envpool/MetaWorld/Reach-v3",
+    "envpool/MiniGrid-Empty-5x5-v0",
+    "envpool/Pendulum-v1",
+    "envpool/Taxi-v3",
+]
+
+
+@pytest.mark.parametrize("id", PASSING)
+def test_real_environments_pass_the_kit(id):
+    environments.check_environment(id)
+
+
+# The kit can fail: a real environment with one law broken at a time.
+
+
+class Wrapped:
+    """A real environment whose time steps pass through `change`."""
+
+    def __init__(self, id="envpool/CartPole-v1", *, batch_size, time_limit):
+        self.inner = environments.make(id, batch_size, time_limit=time_limit)
+        self.spec = self.inner.spec
+        self.last = np.zeros(batch_size, bool)
+
+    def change(self, time_step, action):
+        return time_step
+
+    def reset(self, key):
+        state, time_step = self.inner.reset(key)
+        self.last = time_step.last
+        return state, self.change(time_step, None)
+
+    def step(self, state, action):
+        before = self.last
+        state, time_step = self.inner.step(state, action)
+        self.last, self.before = time_step.last, before
+        return state, self.change(time_step, action)
+
+    def close(self):
+        self.inner.close()
+
+
+class WrongBatchSize(Wrapped):
+    def __init__(self, *, batch_size, time_limit):
+        super().__init__(batch_size=batch_size + 1, time_limit=time_limit)
+
+
+class HugeBounds(Wrapped):
+    def __init__(self, **options):
+        super().__init__(**options)
+        space = gymnasium.spaces.Box(np.float32(-3.4e38), np.float32(3.4e38), (4,))
+        self.spec = dataclasses.replace(self.spec, observation_space=space)
+
+
+class NoFirst(Wrapped):
+    def change(self, time_step, action):
+        return time_step._replace(first=np.zeros_like(time_step.first)) if action is None else time_step
+
+
+class DoublePrecisionReward(Wrapped):
+    def change(self, time_step, action):
+        return time_step._replace(reward=time_step.reward.astype(np.float64))
+
+
+class NanReward(Wrapped):
+    def change(self, time_step, action):
+        return time_step._replace(reward=time_step.reward * np.float32(np.nan))
+
+
+class WrongShape(Wrapped):
+    def change(self, time_step, action):
+        return time_step._replace(observation=time_step.observation[:, :3])
+
+
+class NoSuchCategory(Wrapped):
+    def __init__(self, **options):
+        super().__init__("envpool/CliffWalking-v1", **options)
+
+    def change(self, time_step, action):
+        return time_step._replace(observation=time_step.observation + np.int32(48))
+
+
+class OneBuffer(Wrapped):
+    buffer = None
+
+    def change(self, time_step, action):
+        self.buffer = np.empty_like(time_step.observation) if self.buffer is None else self.buffer
+        self.buffer[:] = time_step.observation
+        return time_step._replace(observation=self.buffer)
+
+
+class FirstLate(Wrapped):
+    def change(self, time_step, action):
+        return time_step if action is None else time_step._replace(first=time_step.last)
+
+
+class RewardAtFirst(Wrapped):
+    def change(self, time_step, action):
+        return time_step if action is None else time_step._replace(reward=np.ones_like(time_step.reward))
+
+
+class ActionNotIgnored(Wrapped):
+    def change(self, time_step, action):
+        if action is None or not self.before.any():
+            return time_step
+        seen = np.where(self.before[:, None], action[:, None], time_step.observation).astype(np.float32)
+        return time_step._replace(observation=seen)
+
+
+class OneStepTooLong(Wrapped):
+    def __init__(self, *, batch_size, time_limit):
+        longer = None if time_limit is None else time_limit + 1
+        super().__init__("envpool/CliffWalking-v1", batch_size=batch_size, time_limit=longer)
+        self.spec = dataclasses.replace(self.spec, time_limit=time_limit or self.spec.time_limit)
+
+
+class OneStepTooShort(Wrapped):
+    def __init__(self, *, batch_size, time_limit):
+        shorter = None if time_limit is None else time_limit - 1
+        super().__init__("envpool/CliffWalking-v1", batch_size=batch_size, time_limit=shorter)
+        self.spec = dataclasses.replace(self.spec, time_limit=time_limit or self.spec.time_limit)
+
+
+class LimitCalledTerminal(Wrapped):
+    def change(self, time_step, action):
+        return time_step._replace(terminated=time_step.last, truncated=np.zeros_like(time_step.last))
+
+
+class HiddenRandomness(Wrapped):
+    def change(self, time_step, action):
+        noise = np.random.default_rng().normal(size=time_step.observation.shape).astype(np.float32)
+        return time_step._replace(observation=np.clip(time_step.observation + 1e-3 * noise, -4, 4))
+
+
+class RefusesLargestAction(Wrapped):
+    def step(self, state, action):
+        if (action == 1).all():
+            raise ValueError("no")
+        return super().step(state, action)
+
+
+class RowsAlike(Wrapped):
+    def __init__(self, *, batch_size, time_limit):
+        super().__init__(batch_size=1, time_limit=time_limit)
+        self.spec = dataclasses.replace(self.spec, batch_size=batch_size)
+
+    def step(self, state, action):
+        return super().step(state, action[:1])
+
+    def change(self, time_step, action):
+        return jax.tree.map(lambda leaf: leaf.repeat(self.spec.batch_size, 0), time_step)
+
+
+class TakesOldStates(Wrapped):
+    def reset(self, key):
+        self.state, time_step = super().reset(key)
+        return self.state, time_step
+
+    def step(self, state, action):
+        self.state, time_step = super().step(self.state, action)
+        return self.state, time_step
+
+
+class ClosesOnce(Wrapped):
+    closed = False
+
+    def close(self):
+        if self.closed:
+            raise RuntimeError("closed already")
+        self.closed = True
+
+
+class CountsInPython(Wrapped):
+    """Says that it is pure and is not: compiled, its count stands still."""
+
+    calls = 0
+
+    def __init__(self, **options):
+        super().__init__("gymnax/CartPole-v1", **options)
+
+    def change(self, time_step, action):
+        self.calls += action is not None
+        return time_step._replace(observation=time_step.observation.at[:, 1].add(self.calls))
+
+
+@pytest.mark.parametrize(
+    ("broken", "law"),
+    [
+        (WrongBatchSize, "the spec"),
+        (HugeBounds, "the spec"),
+        (NoFirst, "reset"),
+        (DoublePrecisionReward, "time steps"),
+        (NanReward, "time steps"),
+        (WrongShape, "time steps"),
+        (NoSuchCategory, "time steps"),
+        (OneBuffer, "time steps"),
+        (FirstLate, "next-step reset"),
+        (RewardAtFirst, "next-step reset"),
+        (ActionNotIgnored, "next-step reset"),
+        (OneStepTooLong, "the time limit"),
+        (OneStepTooShort, "the time limit"),
+        (LimitCalledTerminal, "the time limit"),
+        (HiddenRandomness, "reproducibility"),
+        (RefusesLargestAction, "the edges of the action space"),
+        (RowsAlike, "independent rows"),
+        (TakesOldStates, "stale states"),
+        (ClosesOnce, "close"),
+        (CountsInPython, "jit"),
+    ],
+)
+def test_the_kit_finds_a_broken_law(broken, law):
+    with pytest.raises(environments.ConformanceError, match=law) as caught:
+        environments.check_environment(broken)
+    assert caught.value.law == law
+
+
+def test_the_kit_names_the_law_when_an_environment_cannot_be_made():
+    def make(batch_size, time_limit):
+        raise RuntimeError("no display")
+
+    with pytest.raises(environments.ConformanceError, match="making: it raised RuntimeError"):
+        environments.check_environment(make)
+
+
+def test_every_gymnax_environment_gives_what_it_declares():
+    for id in environments.list_ids("gymnax"):
+        environment = environments.make(id, 3)
+        spec = environment.spec
+        action = jax.tree.map(jax.numpy.asarray, spaces.zeros(spec.action_space, (3,)))
+        state, time_step = jax.eval_shape(environment.reset, jax.random.key(0))
+        after, next_step = jax.eval_shape(environment.step, state, action)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), (state, time_step)) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), (after, next_step)
+        ), id
+        for leaf in spaces.leaves(spec.observation_space):
+            struct, value = spaces.leaf_shape_dtype(leaf.space), spaces.get(time_step.observation, leaf.path)
+            assert (value.shape, value.dtype) == ((3, *struct.shape), struct.dtype), id
+
+
+def test_a_second_call_compiles_nothing():
+    environment = environments.make("gymnax/Acrobot-v1", 2)
+    for seed in range(2):
+        state, _ = environment.reset(jax.random.key(seed))
+        for _ in range(3):
+            state, _ = environment.step(state, np.zeros(2, np.int32))
+    assert environment._reset._cache_size() == environment._step._cache_size() == 1
+
+
+# Time limits that envpool ignores: rows are reset one by one while the others go on.
+
+
+def _walk(place, action):
+    """The dynamics of CliffWalking, written anew: up, right, down, left on 4 x 12 fields."""
+    row, column = divmod(place, 12)
+    d_row, d_column = ((-1, 0), (0, 1), (1, 0), (0, -1))[action]
+    row, column = min(max(row + d_row, 0), 3), min(max(column + d_column, 0), 11)
+    if row == 3 and 0 < column < 11:
+        return 36, -100.0, False
+    return row * 12 + column, -1.0, (row, column) == (3, 11)
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
+    limit=strategies.integers(1, 20), batch_size=strategies.integers(1, 5), seed=strategies.integers(0, 2**31 - 1)
+)
+def test_imposed_limits_reset_single_rows(limit, batch_size, seed):
+    rng = np.random.default_rng(seed)
+    environment = environments.make("envpool/CliffWalking-v1", batch_size, time_limit=limit)
+    state, time_step = environment.reset(jax.random.key(seed))
+    goal_in_13 = [0] + [1] * 11 + [2]
+    place, elapsed, ended = np.full(batch_size, 36), np.zeros(batch_size, int), np.zeros(batch_size, bool)
+    hurries = rng.random(batch_size) < 0.5
+    for _ in range(60):
+        wander = rng.integers(0, 4, batch_size)
+        action = [goal_in_13[e % 13] if h else w for e, h, w in zip(elapsed, hurries, wander, strict=True)]
+        state, time_step = environment.step(state, np.array(action, np.int32))
+        for row in range(batch_size):
+            if ended[row]:
+                expected = (36, 0.0, False, False, True)
+                place[row], elapsed[row] = 36, 0
+                hurries[row] = rng.random() < 0.5
+            else:
+                place[row], reward, terminated = _walk(place[row], action[row])
+                elapsed[row] += 1
+                expected = (place[row], reward, terminated, elapsed[row] >= limit, False)
+            ended[row] = expected[2] or expected[3]
+            got = (leaf[row] for leaf in time_step[:5])
+            assert tuple(got) == expected
+    environment.close()
+
+
+def test_envpool_leaves_no_threads_behind():
+    environment = environments.make("envpool/CartPole-v1", 8)
+
+    def threads():
+        return len(list(pathlib.Path("/proc/self/task").iterdir()))
+
+    environment.reset(jax.random.key(0))
+    before = threads()
+    for seed in range(50):
+        environment.reset(jax.random.key(seed))
+    assert threads() <= before
+    environment.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (lambda o, r, *rest: (o * np.nan, r, *rest), r"step 1 .*observation is nan in rows \[0, 1, 2\]"),
+        (lambda o, r, *rest: (o, r * [1, np.nan, 1], *rest), r"step 1 .*reward is nan in rows \[1\]"),
+        (lambda o, r, *rest: (o[:, :2], r, *rest), r"step 1 .*shape \[3, 2\], expected \[3, 4\]"),
+    ],
+)
+def test_faults_of_a_simulator_are_named(fault, text):
+    environment = environments.make("envpool/CartPole-v1", 3)
+    state, _ = environment.reset(jax.random.key(0))
+    real_step = environment._pool.step
+    environment._pool.step = lambda *arguments: fault(*real_step(*arguments))
+    with pytest.raises(environments.EnvironmentFaultError, match=f"envpool/CartPole-v1, {text}"):
+        environment.step(state, np.zeros(3, np.int32))
+    with pytest.raises(environments.StaleStateError):
+        environment.step(state, np.zeros(3, np.int32))
+    environment.close()
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("id", "text"),
+    [
+        ("gymnax/Cartpole-v1", "did you mean gymnax/CartPole-v1"),
+        ("envpool/LunarLandar-v3", "did you mean envpool/LunarLander-v3"),
+        ("CartPole-v1", "expected `library/name`; did you mean .*/CartPole-v1"),
+        ("gymnas/CartPole-v1", "known are envpool, gymnax; did you mean gymnax"),
+        ("gymnax/MNISTBandit-bsuite", "not offered: it downloads"),
+        ("envpool/Cig-v1", "not offered: .*crashes"),
+        ("envpool/Chess-v1", "not offered: several players"),
+    ],
+)
+def test_unknown_ids_are_answered_with_a_way_out(id, text):
+    with pytest.raises(environments.UnknownEnvironmentError, match=text):
+        environments.make(id)
+
+
+@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 2.0}, {"batch_size": True}, {"time_limit": 0}])
+def test_sizes_must_be_positive_integers(arguments):
+    with pytest.raises(ValueError, match="expected an integer of at least 1"):
+        environments.make("gymnax/CartPole-v1", **arguments)
+
+
+def test_a_missing_library_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnax", None)
+    registry._names.cache_clear()
+    with pytest.raises(environments.LibraryMissingError, match=r"pip install 'ldm_jax\[gymnax\]'"):
+        environments.make("gymnax/CartPole-v1")
+    with pytest.raises(environments.LibraryMissingError, match=r"pip install 'ldm_jax\[gymnax\]'"):
+        environments.list_ids("gymnax")
+    everything = environments.list_ids()
+    registry._names.cache_clear()
+    assert "envpool/CartPole-v1" in everything
+    assert not any(id.startswith("gymnax/") for id in everything)
+
+
+def test_ids_are_unique_and_can_be_made():
+    ids = environments.list_ids()
+    assert len(ids) == len(set(ids)) > 1400
+    for id in ids[:: len(ids) // 25]:
+        assert environments.make(id).spec.id == id
+
+
+# Third parties.
+
+
+def _declare(folder, name, entry):
+    """Writes what pip leaves behind of a package with one entry point."""
+    information = folder / f"{name}-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text(f"[{registry.ENTRY_POINT_GROUP}]\n{entry}\n")
+
+
+def test_a_broken_third_party_takes_nothing_away(tmp_path, monkeypatch):
+    _declare(tmp_path, "broken", "broken = no_such_module")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(RuntimeWarning, match="left out the environments of 'broken'.*no_such_module"):
+        ids = environments.list_ids()
+    assert "gymnax/CartPole-v1" in ids
+    with pytest.raises(environments.LibraryMissingError, match="no_such_module"):
+        environments.make("broken/Anything")
+
+
+def test_a_third_party_does_not_shadow_a_built_in_library(tmp_path, monkeypatch):
+    _declare(tmp_path, "usurper", "gymnax = usurper.adapter")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"ignored the entry point gymnax = usurper.adapter of usurper"):
+        assert environments.make("gymnax/CartPole-v1").spec.version != "1.0"
+
+
+def test_a_third_party_package_is_found_and_passes_the_kit(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(EXAMPLE_LIBRARY, source)  # building writes beside the sources
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
+    subprocess.run([*pip, "--target", str(target), str(source)], check=True)
+    program = """
+        import environments
+        assert environments.list_ids("example") == ["example/Corridor-v0"]
+        assert "example/Corridor-v0" in environments.list_ids()
+        assert environments.make("example/Corridor-v0", 3, time_limit=9).spec.version == "0.3.0"
+        environments.check_environment("example/Corridor-v0")
+        print("passed")
+    """
+    run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path)
+    result = run([sys.executable, "-c", textwrap.dedent(program)], env={"PYTHONPATH": str(target)})
+    assert result.stdout == "passed\n", result.stderr
+
+
+def test_importing_the_package_imports_no_library():
+    program = """
+        import sys
+        import environments
+        assert not {"jax", "gymnasium", "gymnax", "envpool"} & set(sys.modules)
+        from environments import make, check_environment
+        import environments.adapters.gymnax, environments.adapters.envpool
+        assert not {"gymnax", "envpool"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+
+
+def test_time_steps_are_a_pytree_with_numpy_arrays_where_the_simulator_is_stateful():
+    environment = environments.make("envpool/MiniGrid-Empty-5x5-v0", 2)
+    _, time_step = environment.reset(jax.random.key(0))
+    assert isinstance(time_step, TimeStep)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(time_step))
+    assert bytes(time_step.observation["mission"][0]).rstrip(b"\0") == b"get to the green goal square"
