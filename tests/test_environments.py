@@ -23,7 +23,6 @@ EXAMPLE_LIBRARY = pathlib.Path(__file__).parent / "example_library"
 # One of each kind: vector, grid, categorical, continuous, text, masks, several action slots, a limit we impose.
 PASSING = [
     "gymnax/DeepSea-bsuite",
-    "gymnax/FrozenLake-misc",
     "gymnax/Pendulum-v1",
     "envpool/CartPole-v1",
     "envpool/CliffWalking-v1",
@@ -266,6 +265,25 @@ def test_every_gymnax_environment_gives_what_it_declares():
         for leaf in spaces.leaves(spec.observation_space):
             struct, value = spaces.leaf_shape_dtype(leaf.space), spaces.get(time_step.observation, leaf.path)
             assert (value.shape, value.dtype) == ((3, *struct.shape), struct.dtype), id
+
+
+@pytest.mark.parametrize(
+    "id",
+    ["gymnax/GaussianBandit-misc", "gymnax/MemoryChain-bsuite", "gymnax/MetaMaze-misc", "gymnax/UmbrellaChain-bsuite"],
+)
+def test_corrected_bounds_hold(id):
+    environment = environments.make(id, 8)
+
+    @jax.jit
+    def play(key):
+        def step(state, key):
+            state, time_step = environment.step(state, spaces.sample(key, environment.spec.action_space, 8))
+            return state, time_step.observation
+
+        return jax.lax.scan(step, environment.reset(key)[0], jax.random.split(key, 500))[1]
+
+    for observation in np.asarray(play(jax.random.key(0))):
+        assert spaces.check(environment.spec.observation_space, observation, 8, "the observation") == 0
 
 
 def test_a_second_call_compiles_nothing():

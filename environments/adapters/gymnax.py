@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import types
 import typing
 
 import gymnasium
@@ -38,6 +39,15 @@ _DOMAINS = {
     "FrozenLake-misc": "toy text",
     "Reacher-misc": "robotics",
     "Swimmer-misc": "robotics",
+}
+
+
+# Bounds that gymnax declares too narrow, seen in random play: by index of the observation, low and high.
+_BOUNDS: dict[str, dict[int, tuple[float, float]]] = {
+    "GaussianBandit-misc": {0: (-np.inf, np.inf), 3: (-1, 1)},  # the last reward is normal; time runs from -1 to 1
+    "MemoryChain-bsuite": {0: (-1e-6, 1), 2: (-1, 1)},  # time left falls below 0 by rounding; the context is -1 or 1
+    "MetaMaze-misc": {13: (0, 10)},  # the goal pays 10
+    "UmbrellaChain-bsuite": {2: (-1e-6, 1)},  # rounding again
 }
 
 
@@ -139,7 +149,7 @@ def make(name: str, batch_size: int, time_limit: int | None) -> GymnaxEnvironmen
         id=f"{LIBRARY}/{name}",
         library=LIBRARY,
         version=importlib.metadata.version(LIBRARY),
-        observation_space=_convert(inner.observation_space(params), observation),
+        observation_space=_convert(inner.observation_space(params), observation, _BOUNDS.get(name, {})),
         action_space=_convert(inner.action_space(params)),
         batch_size=batch_size,
         time_limit=int(params.max_steps_in_episode),
@@ -149,7 +159,11 @@ def make(name: str, batch_size: int, time_limit: int | None) -> GymnaxEnvironmen
     return GymnaxEnvironment(spec, inner, params)
 
 
-def _convert(space: typing.Any, value: jax.ShapeDtypeStruct | None = None) -> gymnasium.Space:
+def _convert(
+    space: typing.Any,
+    value: jax.ShapeDtypeStruct | None = None,
+    bounds: typing.Mapping[int, tuple[float, float]] = types.MappingProxyType({}),
+) -> gymnasium.Space:
     import gymnax.environments.spaces as gymnax_spaces
 
     if isinstance(space, gymnax_spaces.Discrete):
@@ -157,7 +171,9 @@ def _convert(space: typing.Any, value: jax.ShapeDtypeStruct | None = None) -> gy
     if isinstance(space, gymnax_spaces.Box):
         # What comes out counts: Catch declares int32 and gives float32, FourRooms the other way round.
         dtype = np.dtype(space.dtype if value is None else value.dtype)
-        low, high = (np.broadcast_to(np.asarray(side, np.float64), space.shape) for side in (space.low, space.high))
+        low, high = (np.array(np.broadcast_to(side, space.shape), np.float64) for side in (space.low, space.high))
+        for index, (index_low, index_high) in bounds.items():
+            low[index], high[index] = index_low, index_high
         if np.issubdtype(dtype, np.floating):
             low = np.where(low < -spaces.UNBOUNDED, -np.inf, low)
             high = np.where(high > spaces.UNBOUNDED, np.inf, high)
