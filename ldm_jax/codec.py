@@ -14,18 +14,14 @@ import gymnasium
 import numpy as np
 
 from ldm_jax import actions, observations
-from ldm_jax.actions import ActionLayout, Slots
+from ldm_jax.actions import Slots
 from ldm_jax.cards import EnvironmentCard
-from ldm_jax.observations import ObservationLayout
-from ldm_jax.spaces import Leaf, SpaceError, bounds, get, leaf_shape_dtype, leaves, text_bytes, unflatten
+from ldm_jax.signature import signature_vector, symlog
+from ldm_jax.spaces import Leaf, SpaceError, get, leaf_shape_dtype, leaves, text_bytes, unflatten
 from ldm_jax.types import Array, PyTree, TimeStep
 
 GRID_CELLS = 16
 """The spatial encoder works on at most this many cells a side; larger images are cut into patches first."""
-DESCRIBED = 16
-"""Components of an observation, and of an action, that the signature describes one by one."""
-SIGNATURE = 12 + 10 * DESCRIBED
-"""Length of the signature vector."""
 
 
 class Features(typing.NamedTuple):
@@ -175,7 +171,7 @@ def _round_up(kind: str, size: int) -> int:
 
 def _grid_for(leaf: Leaf) -> Grid:
     struct = leaf_shape_dtype(leaf.space)
-    height, width, channels = channels_last_shape(struct.shape)
+    height, width, channels = observations.channels_last_shape(struct.shape)
     largest = max(height, width)
     if largest <= GRID_CELLS:
         return Grid(
@@ -183,15 +179,6 @@ def _grid_for(leaf: Leaf) -> Grid:
         )
     side = -(-largest // GRID_CELLS) * GRID_CELLS
     return Grid(side, _round_up("channels", channels), "uint8" if struct.dtype == np.uint8 else "float32")
-
-
-def channels_last_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Height, width and channels of a spatial leaf."""
-    if len(shape) == 2:
-        return (*shape, 1)
-    axis = observations.channel_axis(shape)
-    height, width = (size for i, size in enumerate(shape) if i != axis)
-    return height, width, shape[axis]
 
 
 class Codec:
@@ -235,7 +222,7 @@ class Codec:
             acted, np.ones(acted.flat_choices, bool), bucket.choice_slots, bucket.choices, False
         )
         self.signature = Signature(
-            vector=_signature_vector(seen, acted),
+            vector=signature_vector(seen, acted),
             numeric_mask=_ones(seen.numbers, bucket.numeric),
             categorical_mask=_ones(len(seen.sizes), bucket.categorical),
             grid_masks=tuple(map(_grid_mask, seen.grids, bucket.grids)),
@@ -356,12 +343,6 @@ class Codec:
         )
 
 
-def symlog(x: Array) -> Array:
-    """Sign times log(1 + |x|) (Hafner et al. 2023, DreamerV3)."""
-    xp = x.__array_namespace__()
-    return xp.sign(x) * xp.log1p(xp.abs(x))
-
-
 def _from_names(prefix: str, space: gymnasium.Space, arrays: dict[str, np.ndarray]) -> PyTree:
     return unflatten(space, [arrays[f"{prefix}/{leaf.name}"] for leaf in leaves(space)])
 
@@ -386,7 +367,7 @@ def _pad_grid(leaf: Leaf, observation: PyTree, grid: Grid) -> Array:
 
 
 def _grid_mask(leaf: Leaf, grid: Grid) -> np.ndarray:
-    height, width, _ = channels_last_shape(leaf_shape_dtype(leaf.space).shape)
+    height, width, _ = observations.channels_last_shape(leaf_shape_dtype(leaf.space).shape)
     mask = np.zeros((grid.side, grid.side), np.float32)
     mask[:height, :width] = 1.0
     return mask
@@ -394,37 +375,3 @@ def _grid_mask(leaf: Leaf, grid: Grid) -> np.ndarray:
 
 def _ones(count: int, width: int) -> np.ndarray:
     return (np.arange(width) < count).astype(np.float32)
-
-
-def _signature_vector(seen: ObservationLayout, acted: ActionLayout) -> np.ndarray:
-    """Kinds, sizes and ranges of both spaces; every entry is bounded (infinity is a flag)."""
-    lows, highs = [], []
-    for leaf in seen.numeric:
-        low, high = bounds(leaf.space)
-        lows.append(low.ravel())
-        highs.append(high.ravel())
-    low, high = np.concatenate([np.zeros(0), *lows]), np.concatenate([np.zeros(0), *highs])
-    grid_shapes = [channels_last_shape(leaf_shape_dtype(leaf.space).shape) for leaf in seen.grids]
-    counts = [
-        *(low.size, len(seen.sizes), sum(seen.sizes), max(seen.sizes, default=0)),
-        *(max((shape[i] for shape in grid_shapes), default=0) for i in range(3)),
-        *(len(seen.texts), acted.categorical, acted.flat_choices, max(acted.sizes, default=0), acted.continuous),
-    ]
-    observed = [_describe_range(low, high), _describe_sizes(seen.sizes)]
-    chosen = [_describe_sizes(acted.sizes), _describe_range(acted.low, acted.high)]
-    parts = [np.log2(1.0 + np.array(counts, np.float64)) / 4]
-    for rows in (observed, chosen):
-        described = np.concatenate(rows)[:DESCRIBED]
-        parts.append(np.pad(described, ((0, DESCRIBED - len(described)), (0, 0))).ravel())
-    return np.concatenate(parts).astype(np.float32)
-
-
-def _describe_range(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    ends = [np.isfinite(low), np.isfinite(high)]
-    values = [symlog(np.where(finite, end, 0.0)) / 4 for finite, end in zip(ends, (low, high), strict=True)]
-    return np.stack([np.ones(low.size), *ends, *values], -1)
-
-
-def _describe_sizes(sizes: tuple[int, ...]) -> np.ndarray:
-    rows = [(-1.0, 1.0, 1.0, np.log2(size) / 4, size / 64 if size < 64 else 1.0) for size in sizes]
-    return np.array(rows, np.float64).reshape(-1, 5)

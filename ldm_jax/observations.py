@@ -84,6 +84,15 @@ def channel_axis(shape: tuple[int, ...]) -> int:
     return max(range(3), key=lambda i: (-shape[i], i))
 
 
+def channels_last_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Height, width and channels of a spatial leaf."""
+    if len(shape) == 2:
+        return (*shape, 1)
+    axis = channel_axis(shape)
+    height, width = (size for i, size in enumerate(shape) if i != axis)
+    return height, width, shape[axis]
+
+
 def numeric_vector(layout: ObservationLayout, observation: PyTree) -> Array:
     """All numbers of the numeric leaves, `float32 [..., numbers]`, unscaled; needs at least one numeric leaf."""
     return _concatenate(layout.numeric, observation, np.float32)

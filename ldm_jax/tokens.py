@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ldm_jax.codec import GRID_CELLS, SIGNATURE, Features, Signature, symlog
+from ldm_jax.codec import GRID_CELLS, Features, Signature
 from ldm_jax.config import ModelConfig
+from ldm_jax.signature import SIGNATURE, symlog
 from ldm_jax.types import Array
 
 _PERIODS = (3.0, 7.0, 16.0)
