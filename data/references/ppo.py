@@ -108,6 +108,8 @@ class Learner(typing.NamedTuple):
       optimiser: Adam's state.
       reward_moments: of the discounted sum of rewards, `[1]`.
       discounted: that sum so far, `float32 [B]`.
+      total: sum of rewards of the episode so far, `float32 [B]`.
+      finished: of the returns of the episodes that ended since the last report, `[1]`.
       loss: mean of the last update.
     """
 
@@ -116,6 +118,8 @@ class Learner(typing.NamedTuple):
     optimiser: PyTree
     reward_moments: networks.Moments
     discounted: Array
+    total: Array
+    finished: networks.Moments
     loss: Array
 
 
@@ -218,7 +222,7 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: acti
       progress: is told the environment steps done and their total.
 
     Returns:
-      Parameters for the policy of `agent`, as NumPy arrays.
+      Parameters for the policy of `agent`, as NumPy arrays: the last ones, or the last before a clear decline.
 
     Raises:
       FloatingPointError: training diverged.
@@ -229,7 +233,7 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: acti
     learning_agent = _learning_agent(typing.cast(typing.Hashable, environment), config)
     learner: typing.Any = _begin(environment, config, seed)
     loop = acting.start(environment, learning_agent, reset_key)
-    reports = min(config.updates, REPORTS)
+    reports, kept, top = min(config.updates, REPORTS), learner, (-np.inf, 0.0)
     for report in range(reports):
         begin, end = (config.updates * i // reports for i in (report, report + 1))
         if environment.spec.jittable:
@@ -247,9 +251,23 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: acti
                 f"training {environment.spec.id} diverged after {end} updates: the loss is {learner.loss}; "
                 "lower the learning rate or look at the rewards"
             )
+        mean, error = _mean_and_error(learner.finished)
+        # Learning may collapse late: what is clearly worse than an earlier policy does not replace it.
+        if not mean < top[0] - 2 * np.hypot(error, top[1]):
+            kept = learner
+        top = max(top, (mean, error))
+        learner = learner._replace(finished=networks.no_moments(1))
         if progress is not None:
             progress(end * config.rows * config.steps, config.updates * config.rows * config.steps)
-    return jax.tree.map(np.asarray, {"network": learner.params, "moments": learner.moments._asdict()})
+    return jax.tree.map(np.asarray, {"network": kept.params, "moments": kept.moments._asdict()})
+
+
+def _mean_and_error(finished: networks.Moments) -> tuple[float, float]:
+    """Mean return and its standard error; NaN, which is no decline, where no episode ended."""
+    count = float(finished.count)
+    if count < 1:
+        return np.nan, 0.0
+    return float(finished.mean[0]), float(np.sqrt(finished.variance[0] / count))
 
 
 def agent(spec: EnvironmentSpec, config: PPOConfig) -> Agent:
@@ -323,6 +341,8 @@ def _begin(environment: Environment, config: PPOConfig, seed: int) -> Learner:
         zeros,  # Adam begins at zeros
         networks.no_moments(1),
         np.zeros(config.rows, np.float32),
+        np.zeros(config.rows, np.float32),
+        networks.no_moments(1),
         np.float32(0),
     )
 
@@ -362,7 +382,7 @@ def _learn(environment, config, learner, trajectory, following, key):
             (steps.truncated, following.truncated),
         )
     )
-    reward, reward_moments, discounted = _normalise_reward(config, learner, reward, terminated | truncated)
+    reward, learner = _follow_rewards(config, learner, reward, terminated | truncated)
     advantage, valid = advantages(value, reward, terminated, truncated, config.discount, config.trace)
     target = advantage + value[:-1]
 
@@ -384,18 +404,21 @@ def _learn(environment, config, learner, trajectory, following, key):
     # Only now: the rollout's log-probabilities were taken under the old moments, and so is its update.
     numbers = network.numbers(data.observation)
     moments = networks.add_moments(learner.moments, numbers, jnp.ones(numbers.shape[0], bool))
-    return Learner(params, moments, optimiser_state, reward_moments, discounted, losses.mean())
+    return learner._replace(params=params, moments=moments, optimiser=optimiser_state, loss=losses.mean())
 
 
-def _normalise_reward(config: PPOConfig, learner: Learner, reward: Array, last: Array):
-    """Scales rewards `[T + 1, B]` by the deviation of their discounted sum; its mean is left alone."""
+def _follow_rewards(config: PPOConfig, learner: Learner, reward: Array, last: Array) -> tuple[Array, Learner]:
+    """Scales rewards `[T + 1, B]` by the deviation of their discounted sum, leaving their mean; books the returns."""
     valid = ~last[:-1]
 
-    def add(discounted, now):
+    def add(sums, now):
         reward, valid = now
-        discounted = jnp.where(valid, config.discount * discounted + reward, 0.0)
-        return discounted, discounted
+        discounted, total = (jnp.where(valid, keep * x + reward, 0.0) for keep, x in zip(kept, sums, strict=True))
+        return (discounted, total), (discounted, total)
 
-    discounted, sums = jax.lax.scan(add, learner.discounted, (reward[1:], valid))
-    moments = networks.add_moments(learner.reward_moments, sums.reshape(-1, 1), valid.ravel())
-    return jnp.clip(reward / jnp.sqrt(moments.variance + 1e-8), -10, 10), moments, discounted
+    kept = (config.discount, 1.0)
+    ends, (discounted, total) = jax.lax.scan(add, (learner.discounted, learner.total), (reward[1:], valid))
+    moments = networks.add_moments(learner.reward_moments, discounted.reshape(-1, 1), valid.ravel())
+    finished = networks.add_moments(learner.finished, total.reshape(-1, 1), (valid & last[1:]).ravel())
+    learner = learner._replace(reward_moments=moments, discounted=ends[0], total=ends[1], finished=finished)
+    return jnp.clip(reward / jnp.sqrt(moments.variance + 1e-8), -10, 10), learner
