@@ -52,7 +52,7 @@ def log(stage: str, **facts: typing.Any) -> None:
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in facts.items()
     )
     with tqdm.tqdm.external_write_mode():
-        logger.info("%s %s", stage, text)
+        logger.info("%s %s", stage, text, stacklevel=2)
 
 
 def clock() -> typing.Callable[[], float]:

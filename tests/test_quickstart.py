@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -40,9 +41,27 @@ def _run(workdir: pathlib.Path, kill_at: str = "") -> tuple[list[str], int]:
         for line in process.stdout:
             lines.append(line.rstrip())
             if kill_at and kill_at in line:
+                workers = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
                 os.kill(process.pid, signal.SIGKILL)
+                _await_end(workers)
                 break
     return lines, process.returncode
+
+
+def _await_end(pids: list[str], timeout_s: float = 10.0) -> None:
+    """Waits until processes whose parent was killed have noticed: none may work on beside those of the next start."""
+    until = time.monotonic() + timeout_s
+    while alive := [pid for pid in pids if _is_alive(pid)]:
+        assert time.monotonic() < until, f"the workers {alive} outlive the process that started them"
+        time.sleep(0.1)
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        # the state follows the name, which stands in brackets
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _units(workdir: pathlib.Path) -> dict[pathlib.Path, int]:
