@@ -10,9 +10,9 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from environments.conformance import ConformanceError, check_environment
-    from environments.interface import Environment, EnvironmentFaultError, StaleStateError
-    from environments.registry import LibraryMissingError, UnknownEnvironmentError, list_ids, make
+    from .conformance import ConformanceError, check_environment
+    from .interface import Environment, EnvironmentFaultError, StaleStateError
+    from .registry import LibraryMissingError, UnknownEnvironmentError, list_ids, make
 
 __all__ = [
     "ConformanceError",

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from environments import registry
-from environments.interface import Environment, StaleStateError
 from ldm_jax import spaces
 from ldm_jax.types import Array, PyTree, TimeStep
+
+from . import registry
+from .interface import Environment, StaleStateError
 
 Make = typing.Callable[..., Environment]
 Choose = typing.Callable[[int, TimeStep], PyTree]

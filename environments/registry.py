@@ -21,7 +21,7 @@ import types
 import typing
 import warnings
 
-from environments.interface import Environment
+from .interface import Environment
 
 ENTRY_POINT_GROUP = "ldm_jax.environments"
 

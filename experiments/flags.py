@@ -13,7 +13,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from data.mixture import MixtureError
-from data.references import ReferenceError
+from data.references import ReferencePolicyError
 from data.store import StoreError
 from environments import EnvironmentFaultError, LibraryMissingError, UnknownEnvironmentError
 from experiments.progress import logger
@@ -40,7 +40,7 @@ EXPECTED_ERRORS = (
     LibraryMissingError,
     MixtureError,
     PolicyError,
-    ReferenceError,
+    ReferencePolicyError,
     SpaceError,
     StoreError,
     TrainingError,

@@ -109,10 +109,14 @@ def make_optimiser(cfg: TrainingConfig) -> optax.GradientTransformation:
 
 def init_state(model: Model, cfg: TrainingConfig) -> TrainState:
     """Fresh parameters and optimiser state; a pure function of the seed."""
-    key = jax.random.key(cfg.seed)
-    params = model.init(jax.random.fold_in(key, 0))
-    state = make_optimiser(cfg).init(params)
-    return TrainState(params, state, jnp.zeros((), jnp.int32), jax.random.fold_in(key, 1))
+
+    @jax.jit  # hundreds of small arrays: one program compiles faster than each of them
+    def init(key: Array) -> TrainState:
+        params = model.init(jax.random.fold_in(key, 0))
+        state = make_optimiser(cfg).init(params)
+        return TrainState(params, state, jnp.zeros((), jnp.int32), jax.random.fold_in(key, 1))
+
+    return init(jax.random.key(cfg.seed))
 
 
 class StepMetrics(typing.NamedTuple):
@@ -196,8 +200,7 @@ class Metrics:
       changed_accuracy: the same where the label differs from the one before.
       gradient_norm: before clipping.
       excess_by_environment: the excess loss of each environment index in the batch.
-      tokens: in the batch.
-      useful_tokens: with a label.
+      useful_tokens: tokens of the batch that have a label.
     """
 
     loss: float
@@ -206,7 +209,6 @@ class Metrics:
     changed_accuracy: float
     gradient_norm: float
     excess_by_environment: dict[int, float]
-    tokens: int
     useful_tokens: int
 
 
@@ -234,6 +236,5 @@ def _fetch(number: int, environments: dict[str, np.ndarray], metrics: StepMetric
         changed_accuracy=float(joined.changed_correct.sum() / changed),
         gradient_norm=float(gradient_norm),
         excess_by_environment=by_environment,
-        tokens=0,
         useful_tokens=int(joined.weight.sum()),
     )

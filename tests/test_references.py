@@ -298,27 +298,27 @@ def test_a_saved_reference_acts_and_scores_the_same(tmp_path, catch, scored):
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path, scored):
     directory = tmp_path / "reference"
-    with pytest.raises(references.ReferenceError, match="not a saved reference"):
+    with pytest.raises(references.ReferencePolicyError, match="not a saved reference"):
         references.load_reference(directory)
     references.save_reference(directory, scored)
     whole = (directory / "params.npz").read_bytes()
     (directory / "params.npz").write_bytes(whole[:-10])
-    with pytest.raises(references.ReferenceError, match="damaged"):
+    with pytest.raises(references.ReferencePolicyError, match="damaged"):
         references.load_reference(directory)
     (directory / "params.npz").unlink()
-    with pytest.raises(references.ReferenceError, match="damaged"):
+    with pytest.raises(references.ReferencePolicyError, match="damaged"):
         references.load_reference(directory)
     description = json.loads((directory / "reference.json").read_text())
     (directory / "reference.json").write_text(json.dumps(description | {"version": 0}))
-    with pytest.raises(references.ReferenceError, match="version 0"):
+    with pytest.raises(references.ReferencePolicyError, match="version 0"):
         references.load_reference(directory)
     (directory / "reference.json").write_text("{")
-    with pytest.raises(references.ReferenceError, match="cannot be read"):
+    with pytest.raises(references.ReferencePolicyError, match="cannot be read"):
         references.load_reference(directory)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("years of work")
-    with pytest.raises(references.ReferenceError, match="not a saved reference"):
+    with pytest.raises(references.ReferencePolicyError, match="not a saved reference"):
         references.save_reference(foreign, scored)
     assert (foreign / "thesis.txt").exists()
 

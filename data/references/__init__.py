@@ -3,12 +3,12 @@
 from .pipeline import ScoredReference, score_reference, train_reference
 from .policy import ReferencePolicy, random_agent
 from .recipes import Recipe, recipe
-from .saving import ReferenceError, load_reference, save_reference
+from .saving import ReferencePolicyError, load_reference, save_reference
 
 __all__ = [
     "Recipe",
-    "ReferenceError",
     "ReferencePolicy",
+    "ReferencePolicyError",
     "ScoredReference",
     "load_reference",
     "random_agent",

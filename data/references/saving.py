@@ -27,7 +27,7 @@ VERSION = 1
 _DESCRIPTION, _PARAMS = "reference.json", "params.npz"
 
 
-class ReferenceError(ValueError):
+class ReferencePolicyError(ValueError):
     """A folder that is not a saved reference, or a damaged one."""
 
 
@@ -41,7 +41,7 @@ def save_reference(directory: str | os.PathLike, scored: ScoredReference) -> Non
       scored: what to save.
 
     Raises:
-      ReferenceError: the folder is there and holds something else.
+      ReferencePolicyError: the folder is there and holds something else.
     """
     directory = pathlib.Path(directory)
     if directory.exists() and any(directory.iterdir()):
@@ -84,14 +84,16 @@ def load_reference(directory: str | os.PathLike) -> ScoredReference:
     """Reads what `save_reference` wrote.
 
     Raises:
-      ReferenceError: the folder is not a saved reference, of another version, or damaged.
+      ReferencePolicyError: the folder is not a saved reference, of another version, or damaged.
     """
     directory = pathlib.Path(directory)
     description = _read_description(directory)
     try:
         content = (directory / _PARAMS).read_bytes()
         if hashlib.sha256(content).hexdigest() != description["sha256"]:
-            raise ReferenceError(f"{directory / _PARAMS} is damaged (its checksum differs); train this reference again")
+            raise ReferencePolicyError(
+                f"{directory / _PARAMS} is damaged (its checksum differs); train this reference again"
+            )
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             params = _denumber(description["params"], arrays)
         reference = cards.Reference(**description["reference"])
@@ -107,7 +109,7 @@ def load_reference(directory: str | os.PathLike) -> ScoredReference:
         policy = ReferencePolicy(module.agent(spec, config), params, reference, spec, config)
         return ScoredReference(policy, *returns)
     except (OSError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise ReferenceError(f"{directory} is damaged ({error!r}); train this reference again") from error
+        raise ReferencePolicyError(f"{directory} is damaged ({error!r}); train this reference again") from error
 
 
 def _read_description(directory: pathlib.Path) -> dict[str, typing.Any]:
@@ -115,13 +117,13 @@ def _read_description(directory: pathlib.Path) -> dict[str, typing.Any]:
     try:
         description = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ReferenceError(f"{directory} is not a saved reference: it has no {_DESCRIPTION}") from error
+        raise ReferencePolicyError(f"{directory} is not a saved reference: it has no {_DESCRIPTION}") from error
     except (OSError, ValueError) as error:
-        raise ReferenceError(f"{path} cannot be read ({error}); train this reference again") from error
+        raise ReferencePolicyError(f"{path} cannot be read ({error}); train this reference again") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ReferenceError(f"{path} does not describe a reference policy; choose another folder")
+        raise ReferencePolicyError(f"{path} does not describe a reference policy; choose another folder")
     if description.get("version") != VERSION:
-        raise ReferenceError(
+        raise ReferencePolicyError(
             f"{path} is of version {description.get('version')!r}, expected {VERSION}; train this reference again"
         )
     return description

@@ -15,9 +15,10 @@ import gymnasium
 import jax
 import numpy as np
 
-from environments.interface import EnvironmentFaultError, StaleStateError
 from ldm_jax import spaces
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
+
+from ..interface import EnvironmentFaultError, StaleStateError
 
 LIBRARY = "envpool"
 
