@@ -25,7 +25,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return model.init(jax.random.key(0))
+    return jax.jit(model.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def apply(model):
+    return jax.jit(model.apply)  # as a whole: one by one, its many small operations take longer to compile
 
 
 def flatten(predictions):
@@ -34,10 +39,10 @@ def flatten(predictions):
 
 
 @pytest.mark.parametrize("name", ["continuous", "mixed"])
-def test_cached_decoding_equals_one_forward_pass_with_staggered_resets(model, params, name):
+def test_cached_decoding_equals_one_forward_pass_with_staggered_resets(model, params, apply, name):
     codec, steps, resets = examples.make_codec(name), 4 * WINDOW, (0, 5, 2 * WINDOW + 3)
     example = examples.random_example(codec, len(resets), steps, seed=1)
-    cache, step = model.init_cache(len(resets)), jax.jit(model.apply)
+    cache = model.init_cache(len(resets))
     decoded = []
     for t in range(steps):
         fresh = jnp.array([t == reset for reset in resets])
@@ -45,23 +50,23 @@ def test_cached_decoding_equals_one_forward_pass_with_staggered_resets(model, pa
         now = example.inputs._replace(
             features=jax.tree.map(lambda leaf, t=t: leaf[:, t : t + 1], example.inputs.features)
         )
-        predictions, cache = step(params, {"rows": now}, cache)
+        predictions, cache = apply(params, {"rows": now}, cache)
         decoded.append(flatten(predictions["rows"]))
     decoded = np.concatenate(decoded, 1)
     for row, reset in enumerate(resets):
         features = jax.tree.map(lambda leaf, row=row, reset=reset: leaf[row : row + 1, reset:], example.inputs.features)
         signature = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], example.inputs.signature)
-        whole, _ = model.apply(params, {"rows": Inputs(features, signature)})
+        whole, _ = apply(params, {"rows": Inputs(features, signature)})
         np.testing.assert_allclose(decoded[row, reset:], flatten(whole["rows"])[0], atol=2e-5)
 
 
-def test_attention_is_causal_and_local_by_gradient(params, model):
+def test_attention_is_causal_and_local_by_gradient(params, apply):
     example = examples.random_example(examples.make_codec("vector"), 1, 4 * WINDOW, seed=2)
     t = 3 * WINDOW
 
     def prediction(numeric):
         inputs = example.inputs._replace(features=example.inputs.features._replace(numeric=numeric))
-        return jax.nn.log_softmax(model.apply(params, {"rows": inputs})[0]["rows"].choices[0, t, 0, :3])[0]
+        return jax.nn.log_softmax(apply(params, {"rows": inputs})[0]["rows"].choices[0, t, 0, :3])[0]
 
     influence = np.abs(jax.grad(prediction)(example.inputs.features.numeric)).sum((0, 2, 3))
     reach = NANO.layers * (WINDOW - 1)
@@ -70,11 +75,11 @@ def test_attention_is_causal_and_local_by_gradient(params, model):
     assert (influence[t - WINDOW + 1 : t + 1] > 0).all()
 
 
-def test_a_nan_in_padding_changes_nothing(params, model):
+def test_a_nan_in_padding_changes_nothing(params, apply):
     codec = examples.make_codec("mixed")
     example = examples.random_example(codec, 2, 6, seed=3)
     features = example.inputs.features
-    before, _ = model.apply(params, {"rows": example.inputs})
+    before, _ = apply(params, {"rows": example.inputs})
     numbers = codec.observation_layout.numbers
     slots = codec.action_layout.continuous
     side = features.grids[0].copy()
@@ -87,13 +92,13 @@ def test_a_nan_in_padding_changes_nothing(params, model):
         numeric=numeric, grids=(side,), previous=features.previous._replace(continuous=continuous)
     )
     assert np.isnan(numeric).any() and np.isnan(side).any() and np.isnan(continuous).any()
-    after, _ = model.apply(params, {"rows": example.inputs._replace(features=poisoned)})
+    after, _ = apply(params, {"rows": example.inputs._replace(features=poisoned)})
     np.testing.assert_array_equal(before["rows"].choices, after["rows"].choices)
     np.testing.assert_array_equal(before["rows"].bins[:, :, :slots], after["rows"].bins[:, :, :slots])
 
 
 @pytest.mark.parametrize("change", ["reward", "terminated", "truncated", "action"])
-def test_how_an_episode_ended_changes_the_next_prediction(params, model, change):
+def test_how_an_episode_ended_changes_the_next_prediction(params, apply, change):
     codec = examples.make_codec("vector")
     arrays = examples.random_stream(codec, 8, seed=4)
     for name in ("terminated", "truncated"):
@@ -113,12 +118,12 @@ def test_how_an_episode_ended_changes_the_next_prediction(params, model, change)
     for stream in (arrays, other):
         features, _ = codec.window(stream)
         inputs = Inputs(examples.stack([features]), examples.stack([codec.signature]))
-        outputs.append(flatten(model.apply(params, {"rows": inputs})[0]["rows"]))
+        outputs.append(flatten(apply(params, {"rows": inputs})[0]["rows"]))
     assert np.abs(outputs[0] - outputs[1])[0, 5].max() > 1e-6
     np.testing.assert_array_equal(outputs[0][0, :3], outputs[1][0, :3])
 
 
-def test_the_ignored_action_does_not_matter(params, model):
+def test_the_ignored_action_does_not_matter(params, apply):
     codec = examples.make_codec("vector")
     arrays = examples.random_stream(codec, 8, seed=5)
     arrays["terminated"], arrays["truncated"] = np.arange(8) == 4, np.zeros(8, bool)
@@ -129,45 +134,45 @@ def test_the_ignored_action_does_not_matter(params, model):
     for stream in (arrays, other):
         features, _ = codec.window(stream)
         inputs = Inputs(examples.stack([features]), examples.stack([codec.signature]))
-        outputs.append(flatten(model.apply(params, {"rows": inputs})[0]["rows"]))
+        outputs.append(flatten(apply(params, {"rows": inputs})[0]["rows"]))
     np.testing.assert_array_equal(*outputs)
 
 
-def test_rows_and_buckets_do_not_touch_each_other(params, model):
+def test_rows_and_buckets_do_not_touch_each_other(params, apply):
     batch = {name: example.inputs for name, example in examples.random_batch(examples.SPACES, 2, 5, seed=6).items()}
-    together, _ = model.apply(params, batch)
+    together, _ = apply(params, batch)
     for name, inputs in batch.items():
-        alone, _ = model.apply(params, {name: jax.tree.map(lambda leaf: leaf[1:], inputs)})
+        alone, _ = apply(params, {name: jax.tree.map(lambda leaf: leaf[1:], inputs)})
         np.testing.assert_allclose(flatten(together[name])[1:], flatten(alone[name]), atol=1e-5)
 
 
-def test_the_signature_is_seen(params, model):
+def test_the_signature_is_seen(params, apply):
     codec = examples.make_codec("vector")
     example = examples.random_example(codec, 1, 3, seed=7)
     other = example.inputs.signature._replace(vector=example.inputs.signature.vector * 0.5)
     one, two = (
-        model.apply(params, {"rows": i})[0]["rows"].choices
+        apply(params, {"rows": i})[0]["rows"].choices
         for i in (example.inputs, example.inputs._replace(signature=other))
     )
     assert np.abs(one - two).max() > 1e-4
 
 
-def test_masked_choices_have_no_probability(params, model):
+def test_masked_choices_have_no_probability(params, apply):
     codec = examples.make_codec("vector")
     example = examples.random_example(codec, 2, 4, seed=8)
     mask = example.inputs.features.action_mask.copy()
     mask[..., 1] = False
     inputs = example.inputs._replace(features=example.inputs.features._replace(action_mask=mask))
-    probabilities = jax.nn.softmax(model.apply(params, {"rows": inputs})[0]["rows"].choices, -1)
+    probabilities = jax.nn.softmax(apply(params, {"rows": inputs})[0]["rows"].choices, -1)
     assert (np.asarray(probabilities[..., 1]) == 0).all()
     assert (np.asarray(probabilities[..., 3:]) == 0).all()
 
 
 def test_a_second_call_compiles_nothing(model, params):
-    apply = jax.jit(lambda *arguments: model.apply(*arguments))  # a cache of its own
+    fresh = jax.jit(lambda *arguments: model.apply(*arguments))  # a cache of its own
     for seed in (9, 10):
-        apply(params, {name: e.inputs for name, e in examples.random_batch(["vector", "grid"], 2, 4, seed).items()})
-    assert apply._cache_size() == 1
+        fresh(params, {name: e.inputs for name, e in examples.random_batch(["vector", "grid"], 2, 4, seed).items()})
+    assert fresh._cache_size() == 1
 
 
 @pytest.mark.parametrize(
@@ -176,13 +181,13 @@ def test_a_second_call_compiles_nothing(model, params):
 def test_variants_of_the_decoder_run_and_stay_finite(variant):
     cfg = dataclasses.replace(NANO, **variant)
     model = make_model(cfg)
-    params = model.init(jax.random.key(1))
+    params = jax.jit(model.init)(jax.random.key(1))
     batch = {name: e.inputs for name, e in examples.random_batch(["vector", "mixed"], 2, 4, seed=11).items()}
 
     def total(params):
         return sum(jnp.square(jnp.maximum(p, -30)).sum() for p in jax.tree.leaves(model.apply(params, batch)[0]))
 
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.grad(total)(params)))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(total))(params)))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +199,8 @@ def test_named_sizes_have_their_parameter_counts(size, backbone):
 
 
 def test_init_is_a_pure_function_of_the_key(model, params):
-    same, other = model.init(jax.random.key(0)), model.init(jax.random.key(1))
+    init = jax.jit(model.init)
+    same, other = init(jax.random.key(0)), init(jax.random.key(1))
     assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), params, same))
     assert not jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), params, other))
     assert all(
@@ -251,3 +257,29 @@ def test_a_space_too_large_names_the_way_out():
 def test_bad_configurations_are_refused(field, value, message):
     with pytest.raises(ConfigError, match=message):
         functools.partial(ModelConfig, **{field: value})()
+
+
+def test_compiled_shapes_do_not_grow_with_the_number_of_environments():
+    rng = np.random.default_rng(0)
+
+    def space(most):
+        kind = rng.integers(4)
+        if kind == 0:
+            return examples.gs.Box(-1, 1, (int(rng.integers(1, most)),))
+        if kind == 1:
+            return examples.gs.Discrete(int(rng.integers(2, most)))
+        if kind == 2:
+            return examples.gs.MultiDiscrete(rng.integers(2, 9, int(rng.integers(1, 5))))
+        side = int(rng.integers(5, 16))
+        return examples.gs.Box(0, 1, (side, side, int(rng.integers(1, 5))))
+
+    def action_space(most):
+        while True:
+            drawn = space(most)
+            if len(getattr(drawn, "shape", ())) < 3:
+                return drawn
+
+    buckets = [bucket_for(space(500), action_space(300)) for _ in range(1000)]
+    few, many = len(set(buckets[:200])), len(set(buckets))
+    assert many <= 200
+    assert many < 1.5 * few, "five times the environments bring few new shapes"

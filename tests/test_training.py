@@ -1,6 +1,7 @@
 """Laws of the objective, the training step, checkpoints and saved policies."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -23,6 +24,9 @@ from ldm_jax.types import TimeStep
 
 NANO = dataclasses.replace(SIZES["nano"], values=64)
 MODEL = make_model(NANO)
+# Compiled as a whole: one by one, their many small operations take longer.
+INIT, APPLY = jax.jit(MODEL.init), jax.jit(MODEL.apply)
+LOSS = jax.jit(functools.partial(objective.loss, MODEL, NANO))
 NAMES = ["vector", "continuous"]
 CONFIG = training.TrainingConfig(steps=12, warmup=2)
 
@@ -113,9 +117,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(train_step):
 def test_the_loss_against_a_direct_formula():
     codec = examples.make_codec("category")
     example = examples.random_example(codec, 2, 5, seed=3)
-    params = MODEL.init(jax.random.key(0))
-    total, metrics = objective.loss(MODEL, NANO, params, {"rows": example})
-    logits = np.asarray(MODEL.apply(params, {"rows": example.inputs})[0]["rows"].choices, np.float64)
+    params = INIT(jax.random.key(0))
+    total, metrics = LOSS(params, {"rows": example})
+    logits = np.asarray(APPLY(params, {"rows": example.inputs})[0]["rows"].choices, np.float64)
     expected, entropy, count = 0.0, 0.0, 0
     for row, t in np.argwhere(example.targets.weight > 0):
         for slot, size in enumerate((2, 5)):
@@ -135,9 +139,9 @@ def test_the_last_step_of_an_episode_is_not_learned():
     assert ends.any()
     changed = example.targets.probabilities.copy()
     changed[ends] = np.roll(changed[ends], 1, -1)
-    params = MODEL.init(jax.random.key(0))
+    params = INIT(jax.random.key(0))
     losses = [
-        objective.loss(MODEL, NANO, params, {"rows": e})[0]
+        LOSS(params, {"rows": e})[0]
         for e in (example, example._replace(targets=example.targets._replace(probabilities=changed)))
     ]
     assert losses[0] == losses[1]
@@ -189,7 +193,7 @@ def test_decoding_modes():
 def test_agents_act_within_the_space_and_forget(name):
     codec = examples.make_codec(name)
     agent = acting.make_agent(MODEL, dataclasses.replace(NANO, values=64), codec, "sample")
-    params, memory = MODEL.init(jax.random.key(0)), agent.init(3)
+    params, memory = INIT(jax.random.key(0)), agent.init(3)
     observation = examples.random_tree(codec.card.observation_space, (3,), np.random.default_rng(0))
     no = np.zeros(3, bool)
     timestep = TimeStep(observation, np.zeros(3, np.float32), no, no, no)
@@ -204,7 +208,7 @@ def test_agents_act_within_the_space_and_forget(name):
 
 def test_a_saved_policy_acts_as_before(tmp_path):
     card = examples.make_codec("vector").card
-    original = policy.Policy(NANO, MODEL.init(jax.random.key(0)), {card.id: card}, "sample")
+    original = policy.Policy(NANO, INIT(jax.random.key(0)), {card.id: card}, "sample")
     ldm_jax.save(tmp_path / "policy", original)
     ldm_jax.save(tmp_path / "policy", original)  # replaces it
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
@@ -221,7 +225,7 @@ def test_a_saved_policy_acts_as_before(tmp_path):
 
 def test_damaged_and_foreign_policies_are_refused(tmp_path):
     card = examples.make_codec("vector").card
-    ldm_jax.save(tmp_path / "policy", policy.Policy(NANO, MODEL.init(jax.random.key(0)), {card.id: card}))
+    ldm_jax.save(tmp_path / "policy", policy.Policy(NANO, INIT(jax.random.key(0)), {card.id: card}))
     with pytest.raises(policy.PolicyError, match="holds no policy"):
         ldm_jax.load(tmp_path)
     with pytest.raises(policy.PolicyError, match="exists and holds no policy"):
