@@ -111,7 +111,7 @@ def _library(name: str, recipe: venvs.Recipe, fields: dict[str, typing.Any]) -> 
     program = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     allowed = {
         *("api", "imports", "distribution", "domain", "kwargs", "variables"),
-        *("seed_option", "seed_arguments", "remake", "global_randomness", "time_limit"),
+        *("seed_option", "seed_arguments", "seed_every_reset", "remake", "global_randomness", "time_limit"),
     }
     if unknown := set(program) - allowed:
         raise ValueError(f"the library {name!r} has unknown fields {', '.join(sorted(unknown))}")

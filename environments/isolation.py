@@ -87,6 +87,7 @@ class Program:
       variables: environment variables of the process.
       seed_option: the option of `make` that takes the seed, where `reset` takes none.
       seed_arguments: arguments of the environment's method `seed` that want a number before every reset.
+      seed_every_reset: whether `reset` without a seed draws true randomness.
       remake: whether `reset` under the same seed is only reproducible on a new environment.
       global_randomness: whether the library draws from the interpreter's global generators.
       time_limit: steps; 0 takes what the library says.
@@ -104,6 +105,7 @@ class Program:
     variables: typing.Mapping[str, str] = dataclasses.field(default_factory=dict)
     seed_option: str = ""
     seed_arguments: tuple[str, ...] = ()
+    seed_every_reset: bool = False
     remake: bool = False
     global_randomness: bool = False
     time_limit: int = 0
@@ -115,9 +117,10 @@ class Program:
 
     def job(self, memory_limit_bytes: int) -> dict[str, typing.Any]:
         """What the worker is told, in JSON values."""
-        told = ("library", "name", "api", "imports", "path", "seed_option", "seed_arguments", "remake")
+        told = ("library", "name", "api", "imports", "path", "seed_option", "seed_every_reset", "remake")
         return {name: getattr(self, name) for name in told} | {
             "kwargs": dict(self.kwargs),
+            "seed_arguments": self.seed_arguments,
             "global_randomness": self.global_randomness or bool(self.seed_arguments),
             "memory_limit": memory_limit_bytes,
         }

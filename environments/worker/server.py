@@ -346,6 +346,7 @@ class Rows:
     def __init__(self, library, first_environment, content, descriptor):
         self.library = library
         self.environments = {}
+        self.generators = {}
         self.spare = first_environment
         self.observation_space, self.action_space = first_environment.observation_space, first_environment.action_space
         memory = mmap.mmap(descriptor, content["size"])
@@ -396,16 +397,21 @@ class Rows:
 
     def reset(self, row, command):
         """Resets one row, or makes it."""
-        seed = int(self.arrays["seed"][row]) if command in (SEED, REMAKE) else None
-        if seed is not None:
+        seed, job = None, self.library.job
+        made_of_seed = job["remake"] or bool(job["seed_option"])
+        if command in (SEED, REMAKE):
+            seed = int(self.arrays["seed"][row])
             random.seed(seed)
             np.random.seed(seed)
-            if command == REMAKE or self.library.job["remake"] or self.library.job["seed_option"]:
+            self.generators[row] = random.Random(seed)
+            if command == REMAKE or made_of_seed:
                 self.drop(row)
+        elif job["seed_every_reset"]:
+            seed = self.generators[row].randrange(1 << 31)
         if row not in self.environments:
-            # The environment that told the spaces serves, unless its seed was given when it was made.
+            # The environment that told the spaces serves, unless it depends on its seed.
             spare, self.spare = self.spare, None
-            self.environments[row] = self.library.make() if spare is None or self.library.job["seed_option"] else spare
+            self.environments[row] = self.library.make() if spare is None or made_of_seed else spare
         observation, info = self.library.reset(self.environments[row], seed)
         self.put(row, observation, 0.0, False, False, info)
 
@@ -453,6 +459,8 @@ def greet(connection):
         send(connection, b"E", {"reason": "protocol", "text": text})
         leave()
     try:
+        random.seed(0)  # some make what they declare by chance
+        np.random.seed(0)
         library = Library(content["job"])
         environment = library.make()
         spec = {
