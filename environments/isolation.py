@@ -29,7 +29,7 @@ from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 from . import offered
 from .interface import EnvironmentFaultError, StaleStateError
 from .scratch import make_scratch
-from .workers import IDLE, REMAKE, RESET, SEED, STEP, Worker, WorkerFaultError
+from .workers import IDLE, REMAKE, RESET, SEED, STEP, LocalProcess, Worker, WorkerFaultError
 
 KINDS = ("auto", "venv")
 DEFAULT_TIME_LIMIT = 1000
@@ -345,7 +345,7 @@ class IsolatedEnvironment:
     def _start(self) -> Worker:
         program = self._program
         job = program.job(self._isolation.memory_limit_bytes)
-        return Worker(program.python, job, self._scratch, dict(program.variables))
+        return Worker(lambda log: LocalProcess(program.python, self._scratch, program.variables, log), job)
 
     def _attach(self, i: int) -> None:
         worker, rows = self._workers[i], self._shares[i]

@@ -29,7 +29,7 @@ GOODBYE_S = 2.0
 
 _PROTOCOL_FAULT = "the worker is of another version than the host; remove the cache of virtual environments"
 # Each row is one process' work: thread pools of many workers would fight for the cores. No displays, no sound.
-_QUIET = {
+QUIET = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -52,50 +52,101 @@ class WorkerFaultError(Exception):
         self.kind = kind
 
 
-class Worker:
-    """One process that runs `worker/server.py` in the interpreter of a library.
+class Process(typing.Protocol):
+    """A process that runs `worker/server.py`, wherever it runs.
+
+    Attributes:
+      connection: the host's end of its socket.
+      pid: its number here.
+    """
+
+    connection: socket.socket
+    pid: int
+
+    def ended(self, timeout_s: float) -> str | None:
+        """How it ended, as the end of a sentence; None if it goes on after so long."""
+
+    def kill(self) -> None:
+        """Ends it and all that it has started, and waits until nothing is left of it."""
+
+
+class LocalProcess:
+    """A process in a virtual environment; see `Process`. It leads a session and process group of its own.
 
     Args:
       python: the interpreter.
-      job: what it is to serve (`Program.job`); it begins at once, and `welcome` waits for it.
       folder: where it runs and keeps its temporary files.
       variables: environment variables beside the host's own.
+      log: the file that it prints to.
 
-    Attributes:
-      pid: of the process, which leads a session and process group of its own.
-      attached: whether it has the file of arrays.
+    Raises:
+      WorkerFaultError: the interpreter cannot be started.
     """
 
-    def __init__(self, python: str, job: dict[str, typing.Any], folder: str, variables: dict[str, str]):
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as the worker
-        self._socket, theirs = socket.socketpair()
-        their_end, self._lifeline = os.pipe()
-        command = [python, "-I", str(SERVER), str(theirs.fileno()), str(their_end)]
+    def __init__(self, python: str, folder: str, variables: typing.Mapping[str, str], log: typing.IO[bytes]):
+        self.connection, theirs = socket.socketpair()
         # Not ours: what leads Python to our own packages.
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
         try:
             self._process = subprocess.Popen(
-                command,
+                [python, "-I", str(SERVER), str(theirs.fileno())],
                 cwd=folder,
-                env={**inherited, **_QUIET, "TMPDIR": folder, **variables},
+                env={**inherited, **QUIET, "TMPDIR": folder, **variables},
                 stdin=subprocess.DEVNULL,
-                stdout=self._log,  # what libraries print must not reach the socket
-                stderr=self._log,
-                pass_fds=(theirs.fileno(), their_end),
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
         except OSError as error:
-            self._close_descriptors()
+            self.connection.close()
             raise WorkerFaultError("start", f"{python} cannot be started: {error}") from error
         finally:
             theirs.close()
-            os.close(their_end)
-        self.pid, self.attached = self._process.pid, False
+        self.pid = self._process.pid
+
+    def ended(self, timeout_s: float) -> str | None:
         try:
-            self.send(b"H", {"protocol": PROTOCOL, "job": job})
+            code = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        self.connection.close()
+
+
+class Worker:
+    """The host's end of one worker.
+
+    Args:
+      launch: starts the process, given the file that it prints to.
+      job: what it is to serve (`Program.job`); it begins at once, and `welcome` waits for it.
+
+    Attributes:
+      pid: of the process.
+      attached: whether it has the file of arrays.
+    """
+
+    def __init__(self, launch: typing.Callable[[typing.IO[bytes]], Process], job: dict[str, typing.Any]):
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as the worker
+        try:
+            self._process = launch(self._log)
+        except BaseException:
+            self._log.close()
+            raise
+        self._socket, self.pid, self.attached = self._process.connection, self._process.pid, False
+        their_end, self._lifeline = os.pipe()
+        try:
+            self._hand_over(b"H", {"protocol": PROTOCOL, "job": job}, [their_end, self._log.fileno()])
         except WorkerFaultError:
             self.kill()
             raise
+        finally:
+            os.close(their_end)
 
     def welcome(self, timeout_s: float) -> dict[str, typing.Any]:
         """What the worker says of the environment it has made."""
@@ -108,14 +159,7 @@ class Worker:
 
     def attach(self, content: dict[str, typing.Any], descriptor: int, timeout_s: float) -> None:
         """Hands over the file of arrays."""
-        body = json.dumps(content).encode()
-        descriptors = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
-        head = b"A" + struct.pack("<I", len(body))
-        try:
-            self._socket.sendmsg([head], descriptors)
-            self._socket.sendall(body)
-        except OSError as error:
-            raise self._ended() from error
+        self._hand_over(b"A", content, [descriptor])
         self.receive(timeout_s)
         self.attached = True
 
@@ -172,16 +216,19 @@ class Worker:
         """Ends the process and all that it has started; a second call does nothing."""
         if self._socket.fileno() < 0:
             return
-        # The leader is not reaped yet, so that its number cannot be another group's.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._process.wait()
-        self._close_descriptors()
-
-    def _close_descriptors(self) -> None:
-        self._socket.close()
+        self._process.kill()
         os.close(self._lifeline)
         self._log.close()
+
+    def _hand_over(self, kind: bytes, content: dict[str, typing.Any], descriptors: list[int]) -> None:
+        """Sends a message with descriptors of files."""
+        body = json.dumps(content).encode()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        try:
+            self._socket.sendmsg([kind + struct.pack("<I", len(body))], rights)
+            self._socket.sendall(body)
+        except OSError as error:
+            raise self._ended() from error
 
     def _poll(self, timeout_s: float) -> bool:
         poll = select.poll()
@@ -203,11 +250,7 @@ class Worker:
         return data
 
     def _ended(self) -> WorkerFaultError:
-        try:
-            code = self._process.wait(GOODBYE_S)
-        except subprocess.TimeoutExpired:
-            return WorkerFaultError("crash", "the worker closed the connection" + self._words())
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        how = self._process.ended(GOODBYE_S) or "closed the connection"
         return WorkerFaultError("crash", f"the worker {how}" + self._words())
 
     def _words(self) -> str:

@@ -1,13 +1,13 @@
 """Serves some rows of one environment of a Gymnasium or old Gym library; the host side is `environments.isolation`.
 
 Runs in the library's own interpreter: the standard library, numpy, and Python 3.7 or later are all it needs. It is
-given the descriptor of a Unix socket that the host has connected, and owns nothing else: whatever happens to either
-side, no file, socket or process is left.
+given the descriptor of a Unix socket that the host has connected, or the path of one to connect to, and owns nothing
+else: whatever happens to either side, no file, socket or process is left.
 
 A message is one byte that says what it is, four bytes of length (little endian), and that many bytes of JSON. The
 host asks and the worker answers, one for one:
 
-  H {protocol, job}: make an environment of this job
+  H {protocol, job}, with descriptors of the lifeline and of the log: make an environment of this job
       -> S {protocol, python, versions, observation_space, action_space, time_limit, mask}, or E {reason, text}
   A {worker, first, rows, arrays, size}, with the descriptor of the file of arrays: these rows are yours
       -> K
@@ -453,7 +453,12 @@ def mask_of(library, environment):
 
 def greet(connection):
     """Makes the first environment and says what it is."""
-    kind, content, _ = receive(connection)
+    kind, content, descriptors = receive(connection)
+    lifeline, log = descriptors
+    die_with_host(lifeline)
+    for standard in (1, 2):  # what libraries print must not get lost, nor reach the socket
+        os.dup2(log, standard)
+    os.close(log)
     if kind != b"H" or content.get("protocol") != PROTOCOL:
         text = f"got the protocol {content.get('protocol')}, expected {PROTOCOL}: host and worker differ in version"
         send(connection, b"E", {"reason": "protocol", "text": text})
@@ -491,10 +496,13 @@ def resident_bytes():
         return 0
 
 
-def main(descriptor, lifeline):
+def main(where):
     """Serves until the host goes."""
-    die_with_host(lifeline)
-    connection = socket.socket(fileno=descriptor)
+    if where.isdigit():
+        connection = socket.socket(fileno=int(where))
+    else:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(where)
     library, environment = greet(connection)
     rows: typing.Any = None
     calls = 0
@@ -521,4 +529,4 @@ def main(descriptor, lifeline):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1])
