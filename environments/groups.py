@@ -9,14 +9,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import pathlib
 import types
 import typing
 
 from . import venvs
+from .interface import LibraryMissingError
 
 if typing.TYPE_CHECKING:
     from .isolation import IsolatedEnvironment, Isolation
+
+_log = logging.getLogger(__name__)
 
 IMAGES = pathlib.Path(__file__).parent / "images"
 
@@ -42,7 +46,9 @@ class IsolatedLibrary:
     @property
     def is_built(self) -> bool:
         """Whether an environment can be made without building anything first."""
-        return venvs.built(self.recipe) is not None
+        from . import containers
+
+        return venvs.built(self.recipe) is not None or containers.built(self.recipe)
 
     def list_ids(self) -> list[str]:
         """The library's own ids that work; nothing is built for it."""
@@ -61,8 +67,22 @@ class IsolatedLibrary:
         """
         from .isolation import IsolatedEnvironment, Program
 
-        program = Program(python=venvs.build(self.recipe), library=self.name, name=name, **self.program)
+        python, image = self._build(isolation.kind)
+        program = Program(python=python, image=image, library=self.name, name=name, **self.program)
         return IsolatedEnvironment(program, batch_size, time_limit, isolation)
+
+    def _build(self, kind: str) -> tuple[str, str]:
+        """The interpreter and the image of the container that it is in, if it is in one."""
+        from . import containers
+
+        if kind == "container" or (kind == "auto" and containers.problem() is None):
+            try:
+                return containers.PYTHON, containers.build(self.recipe)
+            except LibraryMissingError as error:
+                if kind == "container":
+                    raise
+                _log.warning("%s runs in a virtual environment, as its container cannot be built: %s", self.name, error)
+        return venvs.build(self.recipe), ""
 
 
 @functools.cache

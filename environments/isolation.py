@@ -29,9 +29,9 @@ from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 from . import offered
 from .interface import EnvironmentFaultError, StaleStateError
 from .scratch import make_scratch
-from .workers import IDLE, REMAKE, RESET, SEED, STEP, LocalProcess, Worker, WorkerFaultError
+from .workers import IDLE, REMAKE, RESET, SEED, STEP, LocalProcess, Process, Worker, WorkerFaultError
 
-KINDS = ("auto", "venv")
+KINDS = ("auto", "container", "venv")
 DEFAULT_TIME_LIMIT = 1000
 """Steps, where neither the caller nor the library names a limit."""
 _ALIGNMENT = 64  # bytes
@@ -45,8 +45,8 @@ class Isolation:
     """How a library is isolated and what its workers may cost.
 
     Attributes:
-      kind: `venv`, a virtual environment with its own interpreter, which isolates dependencies and not the machine; or
-        `auto`, the strongest that works here.
+      kind: `container`, a Podman container, which isolates the machine too; `venv`, a virtual environment with its own
+        interpreter, which isolates dependencies alone; or `auto`, a container where there is Podman.
       workers: processes per environment; 0 is one per core, at most one per row.
       call_timeout_s: seconds that one call to the library may take.
       start_timeout_s: seconds for a worker to import its library and make its first environment.
@@ -75,7 +75,7 @@ class Program:
     """What a worker runs: an interpreter, and an environment of a library in it.
 
     Attributes:
-      python: the interpreter.
+      python: the interpreter, in the container where there is one.
       library: the first part of the id.
       name: the library's own id.
       api: `gymnasium` or `gym`, whose registry has the id.
@@ -91,6 +91,7 @@ class Program:
       remake: whether `reset` under the same seed is only reproducible on a new environment.
       global_randomness: whether the library draws from the interpreter's global generators.
       time_limit: steps; 0 takes what the library says.
+      image: of the container to run it in; empty for a process of this machine.
     """
 
     python: str
@@ -109,6 +110,7 @@ class Program:
     remake: bool = False
     global_randomness: bool = False
     time_limit: int = 0
+    image: str = ""
 
     @property
     def id(self) -> str:
@@ -343,9 +345,17 @@ class IsolatedEnvironment:
         return Fault(error.kind, tuple(self._shares[i]), str(error))
 
     def _start(self) -> Worker:
-        program = self._program
-        job = program.job(self._isolation.memory_limit_bytes)
-        return Worker(lambda log: LocalProcess(program.python, self._scratch, program.variables, log), job)
+        program, limits = self._program, self._isolation
+
+        def launch(log: typing.IO[bytes]) -> Process:
+            if not program.image:
+                return LocalProcess(program.python, self._scratch, program.variables, log)
+            from .containers import ContainerProcess
+
+            place = (program.image, self._scratch, program.variables, program.path)
+            return ContainerProcess(*place, limits.memory_limit_bytes, limits.start_timeout_s)
+
+        return Worker(launch, program.job(limits.memory_limit_bytes))
 
     def _attach(self, i: int) -> None:
         worker, rows = self._workers[i], self._shares[i]

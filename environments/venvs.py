@@ -80,7 +80,7 @@ def build(recipe: Recipe) -> str:
         return python
     place = _place(recipe)
     place.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(place.with_suffix(".lock")):
+    with locked(place.with_suffix(".lock")):
         if python := built(recipe):  # by another process, while this one waited
             return python
         base = find_python(recipe.python, f"the libraries of the group {recipe.name}")
@@ -208,7 +208,8 @@ def _install(recipe: Recipe, base: str, folder: pathlib.Path, log: pathlib.Path,
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path) -> typing.Iterator[None]:
+def locked(path: pathlib.Path) -> typing.Iterator[None]:
+    """Holds a lock that other processes that build the same thing wait for."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import environments
-from environments import groups, registry, venvs
+from environments import containers, groups, registry, venvs
 from environments.isolation import Isolation
 
 GROUPS = sorted(groups.IMAGES.glob("*/group.json"))
@@ -50,6 +50,7 @@ def group(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(groups, "IMAGES", tmp_path / "images")
     groups.libraries.cache_clear()
     registry._names.cache_clear()
+    monkeypatch.setattr(containers, "problem", lambda: "this test is about virtual environments")
     # What pip would install is borrowed from the environment that runs the tests.
     monkeypatch.setattr(venvs, "_install", lambda *arguments: _borrow(library, *arguments))
     yield folder
@@ -175,6 +176,13 @@ def test_names_and_kinds_of_isolation_are_checked_before_anything_is_built(group
     assert not cache.exists()
 
 
+def test_where_there_is_no_podman_auto_is_a_virtual_environment_and_container_says_what_is_missing(group, cache):
+    with pytest.raises(environments.LibraryMissingError, match="corridor cannot run in a container: this test"):
+        environments.make("corridor/Steady-v0", isolation="container")
+    environments.make("corridor/Steady-v0").close()
+    assert groups.libraries()["corridor"].is_built
+
+
 def test_a_build_that_fails_leaves_nothing_but_its_log(tmp_path, cache, caplog):
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("no-such-package-anywhere==1.0\n")
@@ -197,11 +205,15 @@ def test_a_build_that_fails_leaves_nothing_but_its_log(tmp_path, cache, caplog):
 def test_two_ids_of_every_library_pass_the_kit(path):
     for library in groups.read_group(path):
         for name in (library.ids[0], library.ids[-1]):
-            environments.check_environment(f"{library.name}/{name}")
+            environments.check_environment(
+                lambda batch_size, time_limit, id=f"{library.name}/{name}": environments.make(
+                    id, batch_size, time_limit=time_limit, isolation="venv"
+                )
+            )
 
 
 @pytest.mark.builds
 def test_procgen_runs_on_python_3_9_with_the_old_gym():
-    environment = environments.make("procgen/procgen-coinrun-v0", 2)
+    environment = environments.make("procgen/procgen-coinrun-v0", 2, isolation="venv")
     assert environment.spec.version == "0.10.7" and environment.spec.observation_space.shape == (64, 64, 3)
     environment.close()
