@@ -199,7 +199,7 @@ def name_of(path):
     return f"the observation, part {words!r}," if path else "the observation"
 
 
-def write(slot, path, space, observation):
+def write(slot, path, kind, space, observation):
     """Writes one leaf of an observation into its place `[...]` of the arrays, if it has the shape it should have."""
     value = observation
     for key in path:
@@ -207,7 +207,7 @@ def write(slot, path, space, observation):
             value = value[key]
         except (KeyError, IndexError, TypeError):
             raise WrongError("shape", f"{name_of(path)} is missing") from None
-    if kind_of(space) in ("Text", "MissionSpace"):
+    if kind in ("Text", "MissionSpace"):
         text = np.frombuffer(str(value).encode(), np.uint8)
         if len(text) > len(slot):
             raise WrongError("shape", f"{name_of(path)} has {len(text)} bytes, expected at most {len(slot)}")
@@ -215,6 +215,9 @@ def write(slot, path, space, observation):
         slot[: len(text)] = text
         return
     value = np.asarray(value)
+    if value.dtype == slot.dtype and value.shape == slot.shape:  # as most are
+        slot[...] = value
+        return
     if value.dtype == object or value.dtype.kind not in "biuf":
         raise WrongError("shape", f"{name_of(path)} is of type {value.dtype}, expected numbers")
     if value.shape != slot.shape:
@@ -226,18 +229,17 @@ def write(slot, path, space, observation):
         limits = np.iinfo(slot.dtype)
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise WrongError("nan", f"{name_of(path)} is not finite")
-        if kind_of(space) == "Box":
+        if kind == "Box":
             value = np.clip(value, limits.min, limits.max)
         elif value.size and not (limits.min <= value.min() and value.max() <= limits.max):
             raise WrongError("category", f"{name_of(path)} has the value {value.ravel()[0]}, outside {space}")
     slot[...] = value
 
 
-def read(slot, space):
+def read(slot, kind, space):
     """One leaf of an action as the library wants it."""
-    kind = kind_of(space)
     if kind == "Discrete":
-        return int(slot[()])
+        return slot.item()
     dtype = space.dtype if space.dtype is not None else slot.dtype
     return np.array(slot, dtype).reshape(space.shape)
 
@@ -326,9 +328,6 @@ def versions():
 @contextlib.contextmanager
 def own_randomness(states, row):
     """Runs a row under its own state of the interpreter's two global generators, which libraries do use."""
-    if states is None:
-        yield
-        return
     if row in states:
         python, numpy = states[row]
         random.setstate(python)
@@ -356,15 +355,22 @@ class Rows:
         }
         self.range = range(content["first"], content["first"] + content["rows"])
         self.beat = self.arrays["beat"][content["worker"] : content["worker"] + 1]
-        self.observation_leaves = [
-            (self.arrays[f"observation/{i}"], path, space)
-            for i, (path, space) in enumerate(find_leaves(self.observation_space))
-        ]
-        self.action_leaves = [
-            (self.arrays[f"action/{i}"], space) for i, (_, space) in enumerate(find_leaves(self.action_space))
-        ]
+        self.observation_places = self.find_places("observation", self.observation_space)
+        self.action_places = self.find_places("action", self.action_space)
         # Rows that share a generator would depend on how rows are split among workers.
         self.states: typing.Any = {} if library.job["global_randomness"] else None
+
+    def find_places(self, prefix, space):
+        """For each row, the place of each leaf in the arrays, the leaf's path, kind and space."""
+        leaves = find_leaves(space)
+        arrays = [self.arrays[f"{prefix}/{i}"] for i in range(len(leaves))]
+        return {
+            row: [
+                (slots[row : row + 1].reshape(slots.shape[1:]), path, kind_of(leaf), leaf)
+                for slots, (path, leaf) in zip(arrays, leaves)
+            ]
+            for row in self.range
+        }
 
     def obey(self):
         """Does what each row is told to; the faults of those that failed."""
@@ -375,8 +381,12 @@ class Rows:
                 continue
             self.beat += 1
             try:
-                with own_randomness(self.states, row):
-                    self.step(row) if command == STEP else self.reset(row, command)
+                obey = self.step if command == STEP else self.reset
+                if self.states is None:
+                    obey(row, command)
+                else:
+                    with own_randomness(self.states, row):
+                        obey(row, command)
             except Exception as error:
                 kind = error.kind if isinstance(error, WrongError) else "exception"
                 text = str(error) if isinstance(error, WrongError) else tail(traceback.format_exc())
@@ -385,15 +395,17 @@ class Rows:
         self.beat += 1
         return faults
 
-    def step(self, row):
+    def step(self, row, command):
         """Steps one row."""
-        leaves = iter([read(slots[row], space) for slots, space in self.action_leaves])
-        action = build(self.action_space, leaves)
+        values = [read(slot, kind, space) for slot, _, kind, space in self.action_places[row]]
+        action = build(self.action_space, iter(values))
         observation, reward, terminated, truncated, info = self.library.step(self.environments[row], action)
-        reward = np.asarray(reward, np.float64)
-        if reward.size != 1:
-            raise WrongError("shape", f"the reward has shape {list(reward.shape)}, expected one number")
-        self.put(row, observation, reward.reshape(()), bool(terminated), bool(truncated), info)
+        if not isinstance(reward, (float, int)):
+            reward = np.asarray(reward, np.float64)
+            if reward.size != 1:
+                raise WrongError("shape", f"the reward has shape {list(reward.shape)}, expected one number")
+            reward = reward.item()
+        self.put(row, observation, reward, bool(terminated), bool(truncated), info)
 
     def reset(self, row, command):
         """Resets one row, or makes it."""
@@ -417,8 +429,8 @@ class Rows:
 
     def put(self, row, observation, reward, terminated, truncated, info):
         """Writes what came of one row into the arrays."""
-        for slots, path, space in self.observation_leaves:
-            write(slots[row : row + 1].reshape(slots.shape[1:]), path, space, observation)
+        for slot, path, kind, space in self.observation_places[row]:
+            write(slot, path, kind, space, observation)
         self.arrays["reward"][row] = reward
         self.arrays["terminated"][row] = terminated
         self.arrays["truncated"][row] = truncated
