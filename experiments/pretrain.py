@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import itertools
 import json
 import pathlib
@@ -20,8 +19,9 @@ import numpy as np
 from data.mixture import Bucket, Mixture, WindowSource
 from data.store import Dataset, open_dataset
 from experiments import progress
-from experiments.workdir import WorkdirError, claim, write
-from ldm_jax import policy, training
+from experiments.mesh import MeshConfig, make_mesh
+from experiments.workdir import FREE, WorkdirError, claim, resolved, write
+from ldm_jax import policy, sharding, training
 from ldm_jax.acting import Decoding
 from ldm_jax.checkpoints import Checkpoints
 from ldm_jax.codec import Codec
@@ -43,6 +43,7 @@ class Config:
       checkpoint_steps: steps between two checkpoints.
       log_steps: steps between two rows of metrics.
       decoding: how the saved policy takes its actions.
+      mesh: over which devices; a run may go on over others.
     """
 
     model: ModelConfig = SIZES["micro"]
@@ -52,6 +53,7 @@ class Config:
     checkpoint_steps: int = 100
     log_steps: int = 10
     decoding: Decoding = "greedy"
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata={FREE: True})
 
     def __post_init__(self):
         if self.window < 2 * self.model.window:
@@ -87,14 +89,17 @@ def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (
         config.model.check_fits(codec.bucket, codec.card.id)
     mixture = mix(dataset, codecs, config)
     model, steps = make_model(config.model), config.training.steps
-    configuration = {"pretrain": dataclasses.asdict(config), "environments": list(ids), "data": mixture.fingerprint}
+    mesh = make_mesh(config.mesh)
+    if mesh:
+        sharding.check_rows(mesh, {name: bucket.rows for name, bucket in mixture.buckets.items()})
+    configuration = {"pretrain": resolved(config), "environments": list(ids), "data": mixture.fingerprint}
     trained = False
     with Checkpoints(workdir / "checkpoints", configuration) as checkpoints:
-        init = functools.partial(training.init_state, model, config.training)
         # Shapes are enough to restore, and parameters take seconds to make.
-        state = checkpoints.restore(jax.eval_shape(init)) or init()
+        shapes = training.state_shapes(model, config.training, mesh)
+        state = checkpoints.restore(shapes) or training.init_state(model, config.training, mesh)
         if int(state.step) < steps:
-            state = _train(config, state, mixture, checkpoints, ids, workdir)
+            state = _train(config, state, mixture, checkpoints, ids, workdir, mesh)
             trained = True
     if trained or not (workdir / "policy").exists():
         cards = {codec.card.id: codec.card for codec in codecs}
@@ -137,6 +142,7 @@ def _train(
     checkpoints: Checkpoints,
     ids: typing.Sequence[str],
     workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh | None,
 ) -> training.TrainState:
     steps, begun, clock = config.training.steps, int(state.step), progress.clock()
     tokens = config.window * sum(bucket.rows for bucket in mixture.buckets.values())
@@ -146,12 +152,12 @@ def _train(
             lambda line: json.loads(line)["step"] <= begun, metrics_path.read_text().splitlines()
         )
         write(metrics_path, "".join(f"{line}\n" for line in kept))
-    train_step = training.make_train_step(make_model(config.model), config.model, config.training)
+    train_step = training.make_train_step(make_model(config.model), config.model, config.training, mesh)
     with (
         progress.bar("pretrain", steps, "step", begun) as advance,
         metrics_path.open("a") as file,
     ):
-        for done, newest_state, metrics in training.train(train_step, state, mixture.batches(begun), steps):
+        for done, newest_state, metrics in training.train(train_step, state, mixture.batches(begun), steps, mesh):
             advance(1)
             state = newest_state
             if done % config.log_steps == 0 or done == steps:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from optax import contrib
 
-from ldm_jax import objective
+from ldm_jax import objective, sharding
 from ldm_jax.config import ConfigError, ModelConfig
 from ldm_jax.model import Model, Params
 from ldm_jax.objective import Example, RowMetrics
@@ -107,16 +107,39 @@ def make_optimiser(cfg: TrainingConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
 
 
-def init_state(model: Model, cfg: TrainingConfig) -> TrainState:
-    """Fresh parameters and optimiser state; a pure function of the seed."""
+def init_state(model: Model, cfg: TrainingConfig, mesh: jax.sharding.Mesh | None = None) -> TrainState:
+    """Fresh parameters and optimiser state, a pure function of the seed; split over the mesh if there is one."""
+    init = functools.partial(_init_state, model, cfg)
+    shardings = _shardings(state_shapes(model, cfg, mesh)) if mesh else None
+    # Hundreds of small arrays: one program compiles faster than each of them.
+    return jax.jit(init, out_shardings=shardings)()
 
-    @jax.jit  # hundreds of small arrays: one program compiles faster than each of them
-    def init(key: Array) -> TrainState:
-        params = model.init(jax.random.fold_in(key, 0))
-        state = make_optimiser(cfg).init(params)
-        return TrainState(params, state, jnp.zeros((), jnp.int32), jax.random.fold_in(key, 1))
 
-    return init(jax.random.key(cfg.seed))
+def state_shapes(model: Model, cfg: TrainingConfig, mesh: jax.sharding.Mesh | None = None) -> TrainState:
+    """Shapes and, on a mesh, shardings of the state that `init_state` makes; allocates nothing.
+
+    Raises:
+      ConfigError: the model does not divide over the mesh.
+    """
+    shapes = jax.eval_shape(functools.partial(_init_state, model, cfg))
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        sharding.state_shardings(mesh, shapes),
+    )
+
+
+def _init_state(model: Model, cfg: TrainingConfig) -> TrainState:
+    key = jax.random.key(cfg.seed)
+    params = model.init(jax.random.fold_in(key, 0))
+    state = make_optimiser(cfg).init(params)
+    return TrainState(params, state, jnp.zeros((), jnp.int32), jax.random.fold_in(key, 1))
+
+
+def _shardings(shapes: TrainState) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
 class StepMetrics(typing.NamedTuple):
@@ -133,13 +156,26 @@ class StepMetrics(typing.NamedTuple):
     rows: dict[str, RowMetrics]
 
 
+TrainStep = typing.Callable[[TrainState, dict[str, Example]], tuple[TrainState, StepMetrics]]
+"""One step of training, see `make_train_step`."""
+
+
 def make_train_step(
-    model: Model, model_cfg: ModelConfig, cfg: TrainingConfig
-) -> typing.Callable[[TrainState, dict[str, Example]], tuple[TrainState, StepMetrics]]:
-    """Compiles `train_step(state, batch) -> (state, metrics)`; the state passed in is donated."""
+    model: Model, model_cfg: ModelConfig, cfg: TrainingConfig, mesh: jax.sharding.Mesh | None = None
+) -> TrainStep:
+    """Compiles `train_step(state, batch) -> (state, metrics)`; the state passed in is donated.
+
+    Args:
+      model: the pure functions.
+      model_cfg: shapes of the model.
+      cfg: how it is trained.
+      mesh: what `init_state` split the state over, and `sharding.place_batch` the batch; None for one device.
+
+    Raises:
+      ConfigError: the model does not divide over the mesh.
+    """
     optimiser = make_optimiser(cfg)
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch: dict[str, Example]) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
         batch = objective.drop_previous_actions(key, batch, cfg.drop_previous)
@@ -150,7 +186,8 @@ def make_train_step(
         metrics = StepMetrics(loss, optax.global_norm(gradients), rows)
         return TrainState(params, optimiser_state, state.step + 1, state.key), metrics
 
-    return train_step
+    out_shardings = (_shardings(state_shapes(model, cfg, mesh)), None) if mesh else None
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
 class TrainingError(RuntimeError):
@@ -158,10 +195,11 @@ class TrainingError(RuntimeError):
 
 
 def train(
-    train_step: typing.Callable[[TrainState, dict[str, Example]], tuple[TrainState, StepMetrics]],
+    train_step: TrainStep,
     state: TrainState,
     batches: collections.abc.Iterable[dict[str, Example]],
     steps: int,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> collections.abc.Iterator[tuple[int, TrainState, Metrics]]:
     """Runs training steps up to number `steps`, reporting each one while the next is already under way.
 
@@ -170,6 +208,7 @@ def train(
       state: from `init_state` or a checkpoint.
       batches: the batch numbered `state.step` and all after it.
       steps: the step to stop before.
+      mesh: what the state is split over; None for one device.
 
     Yields:
       The number of steps done, the newest state (one step ahead of the metrics until the last), and the metrics.
@@ -181,7 +220,7 @@ def train(
     pending: tuple[int, dict[str, np.ndarray], StepMetrics] | None = None
     for number, batch in zip(range(start, steps), batches, strict=False):
         environments = {name: np.asarray(example.environment) for name, example in batch.items()}
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, sharding.place_batch(mesh, batch) if mesh else batch)
         if pending:
             yield pending[0], state, _fetch(*pending)
         pending = number + 1, environments, metrics
