@@ -127,6 +127,7 @@ class ContainerProcess:
         memory_limit_bytes: int,
         start_timeout_s: float,
     ):
+        self.name = ""
         run = tempfile.mkdtemp(prefix="run-", dir=folder)
         os.chmod(run, 0o711)  # the worker is another user
         listener = socket.socket(socket.AF_UNIX)
@@ -164,14 +165,16 @@ class ContainerProcess:
                         ),
                     ],
                 )
+                self.name = container.id
                 container.start()
                 container.reload()
-                self.name = container.id
                 self._monitor = os.pidfd_open(container.attrs["State"]["ConmonPid"])
             self.connection = self._accept(listener, start_timeout_s)
         except WorkerFaultError:
             raise
         except Exception as error:  # podman-py raises errors of many kinds
+            if self.name:
+                _podman("rm", "--force", "--ignore", self.name, check=False)
             raise WorkerFaultError("start", f"a container of {image} cannot be started: {error!r}") from error
         finally:
             listener.close()
