@@ -89,8 +89,9 @@ def build(recipe: venvs.Recipe) -> str:
                 options.append(f"--volume={path}:{path}:ro")
         context = str(recipe.requirements.parent)
         _podman("build", "--network=host", f"--tag={name}", f"--file={_CONTAINERFILE}", *options, context)
-        # Where settings or the kernel do not allow containers, this is where it is seen.
-        _podman("run", "--rm", "--init", "--network=none", "--read-only", "--cap-drop=ALL", name, "true")
+        # Where settings or the kernel do not allow containers, or a shared library is missing, this is where it is seen.
+        walls = ("--rm", "--init", "--network=none", "--read-only", "--cap-drop=ALL", "--env=HOME=/tmp")
+        _podman("run", *walls, name, PYTHON, "-I", "-c", f"import {', '.join(recipe.imports)}")
         _mark(recipe).touch()
         _log.warning("built the container image %s in %.0f s", name, time.monotonic() - start)
     return name
