@@ -89,7 +89,7 @@ def build(recipe: venvs.Recipe) -> str:
                 options.append(f"--volume={path}:{path}:ro")
         context = str(recipe.requirements.parent)
         _podman("build", "--network=host", f"--tag={name}", f"--file={_CONTAINERFILE}", *options, context)
-        # Where settings or the kernel do not allow containers, or a shared library is missing, this is where it is seen.
+        # Where the machine does not allow containers, or a shared library is missing, this is where it is seen.
         walls = ("--rm", "--init", "--network=none", "--read-only", "--cap-drop=ALL", "--env=HOME=/tmp")
         _podman("run", *walls, name, PYTHON, "-I", "-c", f"import {', '.join(recipe.imports)}")
         _mark(recipe).touch()
