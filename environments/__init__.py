@@ -11,13 +11,15 @@ import typing
 
 if typing.TYPE_CHECKING:
     from .conformance import ConformanceError, check_environment
-    from .interface import Environment, EnvironmentFaultError, StaleStateError
-    from .registry import LibraryMissingError, UnknownEnvironmentError, list_ids, make
+    from .interface import Environment, EnvironmentFaultError, LibraryMissingError, StaleStateError
+    from .isolation import Isolation
+    from .registry import UnknownEnvironmentError, list_ids, make
 
 __all__ = [
     "ConformanceError",
     "Environment",
     "EnvironmentFaultError",
+    "Isolation",
     "LibraryMissingError",
     "StaleStateError",
     "UnknownEnvironmentError",
@@ -28,8 +30,9 @@ __all__ = [
 
 _HOMES = {
     "conformance": ("ConformanceError", "check_environment"),
-    "interface": ("Environment", "EnvironmentFaultError", "StaleStateError"),
-    "registry": ("LibraryMissingError", "UnknownEnvironmentError", "list_ids", "make"),
+    "interface": ("Environment", "EnvironmentFaultError", "LibraryMissingError", "StaleStateError"),
+    "isolation": ("Isolation",),
+    "registry": ("UnknownEnvironmentError", "list_ids", "make"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

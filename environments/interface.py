@@ -17,6 +17,10 @@ class EnvironmentFaultError(RuntimeError):
     """An environment broke its contract: NaN rewards, an observation outside its space, a wrong shape."""
 
 
+class LibraryMissingError(ImportError):
+    """The library of an environment is known but not installed, or its adapter cannot be imported."""
+
+
 @typing.runtime_checkable
 class Environment(typing.Protocol):
     """B parallel environments with next-step reset (see `ldm_jax.types.TimeStep`).

@@ -9,6 +9,9 @@ An adapter is a module with two functions:
 and, if it likes, `refusal(name) -> str | None`, why an id that the library has is not offered. It imports its library
 inside these functions. A third party's package offers one under the entry-point group `ldm_jax.environments`, the
 entry's name being the library and its value the module.
+
+A library that cannot live in this interpreter needs no adapter but a description among `images/`, see `groups`: its
+environments run in worker processes.
 """
 
 from __future__ import annotations
@@ -21,7 +24,11 @@ import types
 import typing
 import warnings
 
-from .interface import Environment
+from . import groups
+from .interface import Environment, LibraryMissingError
+
+if typing.TYPE_CHECKING:
+    from .isolation import Isolation
 
 ENTRY_POINT_GROUP = "ldm_jax.environments"
 
@@ -38,11 +45,9 @@ class UnknownEnvironmentError(ValueError):
     """No environment goes by this id, or it is one that does not work."""
 
 
-class LibraryMissingError(ImportError):
-    """The library of an environment is known but not installed, or its adapter cannot be imported."""
-
-
-def make(id: str, batch_size: int = 1, *, time_limit: int | None = None) -> Environment:
+def make(
+    id: str, batch_size: int = 1, *, time_limit: int | None = None, isolation: str | Isolation = "auto"
+) -> Environment:
     """Makes B parallel environments of one kind.
 
     Args:
@@ -50,11 +55,14 @@ def make(id: str, batch_size: int = 1, *, time_limit: int | None = None) -> Envi
       batch_size: B, at least 1.
       time_limit: steps after which an episode is truncated; None takes the library's own limit, or a default where the
         library has none.
+      isolation: how a library that cannot live in this interpreter is kept apart: the kind alone, or an `Isolation`
+        with the number of workers and their limits. What its interpreter needs is built the first time.
 
     Raises:
       UnknownEnvironmentError: no such library or environment, or one that is known not to work.
-      LibraryMissingError: the library is not installed.
-      ValueError: `batch_size` or `time_limit` is not a positive integer.
+      LibraryMissingError: the library is not installed, or its interpreter cannot be built.
+      ValueError: `batch_size` or `time_limit` is not a positive integer, or `isolation` is asked for where the library
+        lives in this interpreter.
     """
     _check_positive("batch_size", batch_size)
     if time_limit is not None:
@@ -72,14 +80,22 @@ def make(id: str, batch_size: int = 1, *, time_limit: int | None = None) -> Envi
         raise UnknownEnvironmentError(
             f"{library} has no environment {name!r}{_or([f'{library}/{near}' for near in _near(name, known)])}"
         )
-    return adapter.make(name, batch_size, time_limit)
+    if not isinstance(adapter, groups.IsolatedLibrary):
+        if isolation != "auto":
+            raise ValueError(f"isolation is {isolation!r}, but {library} runs in this interpreter: leave it at 'auto'")
+        return adapter.make(name, batch_size, time_limit)
+    if isinstance(isolation, str):
+        from .isolation import Isolation
+
+        isolation = Isolation(isolation)
+    return adapter.make(name, batch_size, time_limit, isolation)
 
 
 def list_ids(library: str | None = None) -> list[str]:
     """The ids that `make` accepts, of one library or of all that are installed.
 
-    A library that is not installed is left out of the list of all, and one whose adapter fails is left out with a
-    warning, so that one broken package does not take the others away.
+    A library that is not installed, or whose interpreter has not been built, is left out of the list of all, and one
+    whose adapter fails is left out with a warning, so that one broken package does not take the others away.
 
     Raises:
       UnknownEnvironmentError: `library` is not known.
@@ -90,6 +106,8 @@ def list_ids(library: str | None = None) -> list[str]:
     ids = []
     for known in _libraries():
         try:
+            if known in groups.libraries() and not groups.libraries()[known].is_built:
+                continue
             ids += [f"{known}/{name}" for name in _names(known, _adapter(known))]
         except LibraryMissingError as error:
             if known not in BUILT_IN:
@@ -98,8 +116,8 @@ def list_ids(library: str | None = None) -> list[str]:
 
 
 def _libraries() -> dict[str, str]:
-    """Adapter module of each known library: the built-in ones, then those of entry points."""
-    table = dict(BUILT_IN)
+    """Adapter module of each known library: the built-in ones, those of groups, then those of entry points."""
+    table = BUILT_IN | dict.fromkeys(groups.libraries(), groups.__name__)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         taken = table.get(entry.name)
         if taken is None:
@@ -119,13 +137,15 @@ def _package(entry: importlib.metadata.EntryPoint) -> str:
     return entry.dist.name if entry.dist is not None else "an unknown package"
 
 
-def _adapter(library: str) -> types.ModuleType:
+def _adapter(library: str) -> typing.Any:
     table = _libraries()
     if library not in table:
         raise UnknownEnvironmentError(
             f"no library {library!r} of environments; known are {', '.join(sorted(table))}{_or(_near(library, table))} "
             f"(a package adds one by an entry point in {ENTRY_POINT_GROUP!r})"
         )
+    if library in groups.libraries():
+        return groups.libraries()[library]
     try:
         return importlib.import_module(table[library])
     except Exception as error:  # a third party's module may fail in any way
@@ -135,7 +155,7 @@ def _adapter(library: str) -> types.ModuleType:
 
 
 @functools.cache
-def _names(library: str, adapter: types.ModuleType) -> tuple[str, ...]:
+def _names(library: str, adapter: typing.Any) -> tuple[str, ...]:
     try:
         return tuple(adapter.list_ids())
     except ImportError as error:

@@ -381,7 +381,7 @@ def test_faults_of_a_simulator_are_named(fault, text):
         ("gymnax/Cartpole-v1", "did you mean gymnax/CartPole-v1"),
         ("envpool/LunarLandar-v3", "did you mean envpool/LunarLander-v3"),
         ("CartPole-v1", "expected `library/name`; did you mean .*/CartPole-v1"),
-        ("gymnas/CartPole-v1", "known are envpool, gymnax; did you mean gymnax"),
+        ("gymnas/CartPole-v1", "known are .*envpool, .*gymnax, .*; did you mean gymnax"),
         ("gymnax/MNISTBandit-bsuite", "not offered: it downloads"),
         ("envpool/Cig-v1", "not offered: .*crashes"),
         ("envpool/Chess-v1", "not offered: several players"),

@@ -148,6 +148,12 @@ def test_every_adapter_is_known_to_this_test():
     assert adapters <= set(LIBRARIES), "name the adapter's library in LIBRARIES"
 
 
+def test_the_program_in_other_interpreters_imports_the_standard_library_and_numpy_alone():
+    allowed = {*sys.stdlib_module_names, "numpy", "pkg_resources"}  # the last one where Python is 3.7
+    found = [item for item in ALL if item.path.startswith("environments/worker/")]
+    assert found and not [item for item in found if item.top not in allowed]
+
+
 # What only scripts do
 
 

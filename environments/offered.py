@@ -1,0 +1,105 @@
+"""Spaces as they are offered for what a library declares, and the checks of what it then returns."""
+
+from __future__ import annotations
+
+import typing
+
+import gymnasium
+import numpy as np
+
+from ldm_jax import spaces
+
+_MAX_CATEGORIES = 4096  # a larger `Discrete` observation is a counter, so a number
+_MAX_CHECKED = 4096  # elements; the bounds of larger leaves, images, are not worth checking at every step
+
+
+def observation_space(space: typing.Any) -> gymnasium.Space:
+    """The space of observations that are offered: numbers of 32 bits at most, no bounds that mean none.
+
+    Raises:
+      SpaceError: a kind that is not supported.
+    """
+    values = []
+    for leaf in spaces.leaves(space):
+        kind = leaf.space
+        if isinstance(kind, gymnasium.spaces.Discrete) and int(kind.n) > _MAX_CATEGORIES:
+            start = int(kind.start)
+            kind = _whole(gymnasium.spaces.Box(start, start + int(kind.n) - 1, (), np.int64))
+        elif isinstance(kind, gymnasium.spaces.Box):
+            kind = _real(kind) if np.issubdtype(kind.dtype, np.floating) else _whole(kind)
+        values.append(kind)
+    return _rebuild(space, iter(values))
+
+
+def action_space(space: typing.Any) -> gymnasium.Space:
+    """The space of actions that are offered; whole numbers are categories.
+
+    Raises:
+      SpaceError: a kind that is not supported.
+    """
+    values = []
+    for leaf in spaces.leaves(space):
+        kind = leaf.space
+        if isinstance(kind, gymnasium.spaces.Text):
+            raise spaces.SpaceError(f"actions have a part {leaf.name!r} of Text, which nothing here can choose")
+        if isinstance(kind, gymnasium.spaces.Box):
+            if np.issubdtype(kind.dtype, np.floating):
+                kind = _real(kind)
+            else:
+                start, high = kind.low.astype(np.int64), kind.high.astype(np.int64)
+                if ((high - start) >= _MAX_CATEGORIES).any() or ((high - start) < 0).any():
+                    raise spaces.SpaceError(f"actions have a part {leaf.name!r}, {kind}, of too many whole numbers")
+                kind = gymnasium.spaces.MultiDiscrete(high - start + 1, start=start)
+        values.append(kind)
+    return _rebuild(space, iter(values))
+
+
+class Leaf(spaces.Leaf):
+    """One leaf of the observations that are offered, with the checks of its values."""
+
+    def faults(self, value: np.ndarray, asked_B: np.ndarray) -> typing.Iterator[tuple[int, str, str]]:
+        """Row, kind and description of each value `[B, ...]` that is no number or no category of the space."""
+        what = "the observation" + (f", part {self.name!r}," if self.path else "")
+        if np.issubdtype(value.dtype, np.floating):
+            bad = ~np.isfinite(value)
+            kind, expected = "nan", "a finite number"
+        elif sizes := spaces.choices(self.space):
+            index = value.reshape(len(value), -1) - np.ravel(spaces.start(self.space))
+            bad = ((index < 0) | (index >= np.array(sizes))).reshape(value.shape)
+            kind, expected = "category", f"a value of {self.space}"
+        else:
+            return
+        if bad.any():
+            for row in np.flatnonzero(bad.reshape(len(bad), -1).any(1) & asked_B):
+                yield int(row), kind, f"{what} is {value[row][bad[row]].ravel()[0]}, expected {expected}"
+
+    def outside(self, value: np.ndarray) -> typing.Any:
+        """`bool [B]`, the rows with a number outside the declared bounds."""
+        space = self.space
+        if not isinstance(space, gymnasium.spaces.Box) or space.dtype == np.uint8 or value[0].size > _MAX_CHECKED:
+            return np.zeros(len(value), bool)
+        outside = (value < space.low) | (value > space.high)
+        return outside.reshape(len(value), -1).any(1)
+
+
+def _real(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:
+    low, high = spaces.bounds(space)
+    return gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32), space.shape, np.float32)
+
+
+def _whole(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:
+    if space.dtype == np.bool_:
+        return gymnasium.spaces.Box(0, 1, space.shape, np.uint8)
+    if np.iinfo(space.dtype).bits <= 16 or space.dtype == np.int32:
+        return space
+    limits = np.iinfo(np.int32)
+    low, high = (np.clip(side, limits.min, limits.max).astype(np.int32) for side in (space.low, space.high))
+    return gymnasium.spaces.Box(low, high, space.shape, np.int32)
+
+
+def _rebuild(space: typing.Any, values: typing.Iterator[gymnasium.Space]) -> gymnasium.Space:
+    if isinstance(space, gymnasium.spaces.Dict):
+        return gymnasium.spaces.Dict({key: _rebuild(space[key], values) for key in sorted(space)})
+    if isinstance(space, gymnasium.spaces.Tuple):
+        return gymnasium.spaces.Tuple([_rebuild(child, values) for child in space])
+    return next(values)

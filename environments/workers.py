@@ -1,0 +1,260 @@
+"""The host's end of one worker process: starting it, talking to it, and being certain that it is gone."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import pathlib
+import select
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import time
+import typing
+
+import numpy as np
+
+SERVER = pathlib.Path(__file__).parent / "worker" / "server.py"
+PROTOCOL = 1
+IDLE, STEP, RESET, SEED, REMAKE = range(5)
+"""Commands of a row; see `worker/server.py`."""
+
+MAX_MESSAGE_BYTES = 1 << 24
+MAX_LOG_CHARS = 2000
+GOODBYE_S = 2.0
+
+_PROTOCOL_FAULT = "the worker is of another version than the host; remove the cache of virtual environments"
+# Each row is one process' work: thread pools of many workers would fight for the cores. No displays, no sound.
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "SDL_VIDEODRIVER": "dummy",
+    "SDL_AUDIODRIVER": "dummy",
+    "MPLBACKEND": "Agg",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+class WorkerFaultError(Exception):
+    """A worker broke off, hung or talked nonsense.
+
+    Attributes:
+      kind: `crash`, `hang`, `garbage`, `start` or `refused`.
+    """
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(text)
+        self.kind = kind
+
+
+class Process(typing.Protocol):
+    """A process that runs `worker/server.py`, wherever it runs.
+
+    Attributes:
+      connection: the host's end of its socket.
+      pid: its number here.
+    """
+
+    connection: socket.socket
+    pid: int
+
+    def ended(self, timeout_s: float) -> str | None:
+        """How it ended, as the end of a sentence; None if it goes on after so long."""
+
+    def kill(self) -> None:
+        """Ends it and all that it has started, and waits until nothing is left of it."""
+
+
+class LocalProcess:
+    """A process in a virtual environment; see `Process`. It leads a session and process group of its own.
+
+    Args:
+      python: the interpreter.
+      folder: where it runs and keeps its temporary files.
+      variables: environment variables beside the host's own.
+      log: the file that it prints to.
+
+    Raises:
+      WorkerFaultError: the interpreter cannot be started.
+    """
+
+    def __init__(self, python: str, folder: str, variables: typing.Mapping[str, str], log: typing.IO[bytes]):
+        self.connection, theirs = socket.socketpair()
+        # Not ours: what leads Python to our own packages.
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+        try:
+            self._process = subprocess.Popen(
+                [python, "-I", str(SERVER), str(theirs.fileno())],
+                cwd=folder,
+                env={**inherited, **QUIET, "TMPDIR": folder, **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        except OSError as error:
+            self.connection.close()
+            raise WorkerFaultError("start", f"{python} cannot be started: {error}") from error
+        finally:
+            theirs.close()
+        self.pid = self._process.pid
+
+    def ended(self, timeout_s: float) -> str | None:
+        try:
+            code = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+        return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        self.connection.close()
+
+
+class Worker:
+    """The host's end of one worker.
+
+    Args:
+      launch: starts the process, given the file that it prints to.
+      job: what it is to serve (`Program.job`); it begins at once, and `welcome` waits for it.
+
+    Attributes:
+      pid: of the process.
+      attached: whether it has the file of arrays.
+    """
+
+    def __init__(self, launch: typing.Callable[[typing.IO[bytes]], Process], job: dict[str, typing.Any]):
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as the worker
+        try:
+            self._process = launch(self._log)
+        except BaseException:
+            self._log.close()
+            raise
+        self._socket, self.pid, self.attached = self._process.connection, self._process.pid, False
+        their_end, self._lifeline = os.pipe()
+        try:
+            self._hand_over(b"H", {"protocol": PROTOCOL, "job": job}, [their_end, self._log.fileno()])
+        except WorkerFaultError:
+            self.kill()
+            raise
+        finally:
+            os.close(their_end)
+
+    def welcome(self, timeout_s: float) -> dict[str, typing.Any]:
+        """What the worker says of the environment it has made."""
+        kind, content = self.receive(timeout_s)
+        if kind == b"E":
+            raise WorkerFaultError("refused" if content.get("reason") == "refused" else "start", content["text"])
+        if kind != b"S" or content.get("protocol") != PROTOCOL:
+            raise WorkerFaultError("start", _PROTOCOL_FAULT)
+        return content
+
+    def attach(self, content: dict[str, typing.Any], descriptor: int, timeout_s: float) -> None:
+        """Hands over the file of arrays."""
+        self._hand_over(b"A", content, [descriptor])
+        self.receive(timeout_s)
+        self.attached = True
+
+    def send(self, kind: bytes, content: dict[str, typing.Any] | None = None) -> None:
+        """Sends one message."""
+        if self._poll(0):
+            # It speaks though nobody has asked: an end, or bytes that would be taken for the next answer.
+            self._read(1, 0.0)
+            raise WorkerFaultError("garbage", "the worker wrote to the socket without being asked" + self._words())
+        body = b"" if content is None else json.dumps(content).encode()
+        try:
+            self._socket.sendall(kind + struct.pack("<I", len(body)) + body)
+        except OSError as error:
+            raise self._ended() from error
+
+    def receive(
+        self, timeout_s: float, beat: np.ndarray | None = None, sent: tuple[float, int] | None = None
+    ) -> tuple[bytes, dict[str, typing.Any]]:
+        """The next message.
+
+        Args:
+          timeout_s: time that one call to the library may take.
+          beat: `uint64 [1]`, rises with each call; None where the message is about a single one.
+          sent: when the question was sent (monotonic seconds) and what the beat was then.
+
+        Raises:
+          WorkerFaultError: the end of the connection, silence, or what is not a message.
+        """
+        since, seen = sent or (time.monotonic(), 0)
+        while not self._poll(max(0.0, since + timeout_s - time.monotonic())):
+            if beat is None or int(beat[0]) == seen:
+                raise WorkerFaultError("hang", f"no answer within the limit of {timeout_s:g} s a call" + self._words())
+            since, seen = time.monotonic(), int(beat[0])
+        head = self._read(5, timeout_s)
+        kind, (length,) = head[:1], struct.unpack("<I", head[1:])
+        if kind not in (b"S", b"E", b"K", b"F") or length > MAX_MESSAGE_BYTES:
+            raise WorkerFaultError("garbage", f"the worker wrote {head!r}, which begins no message" + self._words())
+        try:
+            content = json.loads(self._read(length, timeout_s)) if length else {}
+        except ValueError as error:
+            raise WorkerFaultError("garbage", f"the worker sent a message that is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise WorkerFaultError("garbage", f"the worker sent {type(content).__name__}, expected an object")
+        return kind, content
+
+    def close(self) -> None:
+        """Lets the worker close its environments and go, then makes sure."""
+        with contextlib.suppress(WorkerFaultError):
+            self.send(b"Q")
+            self.receive(GOODBYE_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the process and all that it has started; a second call does nothing."""
+        if self._socket.fileno() < 0:
+            return
+        self._process.kill()
+        os.close(self._lifeline)
+        self._log.close()
+
+    def _hand_over(self, kind: bytes, content: dict[str, typing.Any], descriptors: list[int]) -> None:
+        """Sends a message with descriptors of files."""
+        body = json.dumps(content).encode()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        try:
+            self._socket.sendmsg([kind + struct.pack("<I", len(body))], rights)
+            self._socket.sendall(body)
+        except OSError as error:
+            raise self._ended() from error
+
+    def _poll(self, timeout_s: float) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+
+    def _read(self, size: int, timeout_s: float) -> bytes:
+        data = b""
+        while len(data) < size:
+            if not self._poll(timeout_s):
+                raise WorkerFaultError("garbage", f"the worker wrote {len(data)} of {size} bytes" + self._words())
+            try:
+                part = self._socket.recv(size - len(data))
+            except OSError as error:
+                raise self._ended() from error
+            if not part:
+                raise self._ended()
+            data += part
+        return data
+
+    def _ended(self) -> WorkerFaultError:
+        how = self._process.ended(GOODBYE_S) or "closed the connection"
+        return WorkerFaultError("crash", f"the worker {how}" + self._words())
+
+    def _words(self) -> str:
+        """The last words of the worker, to end a report with."""
+        size = os.fstat(self._log.fileno()).st_size
+        text = os.pread(self._log.fileno(), MAX_LOG_CHARS, max(0, size - MAX_LOG_CHARS)).decode("utf-8", "replace")
+        return f"; its last words: {text.strip()}" if text.strip() else ""

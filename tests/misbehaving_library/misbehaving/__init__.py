@@ -1,0 +1,298 @@
+"""Environments that behave until they are told not to: action 3 makes trouble of the kind that the id names."""
+
+import mmap
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+TROUBLE = 3
+
+
+class Steady(gymnasium.Env):
+    """Walks up from a random place; what it sees is the place, the number of steps and their parity."""
+
+    def __init__(self):
+        self.observation_space = spaces.Dict(
+            place=spaces.Box(-np.inf, np.inf, (2,), np.float64), parity=spaces.Discrete(2, start=5)
+        )
+        self.action_space = spaces.Discrete(4)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.steps = self.np_random.normal(), 0
+        return self.see(), {}
+
+    def step(self, action):
+        assert type(action) is int
+        if action == TROUBLE:
+            result = self.trouble()
+            if result is not None:
+                return result
+        self.place += action + self.noise()
+        self.steps += 1
+        return self.see(), float(action), self.steps == 30, False, {}
+
+    def see(self):
+        return {"place": np.array([self.place, self.steps]), "parity": 5 + self.steps % 2}
+
+    def noise(self):
+        return self.np_random.normal()
+
+    def trouble(self):
+        """Returns what `step` is to return, or None to go on."""
+
+
+class Shared(Steady):
+    """Draws from the interpreter's global generator."""
+
+    def noise(self):
+        return np.random.normal()
+
+
+class Crash(Steady):
+    def trouble(self):
+        print("about to crash", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class Exit(Steady):
+    def trouble(self):
+        os._exit(7)
+
+
+class Orphan(Steady):
+    """Leaves a child of its own behind when it crashes."""
+
+    def trouble(self):
+        child = subprocess.Popen(["sleep", "1000"])
+        print(f"child {child.pid}", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hang(Steady):
+    """Hangs and holds the interpreter's lock."""
+
+    def trouble(self):
+        re.match(r"(a*)*b", "a" * 100)
+
+
+class Sleep(Steady):
+    def trouble(self):
+        time.sleep(1000)
+
+
+class Slow(Steady):
+    """Each call takes a while, a whole batch longer than the limit of one call."""
+
+    def step(self, action):
+        time.sleep(0.3)
+        return super().step(action)
+
+
+class Raise(Steady):
+    def trouble(self):
+        raise RuntimeError("no such move")
+
+
+class NanObservation(Steady):
+    def trouble(self):
+        return self.see() | {"place": np.array([0, np.nan])}, 0.0, False, False, {}
+
+
+class NanReward(Steady):
+    def trouble(self):
+        return self.see(), float("nan"), False, False, {}
+
+
+class HugeReward(Steady):
+    def trouble(self):
+        return self.see(), 1e300, False, False, {}
+
+
+class WrongShape(Steady):
+    def trouble(self):
+        return self.see() | {"place": np.zeros(3)}, 0.0, False, False, {}
+
+
+class WrongType(Steady):
+    def trouble(self):
+        return self.see() | {"place": ["a", None]}, 0.0, False, False, {}
+
+
+class MissingPart(Steady):
+    def trouble(self):
+        return {"parity": 5}, 0.0, False, False, {}
+
+
+class NoTuple(Steady):
+    def trouble(self):
+        return self.see()
+
+
+class NoSuchCategory(Steady):
+    def trouble(self):
+        return self.see() | {"parity": 7}, 0.0, False, False, {}
+
+
+def _sockets():
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                yield int(name)
+        except OSError:
+            pass
+
+
+class Garbage(Steady):
+    """Writes to a socket that is not its own."""
+
+    def trouble(self):
+        for descriptor in _sockets():
+            os.write(descriptor, b"what you see is not a message")
+
+
+class Forged(Steady):
+    """Writes to the socket what looks like a message."""
+
+    def trouble(self):
+        for descriptor in _sockets():
+            os.write(descriptor, b"F\x05\x00\x00\x00[1,2]")
+
+
+class Twice(Steady):
+    """Answers twice."""
+
+    def trouble(self):
+        for descriptor in _sockets():
+            os.write(descriptor, b"K\x00\x00\x00\x00")
+
+
+class HangUp(Steady):
+    """Closes the host's connection."""
+
+    def trouble(self):
+        for descriptor in _sockets():
+            socket.socket(fileno=descriptor).shutdown(socket.SHUT_RDWR)
+
+
+class Leak(Steady):
+    """Takes 20 MB and never gives it back, again at every step."""
+
+    kept = None
+
+    def trouble(self):
+        self.kept = []
+
+    def step(self, action):
+        result = super().step(action)
+        if self.kept is not None:
+            memory = mmap.mmap(-1, 20_000_000)
+            memory[:: mmap.PAGESIZE] = b"\1" * len(range(0, len(memory), mmap.PAGESIZE))
+            self.kept.append(memory)
+        return result
+
+
+class Chatter(Steady):
+    """Prints a lot; that is no fault."""
+
+    def trouble(self):
+        print("x" * 300_000)
+
+
+class RarelyStarts(Steady):
+    """Two of three resets fail."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if self.np_random.random() < 2 / 3:
+            raise RuntimeError("not this time")
+        return super().reset()
+
+
+class NeverStarts(Steady):
+    def reset(self, *, seed=None, options=None):
+        raise RuntimeError("never")
+
+
+class CannotBeMade(Steady):
+    def __init__(self):
+        raise RuntimeError("no display")
+
+
+class HangsWhenMade(Steady):
+    def __init__(self):
+        time.sleep(1000)
+
+
+class SequenceSpace(Steady):
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Sequence(spaces.Discrete(3))
+
+
+class IntegerKeys(Steady):
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Dict({1: spaces.Discrete(2)})
+
+
+class TextAction(Steady):
+    def __init__(self):
+        super().__init__()
+        self.action_space = spaces.Text(4)
+
+
+class Choosy(Steady):
+    """Says which actions are allowed."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], {"action_mask": np.array([1, 0, 1, 0], np.int8)}
+
+    def step(self, action):
+        *rest, _ = super().step(action)
+        return *rest, {"action_mask": np.zeros(4, np.int8)}
+
+
+class Everything(gymnasium.Env):
+    """Every kind of space; the observation is the last action and more."""
+
+    def __init__(self):
+        self.action_space = spaces.Dict(
+            move=spaces.Box(np.float64(-1), np.float64(1), (2,), np.float64),
+            level=spaces.Box(-2, 3, (2,), np.int64),
+            word=spaces.Tuple([spaces.Discrete(3, start=-1), spaces.MultiDiscrete([2, 5]), spaces.MultiBinary(3)]),
+        )
+        self.observation_space = spaces.Dict(
+            action=self.action_space,
+            image=spaces.Box(0, 255, (4, 5, 3), np.uint8),
+            counter=spaces.Discrete(10**6),
+            words=spaces.Text(12, charset="aä "),
+        )
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.action_space.seed(int(self.np_random.integers(2**31)))
+        self.count = int(self.np_random.integers(1000))
+        return self.see(self.action_space.sample()), {}
+
+    def step(self, action):
+        if not self.action_space.contains(action):
+            raise ValueError(f"{action} is not in {self.action_space}")
+        self.count += 1
+        return self.see(action), np.float64(self.count), self.count % 40 == 0, False, {}
+
+    def see(self, action):
+        image = np.full((4, 5, 3), self.count % 256, np.uint8)
+        return {"action": action, "image": image, "counter": self.count, "words": "ä" * (self.count % 13)}
+
+
+for environment in (*Steady.__subclasses__(), Steady, Everything):
+    gymnasium.register(f"{environment.__name__}-v0", environment)

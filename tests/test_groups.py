@@ -1,0 +1,219 @@
+"""Libraries with an interpreter of their own: their descriptions, their virtual environments, and the registry."""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import environments
+from environments import containers, groups, registry, venvs
+from environments.isolation import Isolation
+
+GROUPS = sorted(groups.IMAGES.glob("*/group.json"))
+HERE = ".".join(map(str, sys.version_info[:2]))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def group(tmp_path, cache, monkeypatch):
+    """A group whose one library is in this repository, and whose requirements are none."""
+    folder = tmp_path / "images" / "corridor"
+    folder.mkdir(parents=True)
+    library = pathlib.Path(__file__).parent / "misbehaving_library"
+    description = {
+        "python": HERE,
+        "libraries": {
+            "corridor": {
+                "api": "gymnasium",
+                "imports": ["misbehaving"],
+                "distribution": "gymnasium",
+                "domain": "test",
+                "ids": ["Steady-v0"],
+                "refused": {"Crash-v0": "it crashes"},
+            }
+        },
+    }
+    (folder / "group.json").write_text(json.dumps(description))
+    (folder / "requirements.txt").write_text("# nothing\n")
+    monkeypatch.setattr(groups, "IMAGES", tmp_path / "images")
+    groups.libraries.cache_clear()
+    registry._names.cache_clear()
+    monkeypatch.setattr(containers, "problem", lambda: "this test is about virtual environments")
+    # What pip would install is borrowed from the environment that runs the tests.
+    monkeypatch.setattr(venvs, "_install", lambda *arguments: _borrow(library, *arguments))
+    yield folder
+    groups.libraries.cache_clear()
+    registry._names.cache_clear()
+
+
+def _borrow(library, recipe, base, folder, log, count):
+    subprocess.run([base, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "borrowed.pth").write_text(f"{os.path.dirname(os.path.dirname(np.__file__))}\n{library}\n")
+
+
+# Descriptions.
+
+
+def test_every_group_is_described_and_pinned_exactly():
+    assert len(GROUPS) >= 4
+    for path in GROUPS:
+        libraries = groups.read_group(path)
+        names = {line.partition("==")[0].lower() for line in venvs.pinned(path.parent / "requirements.txt")}
+        for library in libraries:
+            assert library.program["distribution"].lower() in names
+            assert library.program["api"] in names
+            assert len(set(library.ids)) == len(library.ids) > 0
+            assert not set(library.ids) & set(library.refused)
+
+
+@pytest.mark.parametrize("line", ["numpy>=2", "numpy", "git+https://somewhere/x", "-r other.txt"])
+def test_requirements_that_are_not_exact_are_refused(tmp_path, line):
+    path = tmp_path / "requirements.txt"
+    path.write_text(f"numpy==2.0.0  # fine\n{line}\n")
+    with pytest.raises(ValueError, match="expected `name==version`"):
+        venvs.pinned(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda group: group.pop("python"), "python"),
+        (lambda group: group.update(pyhton="3.9"), "unknown fields pyhton"),
+        (lambda group: group["libraries"]["corridor"].update(sed="x"), "unknown fields sed"),
+        (lambda group: group["libraries"]["corridor"].pop("ids"), "ids"),
+    ],
+)
+def test_a_wrong_description_is_named(group, change, text):
+    path = group / "group.json"
+    description = json.loads(path.read_text())
+    change(description)
+    path.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=f"does not describe a group of libraries: .*{text}"):
+        groups.read_group(path)
+
+
+def test_the_hash_follows_what_makes_a_difference(group):
+    (library,) = groups.read_group(group / "group.json")
+    recipe = library.recipe
+    assert recipe.digest == dataclasses.replace(recipe, apt=("libx",)).digest
+    digests = {recipe.digest, dataclasses.replace(recipe, python="3.9").digest}
+    digests.add(dataclasses.replace(recipe, build=("wheel==1",)).digest)
+    recipe.requirements.write_text("numpy==2.0.0\n")
+    assert len(digests | {recipe.digest}) == 4
+
+
+# Interpreters.
+
+
+def test_interpreters_are_found_on_the_path_and_in_the_folders_of_version_managers(tmp_path, monkeypatch):
+    assert venvs.find_python(HERE, "this test") == sys._base_executable
+
+    def put(path, version):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\necho {version}\n")
+        path.chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    put(tmp_path / "bin" / "python3.98", "pyenv: python3.98: command not found")
+    for patch in (9, 10):
+        put(tmp_path / "pyenv" / "versions" / f"3.98.{patch}" / "bin" / "python3.98", "3.98")
+    assert venvs.find_python("3.98", "this test").endswith("3.98.10/bin/python3.98")
+    with pytest.raises(environments.LibraryMissingError, match=r"Python 3.97 is needed for this test.*apt-get install"):
+        venvs.find_python("3.97", "this test")
+    put(tmp_path / "bin" / "python3.97", "3.8")
+    with pytest.raises(environments.LibraryMissingError, match=r"not usable: .*/python3.97 \(another version\)"):
+        venvs.find_python("3.97", "this test")
+
+
+# From an id to an environment.
+
+
+def test_an_environment_is_built_once_and_made_like_any_other(group, cache, caplog):
+    assert environments.list_ids("corridor") == ["corridor/Steady-v0"]
+    assert "corridor/Steady-v0" not in environments.list_ids()
+    environment = environments.make("corridor/Steady-v0", 2, isolation=Isolation(workers=1))
+    assert "building the virtual environment corridor" in caplog.text
+    assert isinstance(environment, environments.Environment)
+    state, _ = environment.reset(jax.random.key(0))
+    environment.step(state, np.zeros(2, np.int32))
+    environment.close()
+    assert "corridor/Steady-v0" in environments.list_ids()
+    caplog.clear()
+    environments.make("corridor/Steady-v0", isolation="venv").close()
+    assert not caplog.records
+    folders = [path for path in (cache / "venvs").iterdir() if path.is_dir()]
+    assert len(folders) == 1
+    # What a killed build leaves, and an interpreter that is gone, are built over.
+    (folders[0].with_suffix(".building") / "lib").mkdir(parents=True)
+    (folders[0] / "bin" / "python").unlink()
+    environments.make("corridor/Steady-v0").close()
+    assert [path for path in (cache / "venvs").iterdir() if path.is_dir()] == folders
+
+
+def test_names_and_kinds_of_isolation_are_checked_before_anything_is_built(group, cache):
+    with pytest.raises(environments.UnknownEnvironmentError, match="did you mean corridor/Steady-v0"):
+        environments.make("corridor/Stedy-v0")
+    with pytest.raises(environments.UnknownEnvironmentError, match="not offered: it crashes"):
+        environments.make("corridor/Crash-v0")
+    with pytest.raises(ValueError, match="isolation is 'jail', expected one of"):
+        environments.make("corridor/Steady-v0", isolation="jail")
+    with pytest.raises(ValueError, match="runs in this interpreter"):
+        environments.make("gymnax/CartPole-v1", isolation="venv")
+    assert not cache.exists()
+
+
+def test_where_there_is_no_podman_auto_is_a_virtual_environment_and_container_says_what_is_missing(group, cache):
+    with pytest.raises(environments.LibraryMissingError, match="corridor cannot run in a container: this test"):
+        environments.make("corridor/Steady-v0", isolation="container")
+    environments.make("corridor/Steady-v0").close()
+    assert groups.libraries()["corridor"].is_built
+
+
+def test_a_build_that_fails_leaves_nothing_but_its_log(tmp_path, cache, caplog):
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("no-such-package-anywhere==1.0\n")
+    recipe = venvs.Recipe("broken", HERE, requirements, (), ("math",), ("libmissing0",))
+    environment = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with pytest.raises(environments.LibraryMissingError, match=r"(?s)apt-get install libmissing0.*no-such-package"):
+            venvs.build(recipe)
+    assert [path.suffix for path in (cache / "venvs").iterdir()].count(".log") == 1
+    assert not [path for path in (cache / "venvs").iterdir() if path.is_dir()]
+
+
+# The real groups, whose packages are downloaded: `make test PYTEST="-m builds"`.
+
+
+@pytest.mark.builds
+@pytest.mark.parametrize("path", GROUPS, ids=lambda path: path.parent.name)
+def test_two_ids_of_every_library_pass_the_kit(path):
+    for library in groups.read_group(path):
+        for name in (library.ids[0], library.ids[-1]):
+            environments.check_environment(
+                lambda batch_size, time_limit, id=f"{library.name}/{name}": environments.make(
+                    id, batch_size, time_limit=time_limit, isolation="venv"
+                )
+            )
+
+
+@pytest.mark.builds
+def test_procgen_runs_on_python_3_9_with_the_old_gym():
+    environment = environments.make("procgen/procgen-coinrun-v0", 2, isolation="venv")
+    assert environment.spec.version == "0.10.7" and environment.spec.observation_space.shape == (64, 64, 3)
+    environment.close()
