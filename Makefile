@@ -1,7 +1,7 @@
 # Two commands for a new user: `make quickstart` and `make test`. All they need is Python 3.11, git and make.
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
-# Further flags of the quickstart, for example FLAGS=--seed=1; and options of pytest, for example PYTEST="-k scores".
+# Further flags of the quickstart, for example FLAGS=--preset=smoke; and options of pytest, for example PYTEST="-k scores".
 FLAGS ?=
 PYTEST ?=
 
