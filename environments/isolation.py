@@ -27,6 +27,7 @@ from ldm_jax import spaces
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from . import offered
+from .cores import available_cores
 from .interface import EnvironmentFaultError, StaleStateError
 from .scratch import make_scratch
 from .workers import IDLE, REMAKE, RESET, SEED, STEP, LocalProcess, Process, Worker, WorkerFaultError
@@ -161,7 +162,7 @@ class IsolatedEnvironment:
     def __init__(self, program: Program, batch_size: int, time_limit: int | None, isolation: Isolation):
         self._program, self._isolation = program, isolation
         self.faults, self.reports, self.rows_outside = collections.Counter(), collections.deque(maxlen=_REPORTS), 0
-        count = min(batch_size, isolation.workers or _cores())
+        count = min(batch_size, isolation.workers or available_cores())
         edges = np.linspace(0, batch_size, count + 1).round().astype(int)
         self._shares = [range(*map(int, pair)) for pair in itertools.pairwise(edges)]
         self._workers: list[Worker | None] = [None] * count
@@ -425,7 +426,3 @@ def _end(workers: list[Worker | None], remove_scratch: typing.Callable[[], None]
             worker.close()
         workers[i] = None
     remove_scratch()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

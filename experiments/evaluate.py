@@ -25,6 +25,7 @@ from experiments.targets import PUBLIC_TARGETS
 from experiments.workdir import claim, key_of, listed, write
 from ldm_jax import policy as policies
 from ldm_jax import scores, summary
+from ldm_jax.model import count_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (
         results.append(
             scores.score(id, scored.policy.spec.domain, *reference, returns, PUBLIC_TARGETS.get(id), config.seed)
         )
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(policy.params))
+    parameters = count_parameters(policy.params)
     found = summary.to_json(results, parameters, policy.decoding, config.seed)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     details = {"Evaluation seed": config.seed, "Policy": digest, "ldm_jax": importlib.metadata.version("ldm_jax")}

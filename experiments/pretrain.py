@@ -99,7 +99,8 @@ def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (
         shapes = training.state_shapes(model, config.training, mesh)
         state = checkpoints.restore(shapes) or training.init_state(model, config.training, mesh)
         if int(state.step) < steps:
-            state = _train(config, state, mixture, checkpoints, ids, workdir, mesh)
+            train_step = training.make_train_step(model, config.model, config.training, mesh)
+            state = _train(config, train_step, state, mixture, checkpoints, ids, workdir, mesh)
             trained = True
     if trained or not (workdir / "policy").exists():
         cards = {codec.card.id: codec.card for codec in codecs}
@@ -137,6 +138,7 @@ def mix(dataset: Dataset, codecs: typing.Sequence[Codec], config: Config) -> Mix
 
 def _train(
     config: Config,
+    train_step: training.TrainStep,
     state: training.TrainState,
     mixture: Mixture,
     checkpoints: Checkpoints,
@@ -152,7 +154,6 @@ def _train(
             lambda line: json.loads(line)["step"] <= begun, metrics_path.read_text().splitlines()
         )
         write(metrics_path, "".join(f"{line}\n" for line in kept))
-    train_step = training.make_train_step(make_model(config.model), config.model, config.training, mesh)
     with (
         progress.bar("pretrain", steps, "step", begun) as advance,
         metrics_path.open("a") as file,

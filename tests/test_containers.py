@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from test_isolation import LIBRARY, LIMIT_S, OF_A_ROW, OF_A_WORKER, alive, pids, play, row, same, soon
+from test_isolation import LIBRARY, LIMIT_S, OF_A_ROW, OF_A_WORKER, alive, pids, play, program, row, same, soon
 
 import environments
 from environments import containers, groups
@@ -31,19 +31,11 @@ def image():
 
 @contextlib.contextmanager
 def make(image, name, batch_size=4, **limits):
-    program = Program(
-        python=containers.PYTHON,
-        image=image,
-        library="misbehaving",
-        name=f"{name}-v0",
-        api="gymnasium",
-        imports=("misbehaving",),
-        distribution="gymnasium",
-        domain="test",
-        path=(str(LIBRARY),),
-    )
     environment = IsolatedEnvironment(
-        program, batch_size, None, Isolation(**({"workers": 2, "call_timeout_s": LIMIT_S} | limits))
+        program(name, containers.PYTHON, image=image),
+        batch_size,
+        None,
+        Isolation(**({"workers": 2, "call_timeout_s": LIMIT_S} | limits)),
     )
     try:
         yield environment

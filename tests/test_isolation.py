@@ -28,9 +28,9 @@ LIBRARY = pathlib.Path(__file__).parent / "misbehaving_library"
 LIMIT_S = 0.5
 
 
-def program(name, **options):
+def program(name, python=sys.executable, **options):
     return Program(
-        python=sys.executable,
+        python=python,
         library="misbehaving",
         name=f"{name}-v0",
         api="gymnasium",

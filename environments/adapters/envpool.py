@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-import os
 import string
 import types
 import typing
@@ -18,6 +17,7 @@ import numpy as np
 from ldm_jax import spaces
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
+from ..cores import available_cores
 from ..interface import EnvironmentFaultError, StaleStateError
 
 LIBRARY = "envpool"
@@ -102,7 +102,7 @@ class EnvpoolEnvironment:
             self._pool = _envpool().make_gymnasium(
                 self._name,
                 num_envs=batch_size,
-                num_threads=min(batch_size, _cores(), _MAX_THREADS),
+                num_threads=min(batch_size, available_cores(), _MAX_THREADS),
                 seed=seeds.tolist(),
                 **self._options,
             )
@@ -286,10 +286,6 @@ def _envpool() -> typing.Any:
 def _quiet() -> warnings.catch_warnings:
     # Gymnasium warns of bounds that it rounds to float32, once for every space.
     return warnings.catch_warnings(action="ignore")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _family(name: str) -> str:
