@@ -100,7 +100,7 @@ def build(recipe: venvs.Recipe) -> str:
 class ContainerProcess:
     """A worker in a container of its own; see `workers.Process`.
 
-    The container sees no network but its loopback, no file of the host but the server and the folders in `path`, all
+    The container sees no network but its loopback, no file of the host but the server and what is in `path`, all
     read-only; it has no capabilities and cannot gain any, and its memory, CPU time and processes are limited. When the
     worker ends, for whatever reason, the container ends and removes itself.
 
@@ -108,7 +108,7 @@ class ContainerProcess:
       image: its name.
       folder: of the host, for the socket, until the worker has connected.
       variables: environment variables.
-      path: folders of the host to import from.
+      path: folders and files of the host that the worker may read.
       memory_limit_bytes: what the worker may hold.
       start_timeout_s: seconds until it must have connected.
 

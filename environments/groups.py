@@ -23,6 +23,7 @@ if typing.TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 IMAGES = pathlib.Path(__file__).parent / "images"
+BRIDGES = pathlib.Path(__file__).parent / "bridges"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,8 +130,13 @@ def read_group(path: pathlib.Path) -> list[IsolatedLibrary]:
 def _library(name: str, recipe: venvs.Recipe, fields: dict[str, typing.Any]) -> IsolatedLibrary:
     ids, refused = tuple(fields.pop("ids")), fields.pop("refused", {})
     program = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    if bridge := program.pop("bridge", ""):
+        path = BRIDGES / f"{bridge}.py"
+        if not path.exists():
+            raise ValueError(f"the library {name!r} has the bridge {bridge!r}, which is not in {BRIDGES}")
+        program["bridge"] = str(path)
     allowed = {
-        *("api", "imports", "distribution", "domain", "kwargs", "variables"),
+        *("api", "imports", "bridge", "distribution", "domain", "kwargs", "variables"),
         *("seed_option", "seed_arguments", "seed_every_reset", "remake", "global_randomness", "time_limit"),
     }
     if unknown := set(program) - allowed:

@@ -84,6 +84,7 @@ class Program:
       distribution: the package whose version counts.
       domain: what the task is about.
       kwargs: options of the library's own `make`.
+      bridge: file of a module whose `register` puts more ids there; see `environments.bridges`.
       path: folders to import from, beside the interpreter's own.
       variables: environment variables of the process.
       seed_option: the option of `make` that takes the seed, where `reset` takes none.
@@ -103,6 +104,7 @@ class Program:
     distribution: str
     domain: str
     kwargs: typing.Mapping[str, typing.Any] = dataclasses.field(default_factory=dict)
+    bridge: str = ""
     path: tuple[str, ...] = ()
     variables: typing.Mapping[str, str] = dataclasses.field(default_factory=dict)
     seed_option: str = ""
@@ -120,7 +122,7 @@ class Program:
 
     def job(self, memory_limit_bytes: int) -> dict[str, typing.Any]:
         """What the worker is told, in JSON values."""
-        told = ("library", "name", "api", "imports", "path", "seed_option", "seed_every_reset", "remake")
+        told = ("library", "name", "api", "imports", "bridge", "path", "seed_option", "seed_every_reset", "remake")
         return {name: getattr(self, name) for name in told} | {
             "kwargs": dict(self.kwargs),
             "seed_arguments": self.seed_arguments,
@@ -353,7 +355,8 @@ class IsolatedEnvironment:
                 return LocalProcess(program.python, self._scratch, program.variables, log)
             from .containers import ContainerProcess
 
-            place = (program.image, self._scratch, program.variables, program.path)
+            readable = (*program.path, *filter(None, [program.bridge]))
+            place = (program.image, self._scratch, program.variables, readable)
             return ContainerProcess(*place, limits.memory_limit_bytes, limits.start_timeout_s)
 
         return Worker(launch, program.job(limits.memory_limit_bytes))

@@ -164,6 +164,30 @@ def test_an_environment_is_built_once_and_made_like_any_other(group, cache, capl
     assert [path for path in (cache / "venvs").iterdir() if path.is_dir()] == folders
 
 
+def test_a_bridge_puts_ids_into_the_registry_of_a_library_that_has_none(group, tmp_path, monkeypatch):
+    folder = tmp_path / "bridges"
+    folder.mkdir()
+    # It has the name of its library, and hides it from nobody.
+    (folder / "misbehaving.py").write_text(
+        "import gymnasium\n\n\ndef register():\n    import misbehaving\n\n"
+        "    gymnasium.register('Bridged', entry_point=misbehaving.Steady)\n"
+    )
+    monkeypatch.setattr(groups, "BRIDGES", folder)
+    path = group / "group.json"
+    description = json.loads(path.read_text())
+    library = description["libraries"]["corridor"]
+    library.update(bridge="misbehaving", ids=["Bridged"])
+    path.write_text(json.dumps(description))
+    environment = environments.make("corridor/Bridged", 2, isolation=Isolation(workers=1))
+    state, _ = environment.reset(jax.random.key(0))
+    environment.step(state, np.zeros(2, np.int32))
+    environment.close()
+    library["bridge"] = "elsewhere"
+    path.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="has the bridge 'elsewhere', which is not in"):
+        groups.read_group(path)
+
+
 def test_names_and_kinds_of_isolation_are_checked_before_anything_is_built(group, cache):
     with pytest.raises(environments.UnknownEnvironmentError, match="did you mean corridor/Steady-v0"):
         environments.make("corridor/Stedy-v0")

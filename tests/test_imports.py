@@ -154,6 +154,13 @@ def test_the_program_in_other_interpreters_imports_the_standard_library_and_nump
     assert found and not [item for item in found if item.top not in allowed]
 
 
+def test_bridges_import_their_library_lazily_and_nothing_else():
+    allowed = {*sys.stdlib_module_names, "numpy", "gymnasium"}
+    found = [item for item in ALL if item.path.startswith("environments/bridges/")]
+    assert found and not [item for item in found if item.top not in allowed and not item.lazy]
+    assert not [item for item in found if item.top in PACKAGES]
+
+
 # What only scripts do
 
 

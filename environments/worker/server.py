@@ -25,6 +25,7 @@ import array
 import contextlib
 import fcntl
 import importlib
+import importlib.util
 import json
 import mmap
 import os
@@ -256,6 +257,8 @@ class Library:
         self.gym: typing.Any = importlib.import_module(job["api"])
         for name in job["imports"]:
             importlib.import_module(name)
+        if job["bridge"]:
+            load(job["bridge"]).register()
         self.spec = self.find_spec(job["name"])
         # We keep the time limit; none of the library's wrappers may end an episode before it.
         self.time_limit = self.spec.max_episode_steps
@@ -312,6 +315,15 @@ class Library:
             if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value > 0:
                 return int(value)
         return None
+
+
+def load(path):
+    """The module in a file, whatever else has its name."""
+    name = "ldm_jax_bridge_" + os.path.splitext(os.path.basename(path))[0]
+    spec: typing.Any = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def versions():
