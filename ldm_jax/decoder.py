@@ -149,6 +149,11 @@ class Block(nnx.Module):
 _REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
+def rematerialise(function: typing.Callable[..., typing.Any], cfg: ModelConfig) -> typing.Callable[..., typing.Any]:
+    """The same function, of whose forward pass only what the policy says is kept for the backward pass."""
+    return function if cfg.remat == "none" else jax.checkpoint(function, policy=_REMAT_POLICIES[cfg.remat])
+
+
 class Decoder(nnx.Module):
     """N blocks, their parameters stacked on a leading axis and scanned: compile time does not grow with depth."""
 
@@ -170,9 +175,7 @@ class Decoder(nnx.Module):
             def window(x, parameters):
                 return nnx.merge(graph, parameters)(x), None
 
-            if self.cfg.remat != "none":
-                window = jax.checkpoint(window, policy=_REMAT_POLICIES[self.cfg.remat])
-            return jax.lax.scan(window, x_BTD, stacked)[0], None
+            return jax.lax.scan(rematerialise(window, self.cfg), x_BTD, stacked)[0], None
         if x_BTD.shape[1] != 1:
             raise ValueError(f"got {x_BTD.shape[1]} steps with a cache, expected one at a time")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 
 import jax
@@ -55,9 +56,18 @@ class Head(nnx.Module):
         )
 
     def _slots(self, x_RTD: Array, slot_AD: Array, kernel_DV: Array) -> Array:
-        x = x_RTD[:, :, None] + slot_AD.astype(x_RTD.dtype)
-        x = x + self.out(jax.nn.gelu(self.hidden(x)))
-        return (x @ kernel_DV.astype(x.dtype)).astype(jnp.float32)
+        """Logits `[R, T, A, V]` of `(y + out(gelu(hidden(y)))) @ kernel`, y being token plus slot."""
+        slot_AD, kernel_DV = slot_AD.astype(x_RTD.dtype), kernel_DV.astype(x_RTD.dtype)
+        # The first layer is linear: tokens and slots go through it apart, only what is bent is by token and slot.
+        hidden = jax.nn.gelu(self.hidden(x_RTD)[:, :, None] + self.hidden(slot_AD))
+        width, values = kernel_DV.shape
+        if math.prod(hidden.shape[:-1]) * (2 * width - values) > 2 * width * values:
+            # So are the last two: the product of their matrices is the cheaper way through both.
+            joined = (self.out.kernel[...] @ kernel_DV.astype(jnp.float32)).astype(x_RTD.dtype)
+            logits = (x_RTD @ kernel_DV)[:, :, None] + slot_AD @ kernel_DV + hidden @ joined
+        else:
+            logits = (x_RTD[:, :, None] + slot_AD + self.out(hidden)) @ kernel_DV
+        return logits.astype(jnp.float32)
 
 
 def bin_edges(cfg: ModelConfig) -> np.ndarray:

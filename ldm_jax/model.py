@@ -12,7 +12,7 @@ from flax import nnx
 
 from ldm_jax.codec import Features, Signature
 from ldm_jax.config import ModelConfig
-from ldm_jax.decoder import Cache, Decoder, Norm, init_cache
+from ldm_jax.decoder import Cache, Decoder, Norm, init_cache, rematerialise
 from ldm_jax.heads import Head, Predictions
 from ldm_jax.tokens import SignatureEncoder, Tokens
 from ldm_jax.types import Array
@@ -51,6 +51,7 @@ class Model(typing.NamedTuple):
 
 class _Network(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
         self.signature = SignatureEncoder(cfg, rngs)
         self.tokens = Tokens(cfg, rngs)
         self.decoder = Decoder(cfg, rngs)
@@ -60,12 +61,13 @@ class _Network(nnx.Module):
     def __call__(self, inputs: dict[str, Inputs], cache: Cache | None) -> tuple[dict[str, Predictions], Cache | None]:
         names = sorted(inputs)
         conditions = {name: self.signature(inputs[name].signature.vector) for name in names}
-        tokens = [self.tokens(*inputs[name], conditions[name]) for name in names]
+        encode, predict = (rematerialise(part.__call__, self.cfg) for part in (self.tokens, self.head))
+        tokens = [encode(*inputs[name], conditions[name]) for name in names]
         x, cache = self.decoder(jnp.concatenate(tokens, 0), cache)
         x, start, predictions = self.norm(x), 0, {}
         for name, part in zip(names, tokens, strict=True):
             rows = x[start : start + part.shape[0]]
-            predictions[name] = self.head(rows, *inputs[name], conditions[name])
+            predictions[name] = predict(rows, *inputs[name], conditions[name])
             start += part.shape[0]
         return predictions, cache
 

@@ -100,6 +100,19 @@ def random_stream(codec, steps, seed, episode=5):
     return arrays
 
 
+def random_params(model, seed=0):
+    """Parameters of about the size of fresh ones, drawn without compiling anything; no scale is 1, no bias 0."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        if path[-1].key == "scale":
+            return rng.uniform(0.7, 1.3, leaf.shape).astype(np.float32)
+        fan_in = leaf.shape[-2] if leaf.ndim > 1 else leaf.shape[-1]
+        return (rng.normal(0, 1, leaf.shape) / np.sqrt(fan_in)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
+
+
 def stack(trees):
     """Stacks pytrees on a new first axis."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import examples
 import jax
 import numpy as np
 import pytest
@@ -33,15 +34,9 @@ def decode(cfg, params, x_BTD):
 
 
 def random_params(cfg, seed):
-    """Parameters of decoder and norm in which no scale is 1, so that none can be mistaken for another."""
-    shapes = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        value = rng.uniform(0.7, 1.3, leaf.shape) if path[-1].key == "scale" else rng.normal(0, 1, leaf.shape)
-        return (value if path[-1].key == "scale" else value / np.sqrt(leaf.shape[-2])).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, {part: shapes[part] for part in ("decoder", "norm")})
+    """Parameters of decoder and norm."""
+    params = examples.random_params(make_model(cfg), seed)
+    return {part: params[part] for part in ("decoder", "norm")}
 
 
 def llama_of(cfg, state):
