@@ -131,8 +131,10 @@ def count_matrix_flops(function: typing.Callable[..., typing.Any], *arguments: P
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
                 (contracted, _), _ = equation.params["dimension_numbers"]
-                summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-                total += 2.0 * summed * math.prod(equation.outvars[0].aval.shape)
+                left, out = (
+                    typing.cast(jax.core.ShapedArray, x.aval) for x in (equation.invars[0], equation.outvars[0])
+                )
+                total += 2.0 * math.prod(left.shape[axis] for axis in contracted) * math.prod(out.shape)
             inner = [part for value in equation.params.values() for part in jax.tree.leaves(value, is_leaf=_is_jaxpr)]
             total += equation.params.get("length", 1) * sum(
                 count(getattr(part, "jaxpr", part)) for part in inner if _is_jaxpr(part)
@@ -169,9 +171,11 @@ def measure_memory(
       ConfigError: the model or the rows do not divide over the mesh, or a bucket does not fit the model.
     """
     model = make_model(cfg)
-    state = training.state_shapes(model, training_cfg, mesh)
+    state = training.state_shapes(model, training_cfg, typing.cast("jax.sharding.Mesh | None", mesh))
     if mesh:
-        sharding.check_rows(mesh, {bucket.name: rows for bucket, rows in buckets.items()})
+        sharding.check_rows(
+            typing.cast(jax.sharding.Mesh, mesh), {bucket.name: rows for bucket, rows in buckets.items()}
+        )
     ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
     batch = {}
     for bucket, rows in buckets.items():
