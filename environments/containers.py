@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import re
 import select
 import shutil
 import signal
@@ -19,6 +20,7 @@ import subprocess
 import tempfile
 import time
 import typing
+import uuid
 
 from . import venvs
 from .interface import LibraryMissingError
@@ -35,7 +37,8 @@ _IMAGES = pathlib.Path(__file__).parent / "images"
 _CONTAINERFILE, _SETTINGS = _IMAGES / "Containerfile", _IMAGES / "containers.conf"
 _SUITES = {"3.9": "bullseye", "3.11": "bookworm", "3.13": "trixie"}
 _LABEL = "ldm_jax.host"
-_SERVICE_TIMEOUT_S, _END_TIMEOUT_S, _PULL_TIMEOUT_S = 30.0, 30.0, 120.0
+_WALLS = ("--init", "--network=none", "--read-only", "--cap-drop=ALL", "--env=HOME=/tmp")
+_SERVICE_TIMEOUT_S, _END_TIMEOUT_S, _PULL_TIMEOUT_S, _PROBE_TIMEOUT_S = 30.0, 30.0, 120.0, 60.0
 _SERVICE_IDLE_S = 10  # after which a service ends whose host was killed
 
 _log = logging.getLogger(__name__)
@@ -43,19 +46,39 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def problem() -> str | None:
-    """Why there can be no containers here; None where there can."""
+    """Why there can be no containers here; None where there can: one has been started to see."""
     if shutil.which("podman") is None:
         return "podman is not installed (on Debian: apt-get install podman runc netavark iptables catatonit)"
     if importlib.util.find_spec("podman") is None:
         return "podman-py is not installed (pip install 'ldm_jax[containers]')"
-    result = _podman("info", check=False)
-    return None if result.returncode == 0 else f"podman info fails: {result.stderr.strip()[-500:]}"
+    # `podman info` succeeds where no container can start. This one needs no image: it sees the machine's own programs.
+    folders = [f"--volume={path}:{path}:ro" for path in ("/usr", "/lib", "/lib64") if os.path.isdir(path)]
+    try:
+        with tempfile.TemporaryDirectory() as root:
+            result = _podman(
+                *("run", "--rm", *_WALLS, *folders, "--rootfs", root, "/usr/bin/env"),
+                check=False,
+                timeout_s=_PROBE_TIMEOUT_S,
+            )
+    except subprocess.TimeoutExpired:
+        return f"a container did not end within {_PROBE_TIMEOUT_S:g} s"
+    return None if result.returncode == 0 else f"a container cannot start: {result.stderr.strip()[-500:]}"
 
 
 def tag(recipe: venvs.Recipe) -> str:
     """The name of a group's image, which follows everything that it is made of."""
-    made_of = "\n".join([recipe.digest, *recipe.apt, _CONTAINERFILE.read_text("utf-8")])
-    return f"localhost/ldm_jax/{recipe.name}:{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
+    containerfile = _containerfile(recipe)
+    made_of = hashlib.sha256("\n".join([recipe.digest, *recipe.apt, containerfile.read_text("utf-8")]).encode())
+    if containerfile != _CONTAINERFILE:  # it may use all that is in its folder
+        for path in sorted(containerfile.parent.iterdir()):
+            if path.is_file() and path.name != "group.json":
+                made_of.update(path.name.encode() + b"\0" + path.read_bytes())
+    return f"localhost/ldm_jax/{recipe.name}:{made_of.hexdigest()[:16]}"
+
+
+def digest(name: str) -> str:
+    """The digest of an image that is here, `sha256:...`: it stands for all that is in the image."""
+    return f"sha256:{_podman('image', 'inspect', '--format={{.Id}}', name).stdout.strip().removeprefix('sha256:')}"
 
 
 def built(recipe: venvs.Recipe) -> bool:
@@ -81,17 +104,18 @@ def build(recipe: venvs.Recipe) -> str:
             return name
         start = time.monotonic()
         _log.warning("building the container image %s, this once", name)
-        base = _base(recipe.python, folder)
-        arguments = {"BASE": base, "APT": " ".join(recipe.apt), "BUILD": " ".join(recipe.build)}
+        containerfile = _containerfile(recipe)
+        arguments = {"APT": " ".join(recipe.apt), "BUILD": " ".join(recipe.build)}
+        if re.search(r"(?m)^ARG BASE\b", containerfile.read_text("utf-8")):
+            arguments["BASE"] = _base(recipe.python, folder)
         options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
         for path in ("/etc/ssl/certs/ca-certificates.crt", "/etc/pip.conf"):
             if os.path.exists(path):  # the machine may reach its package index by these; no layer keeps them
                 options.append(f"--volume={path}:{path}:ro")
         context = str(recipe.requirements.parent)
-        _podman("build", "--network=host", f"--tag={name}", f"--file={_CONTAINERFILE}", *options, context)
-        # Where the machine does not allow containers, or a shared library is missing, this is where it is seen.
-        walls = ("--rm", "--init", "--network=none", "--read-only", "--cap-drop=ALL", "--env=HOME=/tmp")
-        _podman("run", *walls, name, PYTHON, "-I", "-c", f"import {', '.join(recipe.imports)}")
+        _podman("build", "--network=host", f"--tag={name}", f"--file={containerfile}", *options, context)
+        # Where a shared library is missing, this is where it is seen.
+        _podman("run", "--rm", *_WALLS, name, PYTHON, "-I", "-c", f"import {', '.join(recipe.imports)}")
         _mark(recipe).touch()
         _log.warning("built the container image %s in %.0f s", name, time.monotonic() - start)
     return name
@@ -128,7 +152,8 @@ class ContainerProcess:
         memory_limit_bytes: int,
         start_timeout_s: float,
     ):
-        self.name = ""
+        # Named by us: what a service that was killed has half made can be found and removed.
+        self.name = f"ldm_jax-{os.getpid()}-{uuid.uuid4().hex}"
         run = tempfile.mkdtemp(prefix="run-", dir=folder)
         os.chmod(run, 0o711)  # the worker is another user
         listener = socket.socket(socket.AF_UNIX)
@@ -143,6 +168,7 @@ class ContainerProcess:
                 container = client.containers.create(
                     image,
                     [PYTHON, "-I", "/server.py", "/run/ldm_jax/socket"],
+                    name=self.name,
                     environment={**QUIET, "HOME": "/tmp", "TMPDIR": "/tmp", **variables},
                     working_dir="/tmp",
                     user="65534:65534",
@@ -166,17 +192,16 @@ class ContainerProcess:
                         ),
                     ],
                 )
-                self.name = container.id
                 container.start()
                 container.reload()
                 self._monitor = os.pidfd_open(container.attrs["State"]["ConmonPid"])
             self.connection = self._accept(listener, start_timeout_s)
-        except WorkerFaultError:
-            raise
-        except Exception as error:  # podman-py raises errors of many kinds
-            if self.name:
-                _podman("rm", "--force", "--ignore", self.name, check=False)
-            raise WorkerFaultError("start", f"a container of {image} cannot be started: {error!r}") from error
+        except BaseException as error:  # podman-py raises errors of many kinds
+            _podman("rm", "--force", "--ignore", self.name, check=False)
+            if isinstance(error, WorkerFaultError) or not isinstance(error, Exception):
+                raise
+            why = f"{error!r}, {getattr(error, 'explanation', None)}, because of {error.__cause__!r}"
+            raise WorkerFaultError("start", f"a container of {image} cannot be started: {why}") from error
         finally:
             listener.close()
             shutil.rmtree(run, ignore_errors=True)
@@ -203,9 +228,13 @@ class ContainerProcess:
         if listener.fileno() in ready:
             return listener.accept()[0]
         how = "ended before it connected" if ready else f"has not connected within {timeout_s:g} s"
-        _podman("rm", "--force", "--ignore", self.name, check=False)
         os.close(self._monitor)
         raise WorkerFaultError("start", f"the worker in the container {how}")
+
+
+def _containerfile(recipe: venvs.Recipe) -> pathlib.Path:
+    own = recipe.requirements.parent / "Containerfile"
+    return own if own.exists() else _CONTAINERFILE
 
 
 def _mark(recipe: venvs.Recipe) -> pathlib.Path:
@@ -222,7 +251,7 @@ def _service(folder: str) -> typing.Iterator[typing.Any]:
     )
     try:
         end = time.monotonic() + _SERVICE_TIMEOUT_S
-        while not os.path.exists(f"{folder}/podman"):
+        while not _listens(f"{folder}/podman"):
             if service.poll() is not None or time.monotonic() > end:
                 raise WorkerFaultError("start", f"{' '.join(command)} does not serve; it ended with {service.poll()}")
             time.sleep(0.01)
@@ -233,12 +262,24 @@ def _service(folder: str) -> typing.Iterator[typing.Any]:
         service.wait()
 
 
+def _listens(path: str) -> bool:
+    """Whether someone takes connections there; the file exists a little earlier."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+    return True
+
+
 def _remove_left(client: typing.Any) -> None:
     """Removes containers that a killed host has created and not started; those that ran remove themselves."""
-    for container in client.containers.list(all=True, filters={"label": _LABEL, "status": "created"}):
-        if not os.path.exists(f"/proc/{container.labels.get(_LABEL)}"):
-            with contextlib.suppress(Exception):
+    try:
+        for container in client.containers.list(all=True, filters={"label": _LABEL, "status": "created"}):
+            if not os.path.exists(f"/proc/{container.labels.get(_LABEL)}"):
                 container.remove(force=True)
+    except Exception as error:  # others may remove the same ones, and a list fails if one goes while it is made
+        _log.debug("containers that a killed host left were not removed: %r", error)
 
 
 def _base(python: str, folder: pathlib.Path) -> str:
@@ -246,28 +287,32 @@ def _base(python: str, folder: pathlib.Path) -> str:
     suite = _SUITES.get(python)
     if suite is None:
         raise LibraryMissingError(f"there is no base image for Python {python}, expected one of {', '.join(_SUITES)}")
-    name = f"localhost/ldm_jax/base:{suite}"
-    if _exists(name):
-        return name
-    archive = folder / f"{suite}.tar"
-    if not archive.exists():
-        official = f"docker.io/library/python:{python}-slim-{suite}"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if _podman("pull", "--quiet", official, check=False, timeout_s=_PULL_TIMEOUT_S).returncode == 0:
-                return official
-        if shutil.which("mmdebstrap") is None:
-            raise LibraryMissingError(
-                f"{official} cannot be pulled, and mmdebstrap, which could make a base image, is not installed "
-                "(on Debian: apt-get install mmdebstrap debian-archive-keyring)"
-            )
-        _log.warning("making a base image of Debian %s, this once; it takes a few minutes", suite)
-        part = archive.with_suffix(".part")
-        packages = "ca-certificates,python3,python3-venv,python3-pip"
-        command = ["mmdebstrap", "--variant=minbase", "--format=tar", f"--include={packages}", suite, str(part)]
-        _run(command, {**os.environ}, check=True)
-        part.rename(archive)
-    _podman("import", "--quiet", str(archive), name)
+    name, archive = f"localhost/ldm_jax/base:{suite}", folder / f"{suite}.tar"
+    with venvs.locked(folder / f"{suite}.lock"):  # groups of one Python share it
+        if _exists(name):
+            return name
+        if not archive.exists():
+            official = f"docker.io/library/python:{python}-slim-{suite}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if _podman("pull", "--quiet", official, check=False, timeout_s=_PULL_TIMEOUT_S).returncode == 0:
+                    return official
+            _bootstrap(suite, archive, official)
+        _podman("import", "--quiet", str(archive), name)
     return name
+
+
+def _bootstrap(suite: str, archive: pathlib.Path, official: str) -> None:
+    if shutil.which("mmdebstrap") is None:
+        raise LibraryMissingError(
+            f"{official} cannot be pulled, and mmdebstrap, which could make a base image, is not installed "
+            "(on Debian: apt-get install mmdebstrap debian-archive-keyring)"
+        )
+    _log.warning("making a base image of Debian %s, this once; it takes a few minutes", suite)
+    part = archive.with_suffix(".part")
+    packages = "ca-certificates,python3,python3-venv,python3-pip"
+    command = ["mmdebstrap", "--variant=minbase", "--format=tar", f"--include={packages}", suite, str(part)]
+    _run(command, {**os.environ}, check=True)
+    part.rename(archive)
 
 
 def _exists(name: str) -> bool:

@@ -68,22 +68,23 @@ class IsolatedLibrary:
         """
         from .isolation import IsolatedEnvironment, Program
 
-        python, image = self._build(isolation.kind)
-        program = Program(python=python, image=image, library=self.name, name=name, **self.program)
+        python, image, digest = self._build(isolation.kind)
+        program = Program(python=python, image=image, digest=digest, library=self.name, name=name, **self.program)
         return IsolatedEnvironment(program, batch_size, time_limit, isolation)
 
-    def _build(self, kind: str) -> tuple[str, str]:
-        """The interpreter and the image of the container that it is in, if it is in one."""
+    def _build(self, kind: str) -> tuple[str, str, str]:
+        """The interpreter, the image of the container that it is in, if it is in one, and the digest of either."""
         from . import containers
 
         if kind == "container" or (kind == "auto" and containers.problem() is None):
             try:
-                return containers.PYTHON, containers.build(self.recipe)
+                image = containers.build(self.recipe)
+                return containers.PYTHON, image, containers.digest(image)
             except LibraryMissingError as error:
                 if kind == "container":
                     raise
                 _log.warning("%s runs in a virtual environment, as its container cannot be built: %s", self.name, error)
-        return venvs.build(self.recipe), ""
+        return venvs.build(self.recipe), "", f"venv:{self.recipe.digest}"
 
 
 @functools.cache

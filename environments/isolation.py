@@ -94,6 +94,7 @@ class Program:
       global_randomness: whether the library draws from the interpreter's global generators.
       time_limit: steps; 0 takes what the library says.
       image: of the container to run it in; empty for a process of this machine.
+      digest: of what it runs in, see `EnvironmentSpec.image_digest`.
     """
 
     python: str
@@ -114,6 +115,7 @@ class Program:
     global_randomness: bool = False
     time_limit: int = 0
     image: str = ""
+    digest: str = ""
 
     @property
     def id(self) -> str:
@@ -385,6 +387,7 @@ class IsolatedEnvironment:
             time_limit=time_limit or program.time_limit or about["time_limit"] or DEFAULT_TIME_LIMIT,
             domain=program.domain,
             jittable=False,
+            image_digest=program.digest,
         )
 
     def _check_alike(self, about: dict[str, typing.Any]) -> None:

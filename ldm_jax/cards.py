@@ -124,7 +124,7 @@ class EnvironmentCard:
       random_returns: of the uniformly random policy.
       reference_returns: of the reference, on other episodes than those that chose it.
       reference: how it was made.
-      image_digest: of the container image the environment ran in; empty in process.
+      image_digest: what the library ran in while the data were collected, see `EnvironmentSpec.image_digest`.
       split: `"train"`, or the name of the held-out split.
     """
 
@@ -145,8 +145,10 @@ class EnvironmentCard:
     @classmethod
     def of(cls, spec: EnvironmentSpec, **fields: typing.Any) -> EnvironmentCard:
         """A card for the environment that `spec` describes; `fields` are those the spec does not have."""
-        shared = ("id", "library", "version", "domain", "observation_space", "action_space", "time_limit")
-        return cls(**{name: getattr(spec, name) for name in shared}, **fields)
+        shared = {
+            field.name: getattr(spec, field.name) for field in dataclasses.fields(cls) if hasattr(spec, field.name)
+        }
+        return cls(**shared, **fields)
 
     def to_json(self) -> dict[str, typing.Any]:
         """As JSON values; `from_json` is the inverse."""

@@ -59,6 +59,8 @@ class EnvironmentSpec:
       time_limit: steps after which an episode is truncated.
       domain: what the task is about, for grouping results (`"classic control"`, `"games"`, ...).
       jittable: `reset` and `step` are pure JAX functions and may be traced.
+      image_digest: what the library runs in: `sha256:...`, of the container image; `venv:...`, the hash of the
+        requirements and the Python that a virtual environment is made of; empty in this process.
     """
 
     id: str
@@ -70,6 +72,7 @@ class EnvironmentSpec:
     time_limit: int
     domain: str
     jittable: bool
+    image_digest: str = ""
 
     def __post_init__(self):
         if not self.id.startswith(self.library + "/"):

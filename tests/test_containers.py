@@ -7,32 +7,49 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 import time
 
+import containers_here
 import jax
 import numpy as np
 import pytest
 from test_isolation import LIBRARY, LIMIT_S, OF_A_ROW, OF_A_WORKER, alive, pids, play, program, row, same, soon
 
 import environments
-from environments import containers, groups
-from environments.isolation import IsolatedEnvironment, Isolation, Program
+from environments import containers, groups, scratch, venvs
+from environments.isolation import IsolatedEnvironment, Isolation
 
-pytestmark = pytest.mark.builds
+# By the version of Python: a library whose image has it, and the interface that the misbehaving one then speaks.
+IMAGES = {
+    "3.9": ("procgen", {"api": "gym", "distribution": "gym"}),
+    "3.13": ("minigrid", {"api": "gymnasium", "distribution": "gymnasium"}),
+}
+
+
+@pytest.fixture(scope="module", params=IMAGES)
+def image(request):
+    return built(request.param)
 
 
 @pytest.fixture(scope="module")
-def image():
-    if why := containers.problem():
-        pytest.skip(why)
-    return containers.build(groups.libraries()["minigrid"].recipe)
+def new_image():
+    return built("3.13")
+
+
+def built(python):
+    """The name of an image, and what else a program in it needs to be told."""
+    containers_here.need()
+    library, options = IMAGES[python]
+    return {"image": containers.build(groups.libraries()[library].recipe), **options}
 
 
 @contextlib.contextmanager
 def make(image, name, batch_size=4, **limits):
     environment = IsolatedEnvironment(
-        program(name, containers.PYTHON, image=image),
+        program(name, containers.PYTHON, **image),
         batch_size,
         None,
         Isolation(**({"workers": 2, "call_timeout_s": LIMIT_S} | limits)),
@@ -89,33 +106,12 @@ def test_a_container_sees_and_may_do_next_to_nothing(image):
         assert cgroup(environment, "cpu.max", "cpu.cfs_quota_us")[0] == str(containers.CPUS * 100_000)
 
 
-def test_environments_in_containers_pass_the_kit(image):
-    program = Program(
-        python=containers.PYTHON,
-        image=image,
-        library="gymnasium",
-        name="CartPole-v1",
-        api="gymnasium",
-        imports=(),
-        distribution="gymnasium",
-        domain="test",
-    )
-
-    def build(batch_size, time_limit):
-        return IsolatedEnvironment(program, batch_size, time_limit, Isolation())
-
-    environments.check_environment(build)
-
-
-@pytest.mark.parametrize("library", ["procgen", "minigrid"])
-def test_python_3_9_and_3_13_pass_the_kit_in_containers(image, library):
-    found = groups.libraries()[library]
-    for name in (found.ids[0], found.ids[-1]):
-        environments.check_environment(
-            lambda batch_size, time_limit, name=name: environments.make(
-                f"{library}/{name}", batch_size, time_limit=time_limit, isolation="container"
-            )
+def test_the_interface_of_gymnasium_and_that_of_gym_0_21_pass_the_kit(image):
+    environments.check_environment(
+        lambda batch_size, time_limit: IsolatedEnvironment(
+            program("Steady", containers.PYTHON, **image), batch_size, time_limit, Isolation()
         )
+    )
 
 
 @pytest.mark.parametrize("name", ["NanReward", "WrongShape", "NoSuchCategory", *OF_A_WORKER, "Leak"])
@@ -147,35 +143,135 @@ HOST = """
     import sys, jax, numpy as np
     sys.path.insert(0, {tests!r})
     from test_containers import make, names, pids
-    with make({image!r}, "Hang", 2, call_timeout_s=1000) as environment:
+    with make({image!r}, {name!r}, 2, call_timeout_s=1000) as environment:
         state, _ = environment.reset(jax.random.key(0))
         print(*pids(environment), *names(environment), flush=True)
         environment.step(state, np.array([3, 0]))
 """
 
 
-def test_containers_end_when_the_host_is_killed(image):
-    code = textwrap.dedent(HOST.format(tests=str(pathlib.Path(__file__).parent), image=image))
-    host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    words = host.stdout.readline().split()
+def host(image, name, **variables):
+    code = textwrap.dedent(HOST.format(tests=str(pathlib.Path(__file__).parent), image=image, name=name))
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, **variables}
+    )
+
+
+def service_of(pid):
+    """The number of the Podman service that a process has started; None where there is none."""
+    for file in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in file.read_text().split():
+                if pathlib.Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"podman\0system\0service"):
+                    return int(child)
+    return None
+
+
+def left_of(pid):
+    """The containers and the processes around them that are there of a host, whatever their state."""
+    name = f"ldm_jax-{pid}-"
+    listed = containers._podman("ps", "--all", "--external", f"--filter=name={name}", "--format={{.Names}}").stdout
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return listed.split() + [line for line in running.splitlines() if name in line]
+
+
+def test_containers_end_when_the_host_is_killed(new_image):
+    victim = host(new_image, "Hang")
+    words = victim.stdout.readline().split()
     running, left = words[:2], words[2:]
     assert len(left) == 2 and all(map(alive, running)) and all(map(exists, left))
     time.sleep(0.3)
-    host.kill()
-    host.wait()
-    host.stdout.close()
+    victim.kill()
+    victim.wait()
+    victim.stdout.close()
     assert soon(lambda: not any(map(alive, running)))
     assert soon(lambda: not any(map(exists, left)))
+    assert soon(lambda: not left_of(victim.pid))
 
 
-def test_a_container_killed_from_outside_is_replaced_and_no_service_is_left(image):
-    with make(image, "Steady", 2) as environment:
+def test_nothing_is_left_of_hosts_that_are_killed_while_their_containers_start(new_image, monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:  # a short path: the names of sockets are limited
+        victims = [host(new_image, "Steady", TMPDIR=folder) for _ in range(3)]
+        services = []
+        for victim, delay_s in zip(victims, (0.0, 0.15, 0.3), strict=True):
+            assert soon(lambda victim=victim: service_of(victim.pid), 60)
+            services.append(service_of(victim.pid))
+            time.sleep(delay_s)
+            victim.kill()
+            victim.wait()
+            victim.stdout.close()
+        assert soon(lambda: not any(map(alive, filter(None, services))), containers._SERVICE_IDLE_S + 10)
+        # What was made and never started is removed by the next who starts one, what it wrote by the next folder.
+        with make(new_image, "Steady", 1):
+            pass
+        for victim in victims:
+            assert soon(lambda victim=victim: not left_of(victim.pid)), left_of(victim.pid)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        _, remove = scratch.make_scratch()
+        remove()
+        assert not os.listdir(folder)
+
+
+def test_containers_killed_between_and_in_the_middle_of_steps_are_replaced(image):
+    with make(image, "Slow", 2, call_timeout_s=5.0) as environment:
         state, _ = environment.reset(jax.random.key(0))
         containers._podman("kill", names(environment)[0])
         state, time_step = environment.step(state, np.zeros(2, np.int32))
         assert time_step.truncated.tolist() == [True, False]
-        os.kill(pids(environment)[0], signal.SIGKILL)  # of the second worker: the first is gone
         state, time_step = environment.step(state, np.zeros(2, np.int32))
-        assert time_step.first.tolist() == [True, False] and time_step.truncated.tolist() == [False, True]
-        services = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
-        assert not re.search(rf"(?m)^\s*{os.getpid()} podman system service", services)
+        assert time_step.first.tolist() == [True, False]
+        timer = threading.Timer(0.1, os.kill, (pids(environment)[1], signal.SIGKILL))
+        timer.start()
+        state, time_step = environment.step(state, np.zeros(2, np.int32))
+        assert time_step.truncated.tolist() == [False, True]
+        assert environment.faults == {"crash": 2}
+        assert service_of(os.getpid()) is None
+    assert soon(lambda: not left_of(os.getpid())), left_of(os.getpid())
+
+
+def test_a_service_that_is_killed_is_started_anew_and_the_run_goes_on(new_image):
+    """It only lives while a container is started: that is where it is killed, sooner and later."""
+
+    def kill_service(delay_s):
+        if soon(lambda: service_of(os.getpid()), 30):
+            time.sleep(delay_s)
+            with contextlib.suppress(ProcessLookupError, TypeError):  # it may be done by now
+                os.kill(service_of(os.getpid()), signal.SIGKILL)
+
+    with make(new_image, "Steady", 2, call_timeout_s=20.0, max_faults=50) as environment:
+        state, _ = environment.reset(jax.random.key(0))
+        for delay_s in (0.0, 0.05, 0.1, 0.15, 0.2, 0.3):
+            os.kill(pids(environment)[0], signal.SIGKILL)
+            state, time_step = environment.step(state, np.zeros(2, np.int32))
+            assert time_step.truncated[0] and not time_step.truncated[1]
+            killer = threading.Thread(target=kill_service, args=(delay_s,))
+            killer.start()
+            state, time_step = environment.step(state, np.zeros(2, np.int32))
+            killer.join()
+            assert time_step.first[0] and not time_step.first[1]
+        assert environment.faults["crash"] == 6 and environment.faults["start"] > 0, environment.faults
+        assert service_of(os.getpid()) is None
+        folder = environment._scratch
+        assert not os.listdir(folder)
+    assert not os.path.exists(folder)
+    assert soon(lambda: not left_of(os.getpid())), left_of(os.getpid())
+
+
+def test_a_group_may_bring_a_containerfile_of_its_own(tmp_path, monkeypatch):
+    containers_here.need()
+    (tmp_path / "requirements.txt").write_text("")
+    recipe = venvs.Recipe("own", "3.13", tmp_path / "requirements.txt", (), ("json",), ())
+    shared = containers.tag(recipe)
+    lines = ["ARG BASE", "FROM ${BASE}", "COPY said.txt /said.txt", "RUN python3 -m venv --without-pip /venv"]
+    (tmp_path / "Containerfile").write_text("\n".join(lines))
+    (tmp_path / "said.txt").write_text("one")
+    before = containers.tag(recipe)
+    (tmp_path / "said.txt").write_text("two")
+    assert len({shared, before, containers.tag(recipe)}) == 3  # its files make a difference
+    monkeypatch.setenv("LDM_JAX_CACHE", str(tmp_path / "cache"))
+    name = containers.build(recipe)
+    try:
+        assert containers._podman("run", "--rm", name, "cat", "/said.txt").stdout == "two"
+        assert re.fullmatch("sha256:[0-9a-f]{64}", containers.digest(name))
+    finally:
+        containers._podman("rmi", name)

@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
+import containers_here
 import jax
 import numpy as np
 import pytest
@@ -221,19 +223,35 @@ def test_a_build_that_fails_leaves_nothing_but_its_log(tmp_path, cache, caplog):
     assert not [path for path in (cache / "venvs").iterdir() if path.is_dir()]
 
 
-# The real groups, whose packages are downloaded: `make test PYTEST="-m builds"`.
+# The real groups, whose packages are downloaded: three at every run, the rest with `make test PYTEST="-m builds"`.
+
+ALWAYS = {("nasim", "venv"), ("procgen", "container"), ("minigrid", "container")}
+"""A virtual environment, and a container of the oldest and of the newest Python."""
 
 
-@pytest.mark.builds
-@pytest.mark.parametrize("path", GROUPS, ids=lambda path: path.parent.name)
-def test_two_ids_of_every_library_pass_the_kit(path):
-    for library in groups.read_group(path):
-        for name in (library.ids[0], library.ids[-1]):
-            environments.check_environment(
-                lambda batch_size, time_limit, id=f"{library.name}/{name}": environments.make(
-                    id, batch_size, time_limit=time_limit, isolation="venv"
-                )
+def _cases():
+    for path in GROUPS:
+        for library in groups.read_group(path):
+            for kind in ("venv", "container"):
+                marks = () if (library.name, kind) in ALWAYS else (pytest.mark.builds,)
+                yield pytest.param(library.name, kind, marks=marks, id=f"{path.parent.name}-{library.name}-{kind}")
+
+
+@pytest.mark.parametrize(("name", "kind"), _cases())
+def test_two_ids_of_every_library_pass_the_kit(name, kind):
+    library = groups.libraries()[name]
+    if kind == "container":
+        containers_here.need()
+    expected = "sha256:[0-9a-f]{64}" if kind == "container" else f"venv:{library.recipe.digest}"
+    for id in (f"{name}/{library.ids[0]}", f"{name}/{library.ids[-1]}"):
+        environments.check_environment(
+            lambda batch_size, time_limit, id=id: environments.make(
+                id, batch_size, time_limit=time_limit, isolation=kind
             )
+        )
+    environment = environments.make(id, isolation=kind)
+    environment.close()
+    assert re.fullmatch(expected, environment.spec.image_digest)
 
 
 @pytest.mark.builds

@@ -29,17 +29,9 @@ LIMIT_S = 0.5
 
 
 def program(name, python=sys.executable, **options):
-    return Program(
-        python=python,
-        library="misbehaving",
-        name=f"{name}-v0",
-        api="gymnasium",
-        imports=("misbehaving",),
-        distribution="gymnasium",
-        domain="test",
-        path=(str(LIBRARY),),
-        **options,
-    )
+    fixed = {"library": "misbehaving", "imports": ("misbehaving",), "domain": "test", "path": (str(LIBRARY),)}
+    api = {"api": "gymnasium", "distribution": "gymnasium"}
+    return Program(python=python, name=f"{name}-v0", **fixed, **(api | options))
 
 
 @contextlib.contextmanager

@@ -9,20 +9,32 @@ import subprocess
 import sys
 import time
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 
+try:
+    import gymnasium as gym
+    from gymnasium import spaces
+except ImportError:  # Gym 0.21: see `Old`
+    import gym
+    from gym import spaces
+
+OLD = gym.__name__ == "gym"
 TROUBLE = 3
+START = 0 if OLD else 5
 
 
-class Steady(gymnasium.Env):
+class Seeded(gym.Env):
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.np_random = np.random.default_rng(seed)
+
+
+class Steady(Seeded):
     """Walks up from a random place; what it sees is the place, the number of steps and their parity."""
 
     def __init__(self):
-        self.observation_space = spaces.Dict(
-            place=spaces.Box(-np.inf, np.inf, (2,), np.float64), parity=spaces.Discrete(2, start=5)
-        )
+        parity = spaces.Discrete(2) if OLD else spaces.Discrete(2, start=START)
+        self.observation_space = spaces.Dict(place=spaces.Box(-np.inf, np.inf, (2,), np.float64), parity=parity)
         self.action_space = spaces.Discrete(4)
 
     def reset(self, *, seed=None, options=None):
@@ -41,7 +53,7 @@ class Steady(gymnasium.Env):
         return self.see(), float(action), self.steps == 30, False, {}
 
     def see(self):
-        return {"place": np.array([self.place, self.steps]), "parity": 5 + self.steps % 2}
+        return {"place": np.array([self.place, self.steps]), "parity": START + self.steps % 2}
 
     def noise(self):
         return self.np_random.normal()
@@ -129,7 +141,7 @@ class WrongType(Steady):
 
 class MissingPart(Steady):
     def trouble(self):
-        return {"parity": 5}, 0.0, False, False, {}
+        return {"parity": START}, 0.0, False, False, {}
 
 
 class NoTuple(Steady):
@@ -261,7 +273,7 @@ class Choosy(Steady):
         return *rest, {"action_mask": np.zeros(4, np.int8)}
 
 
-class Everything(gymnasium.Env):
+class Everything(Seeded):
     """Every kind of space; the observation is the last action and more."""
 
     def __init__(self):
@@ -294,5 +306,30 @@ class Everything(gymnasium.Env):
         return {"action": action, "image": image, "counter": self.count, "words": "ä" * (self.count % 13)}
 
 
+class Old(gym.Env):
+    """Any of them in the manners of Gym 0.21: a method `seed`, observations alone from `reset`, one flag of the end."""
+
+    def __init__(self, make):
+        self.inner, self.next_seed = make(), 0
+        self.observation_space, self.action_space = self.inner.observation_space, self.inner.action_space
+
+    def seed(self, seed=None):
+        self.next_seed = seed
+
+    def reset(self):
+        seed, self.next_seed = self.next_seed, None
+        return self.inner.reset(seed=seed)[0]
+
+    def step(self, action):
+        result = self.inner.step(action)
+        if not isinstance(result, tuple):
+            return result
+        observation, reward, terminated, truncated, info = result
+        return observation, reward, terminated, {**info, "TimeLimit.truncated": truncated}
+
+
 for environment in (*Steady.__subclasses__(), Steady, Everything):
-    gymnasium.register(f"{environment.__name__}-v0", environment)
+    if OLD:
+        gym.register(f"{environment.__name__}-v0", entry_point=Old, kwargs={"make": environment})
+    else:
+        gym.register(f"{environment.__name__}-v0", environment)
