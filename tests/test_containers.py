@@ -14,18 +14,26 @@ import time
 
 import containers_here
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_isolation import LIBRARY, LIMIT_S, OF_A_ROW, OF_A_WORKER, alive, pids, play, program, row, same, soon
 
 import environments
+from data import collect as collecting
+from data.references import ReferencePolicy, ScoredReference
+from data.store import create_dataset
 from environments import containers, groups, scratch, venvs
 from environments.isolation import IsolatedEnvironment, Isolation
+from experiments import collect
+from ldm_jax import cards
+from ldm_jax.actions import Distribution
+from ldm_jax.types import Agent
 
 # By the version of Python: a library whose image has it, and the interface that the misbehaving one then speaks.
 IMAGES = {
     "3.9": ("procgen", {"api": "gym", "distribution": "gym"}),
-    "3.13": ("minigrid", {"api": "gymnasium", "distribution": "gymnasium"}),
+    "3.13": ("gym-classics", {"api": "gymnasium", "distribution": "gymnasium"}),
 }
 
 
@@ -275,3 +283,22 @@ def test_a_group_may_bring_a_containerfile_of_its_own(tmp_path, monkeypatch):
         assert re.fullmatch("sha256:[0-9a-f]{64}", containers.digest(name))
     finally:
         containers._podman("rmi", name)
+
+
+def test_the_card_of_data_that_were_collected_in_a_container_names_its_image(tmp_path, new_image):
+    id = "gym-classics/5Walk-v0"
+    environment = environments.make(id)
+    environment.close()
+
+    def go_right(params, carry, time_step, key):
+        rows = len(time_step.observation)
+        logits, nothing = jnp.zeros((rows, 2)).at[:, 1].set(1e6), jnp.zeros((rows, 0))
+        return carry, jnp.ones(rows, jnp.int32), Distribution(logits, nothing, nothing)
+
+    policy = ReferencePolicy(
+        Agent(lambda rows: (), go_right), (), cards.Reference("scripted", "greedy", 0, 0), environment.spec, ()
+    )
+    scored = ScoredReference(policy, cards.Returns(((0.0,),)), cards.Returns(((1.0,),)))
+    config = collect.Config(data=collecting.Config(streams=4, steps=32, block=32))
+    dataset = collect._collect(config, create_dataset(tmp_path / "dataset"), scored, lambda steps: None)
+    assert dataset.card(id).image_digest == environment.spec.image_digest == containers.digest(new_image["image"])

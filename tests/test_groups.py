@@ -225,7 +225,7 @@ def test_a_build_that_fails_leaves_nothing_but_its_log(tmp_path, cache, caplog):
 
 # The real groups, whose packages are downloaded: three at every run, the rest with `make test PYTEST="-m builds"`.
 
-ALWAYS = {("nasim", "venv"), ("procgen", "container"), ("minigrid", "container")}
+ALWAYS = {("nasim", "venv"), ("procgen", "container"), ("gym-classics", "container")}
 """A virtual environment, and a container of the oldest and of the newest Python."""
 
 
