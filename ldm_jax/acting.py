@@ -77,10 +77,15 @@ def make_agent(model: Model, cfg: ModelConfig, codec: Codec, decoding: Decoding)
       The agent; what it records of a step is `()`.
 
     Raises:
-      ConfigError: the environment does not fit the model, or an unknown decoding.
+      ConfigError: the environment does not fit the model, the model is one that does not act, or an unknown decoding.
     """
     if decoding not in typing.get_args(Decoding):
         raise ConfigError(f"decoding is {decoding!r}, expected one of {', '.join(typing.get_args(Decoding))}")
+    if cfg.tokens_per_step != 1:
+        raise ConfigError(
+            f"the model has tokens_per_step={cfg.tokens_per_step}, which is there to compare training with: "
+            "train one with tokens_per_step=1 to act"
+        )
     cfg.check_fits(codec.bucket, codec.card.id)
 
     def init(batch_size: int) -> Memory:

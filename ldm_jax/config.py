@@ -22,7 +22,7 @@ class ModelConfig:
       heads: H, query heads.
       kv_heads: key and value heads; divides `heads` (grouped-query attention).
       feed_forward: F, hidden width of SwiGLU.
-      window: W, attention sees the last W tokens, this one included.
+      window: W, attention sees the last W steps, this one included.
       bins: of a continuous action slot.
       sigma_bins: standard deviation of HL-Gauss targets, in bin widths.
       qk_norm: RMSNorm on queries and keys.
@@ -38,6 +38,8 @@ class ModelConfig:
       continuous_slots: most continuous action slots.
       dtype: of the computation; parameters are float32.
       remat: what the backward pass recomputes: `"none"`, `"dots"` (all but matrix products) or `"full"`.
+      tokens_per_step: 1, or 2 as an ablation: the previous action as a token of its own before the observation's (the
+        interleaved encoding of JAT, Gallouedec et al. 2024). It trains, at twice the tokens, and does not act.
     """
 
     width: int = 128
@@ -61,6 +63,7 @@ class ModelConfig:
     continuous_slots: int = 32
     dtype: typing.Literal["float32", "bfloat16"] = "float32"
     remat: typing.Literal["none", "dots", "full"] = "none"
+    tokens_per_step: typing.Literal[1, 2] = 1
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -75,6 +78,8 @@ class ModelConfig:
             raise ConfigError(f"dtype is {self.dtype!r}, expected float32 or bfloat16")
         if self.remat not in ("none", "dots", "full"):
             raise ConfigError(f"remat is {self.remat!r}, expected none, dots or full")
+        if self.tokens_per_step not in (1, 2):
+            raise ConfigError(f"tokens_per_step is {self.tokens_per_step}, expected 1 or 2")
 
     @property
     def head_width(self) -> int:

@@ -91,9 +91,10 @@ def flops_per_token(cfg: ModelConfig, tokens: int) -> Flops:
     Source:
       Kaplan et al. 2020, with attention restricted to what the causal window lets through.
     """
-    full = max(tokens - cfg.window, 0)
+    window = cfg.window * cfg.tokens_per_step
+    full = max(tokens - window, 0)
     partial = tokens - full
-    seen = (partial * (partial + 1) / 2 + full * cfg.window) / tokens
+    seen = (partial * (partial + 1) / 2 + full * window) / tokens
     return Flops(2.0 * backbone_parameters(cfg), 4.0 * cfg.layers * cfg.heads * cfg.head_width * seen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import typing
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ldm_jax.codec import Features, Signature
-from ldm_jax.config import ModelConfig
+from ldm_jax.config import ConfigError, ModelConfig
 from ldm_jax.decoder import Cache, Decoder, Norm, init_cache, rematerialise
 from ldm_jax.heads import Head, Predictions
 from ldm_jax.tokens import SignatureEncoder, Tokens
@@ -52,19 +53,25 @@ class Model(typing.NamedTuple):
 class _Network(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.cfg = cfg
+        decoder_cfg = dataclasses.replace(cfg, window=cfg.window * cfg.tokens_per_step)
         self.signature = SignatureEncoder(cfg, rngs)
         self.tokens = Tokens(cfg, rngs)
-        self.decoder = Decoder(cfg, rngs)
+        self.decoder = Decoder(decoder_cfg, rngs)
         self.norm = Norm(cfg.width)
         self.head = Head(cfg, rngs)
 
     def __call__(self, inputs: dict[str, Inputs], cache: Cache | None) -> tuple[dict[str, Predictions], Cache | None]:
-        names = sorted(inputs)
+        names, per_step = sorted(inputs), self.cfg.tokens_per_step
+        if cache is not None and per_step != 1:
+            raise ConfigError(
+                f"a model with tokens_per_step={per_step} reads whole windows only: call it without a cache"
+            )
         conditions = {name: self.signature(inputs[name].signature.vector) for name in names}
         encode, predict = (rematerialise(part.__call__, self.cfg) for part in (self.tokens, self.head))
         tokens = [encode(*inputs[name], conditions[name]) for name in names]
         x, cache = self.decoder(jnp.concatenate(tokens, 0), cache)
-        x, start, predictions = self.norm(x), 0, {}
+        # The last token of a step is the observation's: the action is read off there.
+        x, start, predictions = self.norm(x)[:, per_step - 1 :: per_step], 0, {}
         for name, part in zip(names, tokens, strict=True):
             rows = x[start : start + part.shape[0]]
             predictions[name] = predict(rows, *inputs[name], conditions[name])

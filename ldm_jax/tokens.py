@@ -129,10 +129,14 @@ class TextEncoder(nnx.Module):
 
 
 class Tokens(nnx.Module):
-    """Turns the features of R rows and T steps into tokens `[R, T, D]`."""
+    """Turns the features of R rows and T steps into tokens `[R, T, D]`.
+
+    With two tokens per step, `[R, 2T, D]`: that of the previous action, then that of what came of it.
+    """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         width = cfg.width
+        self.per_step = cfg.tokens_per_step
         self.dtype = jnp.dtype(cfg.dtype)
         self.numeric = normal(rngs, (cfg.numeric, 2, width), 2.0**-0.5)
         self.categories = CategoryEncoder(cfg.categorical, cfg.values, cfg, rngs)
@@ -153,7 +157,10 @@ class Tokens(nnx.Module):
         x = x + self.out(jax.nn.gelu(self.hidden(x)))
         x = x + features.reward.astype(self.dtype) @ self.reward[...].astype(self.dtype)
         x = x + features.flags.astype(self.dtype) @ self.flags[...].astype(self.dtype)
-        return x + self._previous(features, signature)
+        previous = self._previous(features, signature)
+        if self.per_step == 1:
+            return x + previous
+        return jnp.stack([previous, x], 2).reshape(x.shape[0], -1, x.shape[-1])
 
     def _observation(self, features: Features, signature: Signature) -> Array:
         lead = features.reward.shape[:2]

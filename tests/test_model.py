@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax import spaces
+from ldm_jax import acting, objective, spaces
 from ldm_jax.codec import Codec, bucket_for
 from ldm_jax.config import SIZES, ConfigError, ModelConfig
 from ldm_jax.model import Inputs, count_parameters, make_model
@@ -252,6 +252,7 @@ def test_a_space_too_large_names_the_way_out():
         ("kv_heads", 3, "divisor"),
         ("dtype", "int8", "bfloat16"),
         ("remat", "x", "dots"),
+        ("tokens_per_step", 3, "1 or 2"),
     ],
 )
 def test_bad_configurations_are_refused(field, value, message):
@@ -283,3 +284,42 @@ def test_compiled_shapes_do_not_grow_with_the_number_of_environments():
     few, many = len(set(buckets[:200])), len(set(buckets))
     assert many <= 200
     assert many < 1.5 * few, "five times the environments bring few new shapes"
+
+
+def test_with_two_tokens_per_step_no_action_is_seen_before_it_is_predicted(params):
+    cfg = dataclasses.replace(NANO, tokens_per_step=2)
+    model = make_model(cfg)
+    same = jax.tree.map(lambda a, b: a.shape == b.shape, jax.eval_shape(model.init, jax.random.key(0)), params)
+    assert jax.tree.all(same), "the two encodings have the same parameters"
+    steps, t = 4 * WINDOW, 3 * WINDOW
+    example = examples.random_example(examples.make_codec("continuous"), 1, steps, seed=13)
+
+    def prediction(numeric, previous, reward):
+        features = example.inputs.features
+        previous = features.previous._replace(continuous=previous)
+        features = features._replace(numeric=numeric, previous=previous, reward=reward)
+        (output,) = model.apply(params, {"rows": example.inputs._replace(features=features)})[0].values()
+        return jax.nn.log_softmax(output.bins[0, t, 0])[3]
+
+    features = example.inputs.features
+    features = features._replace(has_previous=np.ones_like(features.has_previous))
+    example = example._replace(inputs=example.inputs._replace(features=features))
+    gradient = jax.jit(jax.grad(prediction, argnums=(0, 1, 2)))
+    for influence in gradient(features.numeric, features.previous.continuous, features.reward):
+        influence = np.abs(influence).reshape(steps, -1).sum(-1)
+        # The action at t is `previous` at t + 1.
+        assert (influence[t + 1 :] == 0).all()
+        assert (influence[t - WINDOW + 1 : t + 1] > 0).all()
+        assert (influence[: t - NANO.layers * WINDOW] == 0).all()
+
+
+def test_two_tokens_per_step_train_and_do_not_act(params):
+    cfg = dataclasses.replace(NANO, tokens_per_step=2)
+    model, codec = make_model(cfg), examples.make_codec("vector")
+    batch = {"rows": examples.random_example(codec, 2, 5, seed=14)}
+    total, metrics = jax.jit(functools.partial(objective.loss, model, cfg))(params, batch)
+    assert np.isfinite(total) and metrics["rows"].weight.sum() == batch["rows"].targets.weight.sum()
+    with pytest.raises(ConfigError, match="tokens_per_step=1 to act"):
+        acting.make_agent(model, cfg, codec, "greedy")
+    with pytest.raises(ConfigError, match="without a cache"):
+        model.apply(params, {"rows": batch["rows"].inputs}, model.init_cache(2))
