@@ -98,8 +98,14 @@ def flops_per_token(cfg: ModelConfig, tokens: int) -> Flops:
     return Flops(2.0 * backbone_parameters(cfg), 4.0 * cfg.layers * cfg.heads * cfg.head_width * seen)
 
 
-def bucket_flops(cfg: ModelConfig, bucket: Bucket) -> float:
-    """Arithmetic of encoders and head, forward, per time step of a row of the bucket.
+def bucket_flops(cfg: ModelConfig, bucket: Bucket, rows: int, steps: int) -> float:
+    """Arithmetic of encoders and head, forward, in the mean over the time steps of a batch.
+
+    Args:
+      cfg: shapes of the model.
+      bucket: of all rows.
+      rows: R.
+      steps: T.
 
     Raises:
       ConfigError: the bucket does not fit the model.
@@ -109,11 +115,11 @@ def bucket_flops(cfg: ModelConfig, bucket: Bucket) -> float:
     def forward(layers: int) -> float:
         model = make_model(dataclasses.replace(cfg, layers=layers))
         params = jax.eval_shape(model.init, jax.random.key(0))
-        inputs = {bucket.name: example_shapes(bucket, 1, cfg.window).inputs}
+        inputs = {bucket.name: example_shapes(bucket, rows, steps).inputs}
         return count_matrix_flops(lambda params, inputs: model.apply(params, inputs)[0], params, inputs)
 
     # What is left without any layer.
-    return (2 * forward(1) - forward(2)) / cfg.window
+    return (2 * forward(1) - forward(2)) / (rows * steps)
 
 
 def count_matrix_flops(function: typing.Callable[..., typing.Any], *arguments: PyTree) -> float:
