@@ -127,7 +127,9 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     try:
         cfg = SIZES[values.size]
-        changes = {name: values[name].value for name in ("dtype", "tokens_per_step") if values[name].value is not None}
+        changes: dict[str, typing.Any] = {
+            name: values[name].value for name in ("dtype", "tokens_per_step") if values[name].value is not None
+        }
         cfg = dataclasses.replace(cfg, **changes)
         seen = gymnasium.spaces.Box(-1, 1, (values.numbers,), np.float32)
         actions: dict[str, gymnasium.Space] = {}
