@@ -32,8 +32,8 @@ from ldm_jax.types import Agent
 
 # By the version of Python: a library whose image has it, and the interface that the misbehaving one then speaks.
 IMAGES = {
-    "3.9": ("procgen", {"api": "gym", "distribution": "gym"}),
-    "3.13": ("gym-classics", {"api": "gymnasium", "distribution": "gymnasium"}),
+    "3.9": ("procgen", "gym"),
+    "3.13": ("gym-classics", "gymnasium"),
 }
 
 
@@ -50,8 +50,8 @@ def new_image():
 def built(python):
     """The name of an image, and what else a program in it needs to be told."""
     containers_here.need()
-    library, options = IMAGES[python]
-    return {"image": containers.build(groups.libraries()[library].recipe), **options}
+    library, api = IMAGES[python]
+    return {"image": containers.build(groups.libraries()[library].recipe), "api": api}
 
 
 @contextlib.contextmanager

@@ -28,10 +28,12 @@ LIBRARY = pathlib.Path(__file__).parent / "misbehaving_library"
 LIMIT_S = 0.5
 
 
-def program(name, python=sys.executable, **options):
-    fixed = {"library": "misbehaving", "imports": ("misbehaving",), "domain": "test", "path": (str(LIBRARY),)}
-    api = {"api": "gymnasium", "distribution": "gymnasium"}
-    return Program(python=python, name=f"{name}-v0", **fixed, **(api | options))
+def program(name, python=sys.executable, api="gymnasium", **options):
+    fixed = {"library": "misbehaving", "imports": ("misbehaving",), "domain": "test"}
+    path, variables = (str(LIBRARY), *options.pop("path", ())), {"MISBEHAVING_API": api}
+    return Program(
+        python, name=f"{name}-v0", api=api, distribution=api, path=path, variables=variables, **fixed, **options
+    )
 
 
 @contextlib.contextmanager
@@ -96,6 +98,19 @@ def test_environments_in_workers_pass_the_kit(name, options):
             program(name, **options), batch_size, time_limit, Isolation(workers=2)
         )
     )
+
+
+@pytest.mark.builds
+def test_environments_of_gym_0_26_pass_the_kit(tmp_path):
+    packages = ("gym==0.26.2", "gym-notices==0.0.8", "cloudpickle==3.1.2")  # numpy is the one that is here
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={tmp_path}", *packages]
+    subprocess.run(pip, check=True)
+    for name in ("Steady", "Everything"):
+        environments.check_environment(
+            lambda batch_size, time_limit, name=name: IsolatedEnvironment(
+                program(name, api="gym", path=(str(tmp_path),)), batch_size, time_limit, Isolation(workers=2)
+            )
+        )
 
 
 @pytest.mark.parametrize(("name", "options"), [("Steady", {}), ("Shared", {"global_randomness": True})])
@@ -335,16 +350,17 @@ HOST = """
 @pytest.mark.parametrize("action", [[3, 3], [0, 3]])
 def test_workers_that_hang_end_when_the_host_is_killed(action):
     code = textwrap.dedent(HOST.format(tests=str(pathlib.Path(__file__).parent), action=action))
-    before = sorted(os.listdir("/dev/shm"))
     host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     *running, folder = host.stdout.readline().split()
     assert len(running) == 2 and all(map(alive, running))
+    # The memory that they share has no name that could be left.
+    shared = [line for line in pathlib.Path(f"/proc/{host.pid}/maps").read_text().splitlines() if "/dev/shm/" in line]
+    assert shared and all(line.endswith("(deleted)") for line in shared)
     time.sleep(0.3)
     host.kill()
     host.wait()
     host.stdout.close()
     assert soon(lambda: not any(map(alive, running)))
-    assert sorted(os.listdir("/dev/shm")) == before
     # What the library wrote is removed by whoever makes such a folder next.
     _, remove = scratch.make_scratch()
     remove()

@@ -1,5 +1,6 @@
 """Environments that behave until they are told not to: action 3 makes trouble of the kind that the id names."""
 
+import importlib
 import mmap
 import os
 import re
@@ -11,14 +12,11 @@ import time
 
 import numpy as np
 
-try:
-    import gymnasium as gym
-    from gymnasium import spaces
-except ImportError:  # Gym 0.21: see `Old`
-    import gym
-    from gym import spaces
+gym = importlib.import_module(os.environ.get("MISBEHAVING_API", "gymnasium"))
+spaces = gym.spaces
 
-OLD = gym.__name__ == "gym"
+OLD = not hasattr(spaces, "Text")
+"""Gym 0.21: see `Old`."""
 TROUBLE = 3
 START = 0 if OLD else 5
 
