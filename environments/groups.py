@@ -11,14 +11,16 @@ import functools
 import json
 import logging
 import pathlib
+import re
 import types
 import typing
 
 from . import venvs
 from .interface import LibraryMissingError
+from .taxonomy import first_match
 
 if typing.TYPE_CHECKING:
-    from .isolation import IsolatedEnvironment, Isolation
+    from .isolation import IsolatedEnvironment, Isolation, Program
 
 _log = logging.getLogger(__name__)
 
@@ -34,15 +36,24 @@ class IsolatedLibrary:
       name: of the library, the first part of its ids.
       recipe: what its interpreter is made of.
       program: fields of `isolation.Program` that all of its environments share.
-      ids: the library's own ids that work.
-      refused: why other ids of the library are not offered.
+      domains: what the tasks are about, by pattern of ids, where it is not the domain of the whole library.
+      include: patterns of the ids that are the library's, where the modules they come from do not tell.
+      exclude: patterns of ids that are not even tried, with the reason.
     """
 
     name: str
     recipe: venvs.Recipe
     program: typing.Mapping[str, typing.Any]
-    ids: tuple[str, ...]
-    refused: typing.Mapping[str, str]
+    domains: typing.Mapping[str, str]
+    include: tuple[str, ...]
+    exclude: typing.Mapping[str, str]
+
+    @property
+    def version(self) -> str:
+        """The version of the library that its group pins."""
+        pins = dict(line.split("==") for line in venvs.pinned(self.recipe.requirements))
+        found = {_normal(name.partition("[")[0]): version for name, version in pins.items()}
+        return found.get(_normal(self.program["distribution"]), "unknown")
 
     @property
     def is_built(self) -> bool:
@@ -51,13 +62,14 @@ class IsolatedLibrary:
 
         return venvs.built(self.recipe) is not None or containers.built(self.recipe)
 
-    def list_ids(self) -> list[str]:
-        """The library's own ids that work; nothing is built for it."""
-        return list(self.ids)
+    def candidates(self) -> dict[str, str]:
+        """The ids that the library registers, each with the reason why it is not offered, empty where it is.
 
-    def refusal(self, name: str) -> str | None:
-        """Why an id of the library is not offered; None where it is, or is not known."""
-        return self.refused.get(name)
+        Raises:
+          LibraryMissingError: the library's interpreter, which is built if it is not there, cannot be built.
+          EnvironmentFaultError: the library cannot be imported.
+        """
+        return dict(_candidates(self))
 
     def make(self, name: str, batch_size: int, time_limit: int | None, isolation: Isolation) -> IsolatedEnvironment:
         """Makes B environments in workers; builds their virtual environment if it is not there.
@@ -66,11 +78,21 @@ class IsolatedLibrary:
           LibraryMissingError: it cannot be built.
           EnvironmentFaultError: the library cannot make the environment.
         """
-        from .isolation import IsolatedEnvironment, Program
+        from .isolation import IsolatedEnvironment
+
+        return IsolatedEnvironment(self.prepare(name, isolation), batch_size, time_limit, isolation)
+
+    def prepare(self, name: str, isolation: Isolation) -> Program:
+        """What a worker runs to make an environment, with its interpreter, which is built if it is not there."""
+        from .isolation import Program
 
         python, image, digest = self._build(isolation.kind)
-        program = Program(python=python, image=image, digest=digest, library=self.name, name=name, **self.program)
-        return IsolatedEnvironment(program, batch_size, time_limit, isolation)
+        fields = {**self.program, "domain": self.domain(name)}
+        return Program(python=python, image=image, digest=digest, library=self.name, name=name, **fields)
+
+    def domain(self, name: str) -> str:
+        """What the task of an id is about."""
+        return first_match(self.domains, name) or self.program["domain"]
 
     def _build(self, kind: str) -> tuple[str, str, str]:
         """The interpreter, the image of the container that it is in, if it is in one, and the digest of either."""
@@ -85,6 +107,20 @@ class IsolatedLibrary:
                     raise
                 _log.warning("%s runs in a virtual environment, as its container cannot be built: %s", self.name, error)
         return venvs.build(self.recipe), "", f"venv:{self.recipe.digest}"
+
+
+@functools.cache
+def _candidates(library: IsolatedLibrary) -> typing.Mapping[str, str]:
+    from .isolation import Isolation, registered
+
+    isolation = Isolation("venv" if venvs.built(library.recipe) else "auto", workers=1)
+    modules = registered(library.prepare("", isolation), isolation)
+    ours = {"bridge", *(name.partition(".")[0] for name in library.program["imports"])}
+    if library.include:
+        names = [name for name in modules if first_match(dict.fromkeys(library.include, "x"), name)]
+    else:
+        names = [name for name, module in modules.items() if module.partition(".")[0] in ours]
+    return types.MappingProxyType({name: first_match(library.exclude, name) for name in sorted(names)})
 
 
 @functools.cache
@@ -129,7 +165,8 @@ def read_group(path: pathlib.Path) -> list[IsolatedLibrary]:
 
 
 def _library(name: str, recipe: venvs.Recipe, fields: dict[str, typing.Any]) -> IsolatedLibrary:
-    ids, refused = tuple(fields.pop("ids")), fields.pop("refused", {})
+    domains, exclude = (types.MappingProxyType(dict(fields.pop(key, {}))) for key in ("domains", "exclude"))
+    include = tuple(fields.pop("include", ()))
     program = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     if bridge := program.pop("bridge", ""):
         path = BRIDGES / f"{bridge}.py"
@@ -142,4 +179,10 @@ def _library(name: str, recipe: venvs.Recipe, fields: dict[str, typing.Any]) -> 
     }
     if unknown := set(program) - allowed:
         raise ValueError(f"the library {name!r} has unknown fields {', '.join(sorted(unknown))}")
-    return IsolatedLibrary(name, recipe, types.MappingProxyType(program), ids, types.MappingProxyType(refused))
+    if missing := {"api", "imports", "distribution", "domain"} - set(program):
+        raise ValueError(f"the library {name!r} lacks the fields {', '.join(sorted(missing))}")
+    return IsolatedLibrary(name, recipe, types.MappingProxyType(program), domains, include, exclude)
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()

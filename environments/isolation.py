@@ -78,7 +78,7 @@ class Program:
     Attributes:
       python: the interpreter, in the container where there is one.
       library: the first part of the id.
-      name: the library's own id.
+      name: the library's own id; empty for a worker that only says which there are.
       api: `gymnasium` or `gym`, whose registry has the id.
       imports: modules that put it there.
       distribution: the package whose version counts.
@@ -350,18 +350,7 @@ class IsolatedEnvironment:
         return Fault(error.kind, tuple(self._shares[i]), str(error))
 
     def _start(self) -> Worker:
-        program, limits = self._program, self._isolation
-
-        def launch(log: typing.IO[bytes]) -> Process:
-            if not program.image:
-                return LocalProcess(program.python, self._scratch, program.variables, log)
-            from .containers import ContainerProcess
-
-            readable = (*program.path, *filter(None, [program.bridge]))
-            place = (program.image, self._scratch, program.variables, readable)
-            return ContainerProcess(*place, limits.memory_limit_bytes, limits.start_timeout_s)
-
-        return Worker(launch, program.job(limits.memory_limit_bytes))
+        return _start(self._program, self._isolation, self._scratch)
 
     def _attach(self, i: int) -> None:
         worker, rows = self._workers[i], self._shares[i]
@@ -424,6 +413,45 @@ class IsolatedEnvironment:
         self._file.truncate(self._size)
         memory = mmap.mmap(self._file.fileno(), self._size)
         self._arrays = {name: np.ndarray(shape, dtype, memory, place) for name, shape, dtype, place in self._layout}
+
+
+def registered(program: Program, isolation: Isolation) -> dict[str, str]:
+    """What the imports of a program put into the registry.
+
+    Args:
+      program: without a name.
+      isolation: where it runs and how long that may take.
+
+    Returns:
+      The module that each id's environment comes from, by id.
+
+    Raises:
+      EnvironmentFaultError: the libraries cannot be imported.
+    """
+    scratch, remove_scratch = make_scratch()
+    try:
+        worker = _start(program, isolation, scratch)
+        try:
+            return worker.welcome(isolation.start_timeout_s)["ids"]
+        finally:
+            worker.kill()
+    except WorkerFaultError as error:
+        raise EnvironmentFaultError(f"the environments of {program.library} cannot be listed: {error}") from None
+    finally:
+        remove_scratch()
+
+
+def _start(program: Program, limits: Isolation, scratch: str) -> Worker:
+    def launch(log: typing.IO[bytes]) -> Process:
+        if not program.image:
+            return LocalProcess(program.python, scratch, program.variables, log)
+        from .containers import ContainerProcess
+
+        readable = (*program.path, *filter(None, [program.bridge]))
+        place = (program.image, scratch, program.variables, readable)
+        return ContainerProcess(*place, limits.memory_limit_bytes, limits.start_timeout_s)
+
+    return Worker(launch, program.job(limits.memory_limit_bytes))
 
 
 def _end(workers: list[Worker | None], remove_scratch: typing.Callable[[], None]) -> None:

@@ -4,14 +4,18 @@ An adapter is a module with two functions:
 
   `make(name, batch_size, time_limit) -> Environment`, where `name` is the library's own id and `time_limit` may be
   None, for the library's own limit;
-  `list_ids() -> list[str]`, the library's own ids that work;
+  `candidates() -> dict[str, str]`, the ids that the library has, each with the reason why it is not offered, empty
+  where it is; or simply `list_ids() -> list[str]`, those that are offered;
 
-and, if it likes, `refusal(name) -> str | None`, why an id that the library has is not offered. It imports its library
-inside these functions. A third party's package offers one under the entry-point group `ldm_jax.environments`, the
-entry's name being the library and its value the module.
+and, if it likes, `domain(name) -> str`, what a task is about. It imports its library inside these functions. A third
+party's package offers one under the entry-point group `ldm_jax.environments`, the entry's name being the library and
+its value the module.
 
 A library that cannot live in this interpreter needs no adapter but a description among `images/`, see `groups`: its
 environments run in worker processes.
+
+For the libraries of this package the catalog says which of their ids work; adapters and workers are asked about ids
+that are not in it.
 """
 
 from __future__ import annotations
@@ -24,8 +28,9 @@ import types
 import typing
 import warnings
 
-from . import groups
-from .interface import Environment, LibraryMissingError
+from . import catalog, groups
+from .interface import Environment, EnvironmentFaultError, LibraryMissingError
+from .taxonomy import first_match
 
 if typing.TYPE_CHECKING:
     from .isolation import Isolation
@@ -36,6 +41,7 @@ BUILT_IN = types.MappingProxyType(
     {
         "gymnax": "environments.adapters.gymnax",
         "envpool": "environments.adapters.envpool",
+        "gymnasium": "environments.adapters.gymnasium",
     }
 )
 """Adapter module of each library that this package serves itself; the extra to install has the library's name."""
@@ -60,7 +66,7 @@ def make(
 
     Raises:
       UnknownEnvironmentError: no such library or environment, or one that is known not to work.
-      LibraryMissingError: the library is not installed, or its interpreter cannot be built.
+      LibraryMissingError: the library is not installed; says the extra to install. Or its interpreter cannot be built.
       ValueError: `batch_size` or `time_limit` is not a positive integer, or `isolation` is asked for where the library
         lives in this interpreter.
     """
@@ -73,17 +79,139 @@ def make(
         near = [full[name] for name in _near(id, full)]
         raise UnknownEnvironmentError(f"got the environment id {id!r}, expected `library/name`{_or(near)}")
     adapter = _adapter(library)
-    known = _names(library, adapter)
-    if name not in known:
-        if hasattr(adapter, "refusal") and (reason := adapter.refusal(name)) is not None:
-            raise UnknownEnvironmentError(f"{id} is not offered: {reason}")
-        raise UnknownEnvironmentError(
-            f"{library} has no environment {name!r}{_or([f'{library}/{near}' for near in _near(name, known)])}"
-        )
+    _check_offered(library, name, adapter)
+    return _make(library, name, adapter, batch_size, time_limit, isolation)
+
+
+def make_candidate(id: str) -> Environment:
+    """Makes one environment by an id that need not work, whatever the catalog says; faults are not survived.
+
+    Raises:
+      Exception: whatever the library raises.
+    """
+    from .isolation import Isolation
+
+    library, _, name = id.partition("/")
+    adapter = _adapter(library)
+    strict = Isolation("venv", workers=1, max_faults=0) if isinstance(adapter, groups.IsolatedLibrary) else "auto"
+    return _make(library, name, adapter, 1, None, strict)
+
+
+def candidates(library: str) -> dict[str, str]:
+    """The library's own ids, each with the reason why it is not offered, empty where it is to be tried.
+
+    The library must be installed; its interpreter, where it has its own, is built.
+
+    Raises:
+      UnknownEnvironmentError: `library` is not known.
+      LibraryMissingError: `library` is not installed.
+    """
+    return dict(_candidates(library, _adapter(library)))
+
+
+def list_ids(
+    library: str | None = None, *, domain: str | None = None, action: str | None = None, verified: bool | None = True
+) -> list[str]:
+    """The ids of one library or of all.
+
+    Where a library is in the catalog, nothing is imported and nothing needs to be installed: `make` says what is
+    missing. Other libraries, a third party's, are asked for what they offer; one that fails is left out of the list of
+    all with a warning, and so is one whose interpreter is not built, so that one package does not take the others away.
+
+    Args:
+      library: the library; None for all.
+      domain: what the task is about, `"navigation"`. Of ids outside the catalog this is not known, nor is the action.
+      action: the kind of the action space: `"Discrete"`, `"MultiDiscrete"`, `"Box"`, `"Dict"`, ...
+      verified: True for those that work, False for those in the catalog that do not, None for both.
+
+    Raises:
+      UnknownEnvironmentError: `library` is not known.
+      LibraryMissingError: `library` is not in the catalog, and not installed either.
+    """
+    ids = []
+    for known in [library] if library is not None else _libraries():
+        if entries := catalog.entries(known):
+            ids += [
+                entry.id
+                for entry in entries.values()
+                if all(
+                    wanted in (None, value)
+                    for wanted, value in ((domain, entry.domain), (action, entry.action), (verified, entry.verified))
+                )
+            ]
+        elif library is not None:
+            ids += _uncatalogued(known) if domain is action is None and verified is not False else []
+        elif domain is action is None and verified is not False:
+            try:
+                if known not in groups.libraries() or groups.libraries()[known].is_built:
+                    ids += _uncatalogued(known)
+            except LibraryMissingError as error:
+                if known not in BUILT_IN:
+                    warnings.warn(f"left out the environments of {known!r}: {error}", RuntimeWarning, stacklevel=2)
+    return ids
+
+
+def version(library: str) -> str:
+    """The version of a library that is installed, or that its group pins."""
+    if library in groups.libraries():
+        return groups.libraries()[library].version
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def domain(library: str, name: str) -> str:
+    """What the task of an id is about, as far as that is known without making it."""
+    adapter = _adapter(library)
+    return adapter.domain(name) if hasattr(adapter, "domain") else ""
+
+
+def place(library: str) -> str:
+    """Where a library is served: the module of its adapter, or the folder of its group."""
+    if library in groups.libraries():
+        return f"environments/images/{groups.libraries()[library].recipe.name}"
+    return _libraries()[library]
+
+
+def _check_offered(library: str, name: str, adapter: typing.Any) -> None:
+    known = catalog.entries(library)
+    if name in known:
+        if not known[name].verified:
+            raise UnknownEnvironmentError(f"{library}/{name} is not offered: {known[name].reason}")
+        return
+    names = {name for name, entry in known.items() if entry.verified}
+    if isinstance(adapter, groups.IsolatedLibrary):
+        if reason := first_match(adapter.exclude, name):
+            raise UnknownEnvironmentError(f"{library}/{name} is not offered: {reason}")
+        if not known:
+            return  # its worker will say
+    else:
+        offered = _candidates(library, adapter)
+        if reason := offered.get(name, ""):
+            raise UnknownEnvironmentError(f"{library}/{name} is not offered: {reason}")
+        if name in offered:
+            return
+        names |= {name for name, reason in offered.items() if not reason} - known.keys()
+    near = [f"{library}/{near}" for near in _near(name, names)]
+    raise UnknownEnvironmentError(f"{library} has no environment {name!r}{_or(near)}")
+
+
+def _make(
+    library: str,
+    name: str,
+    adapter: typing.Any,
+    batch_size: int,
+    time_limit: int | None,
+    isolation: str | Isolation,
+) -> Environment:
     if not isinstance(adapter, groups.IsolatedLibrary):
         if isolation != "auto":
             raise ValueError(f"isolation is {isolation!r}, but {library} runs in this interpreter: leave it at 'auto'")
-        return adapter.make(name, batch_size, time_limit)
+        try:
+            return adapter.make(name, batch_size, time_limit)
+        except ModuleNotFoundError as error:
+            raise _missing(library, error) from error
     if isinstance(isolation, str):
         from .isolation import Isolation
 
@@ -91,28 +219,9 @@ def make(
     return adapter.make(name, batch_size, time_limit, isolation)
 
 
-def list_ids(library: str | None = None) -> list[str]:
-    """The ids that `make` accepts, of one library or of all that are installed.
-
-    A library that is not installed, or whose interpreter has not been built, is left out of the list of all, and one
-    whose adapter fails is left out with a warning, so that one broken package does not take the others away.
-
-    Raises:
-      UnknownEnvironmentError: `library` is not known.
-      LibraryMissingError: `library` is not installed.
-    """
-    if library is not None:
-        return [f"{library}/{name}" for name in _names(library, _adapter(library))]
-    ids = []
-    for known in _libraries():
-        try:
-            if known in groups.libraries() and not groups.libraries()[known].is_built:
-                continue
-            ids += [f"{known}/{name}" for name in _names(known, _adapter(known))]
-        except LibraryMissingError as error:
-            if known not in BUILT_IN:
-                warnings.warn(f"left out the environments of {known!r}: {error}", RuntimeWarning, stacklevel=2)
-    return ids
+def _uncatalogued(library: str) -> list[str]:
+    found = _candidates(library, _adapter(library))
+    return [f"{library}/{name}" for name, reason in found.items() if not reason]
 
 
 def _libraries() -> dict[str, str]:
@@ -155,17 +264,24 @@ def _adapter(library: str) -> typing.Any:
 
 
 @functools.cache
-def _names(library: str, adapter: typing.Any) -> tuple[str, ...]:
+def _candidates(library: str, adapter: typing.Any) -> typing.Mapping[str, str]:
     try:
-        return tuple(adapter.list_ids())
+        found = adapter.candidates() if hasattr(adapter, "candidates") else dict.fromkeys(adapter.list_ids(), "")
+        return types.MappingProxyType(found)
+    except (LibraryMissingError, EnvironmentFaultError):
+        raise
     except ImportError as error:
-        if library in BUILT_IN:
-            raise LibraryMissingError(
-                f"{library} is not installed ({error}); install it with: pip install 'ldm_jax[{library}]'"
-            ) from error
-        raise LibraryMissingError(f"{library} cannot be imported: {error!r}") from error
+        raise _missing(library, error) from error
     except Exception as error:
-        raise LibraryMissingError(f"{adapter.__name__}.list_ids() failed: {error!r}") from error
+        raise LibraryMissingError(f"the adapter {adapter.__name__} cannot say which ids it has: {error!r}") from error
+
+
+def _missing(library: str, error: ImportError) -> LibraryMissingError:
+    if library in BUILT_IN:
+        return LibraryMissingError(
+            f"{library} is not installed ({error}); install it with: pip install 'ldm_jax[{library}]'"
+        )
+    return LibraryMissingError(f"{library} cannot be imported: {error!r}")
 
 
 def _check_positive(what: str, value: object) -> None:

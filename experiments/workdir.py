@@ -104,10 +104,12 @@ def check_ids(ids: typing.Iterable[str]) -> None:
     ids = list(ids)
     if twice := sorted({id for id in ids if ids.count(id) > 1}):
         raise WorkdirError(f"the list of environments holds {', '.join(twice)} twice; give each one once")
+    known: dict[str, set[str]] = {}
     for id in ids:
-        library, _, _ = id.partition("/")
-        if id not in environments.list_ids(library if "/" in id else None):
-            environments.make(id).close()  # has the reason, and raises it
+        library = id.partition("/")[0]
+        if library not in known or id not in known[library]:
+            environments.make(id).close()  # says what is wrong with the id, or what its library needs
+            known[library] = set(environments.list_ids(library))
 
 
 def seed_of(seed: int, stage: str, id: str) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import environments
-from environments import containers, groups, registry, venvs
+from environments import catalog, containers, groups, registry, venvs, verification
 from environments.isolation import Isolation
 
 GROUPS = sorted(groups.IMAGES.glob("*/group.json"))
@@ -42,8 +42,7 @@ def group(tmp_path, cache, monkeypatch):
                 "imports": ["misbehaving"],
                 "distribution": "gymnasium",
                 "domain": "test",
-                "ids": ["Steady-v0"],
-                "refused": {"Crash-v0": "it crashes"},
+                "exclude": {"Crash-v0": "it crashes"},
             }
         },
     }
@@ -51,13 +50,19 @@ def group(tmp_path, cache, monkeypatch):
     (folder / "requirements.txt").write_text("# nothing\n")
     monkeypatch.setattr(groups, "IMAGES", tmp_path / "images")
     groups.libraries.cache_clear()
-    registry._names.cache_clear()
     monkeypatch.setattr(containers, "problem", lambda: "this test is about virtual environments")
     # What pip would install is borrowed from the environment that runs the tests.
     monkeypatch.setattr(venvs, "_install", lambda *arguments: _borrow(library, *arguments))
+    (tmp_path / "catalog").mkdir()
+    monkeypatch.setattr(catalog, "FOLDER", tmp_path / "catalog")
     yield folder
     groups.libraries.cache_clear()
-    registry._names.cache_clear()
+
+
+def _write_catalog():
+    """A line for one id that works and one for one that does not."""
+    works, crashes = verification.entry("corridor/Steady-v0"), verification.entry("corridor/Crash-v0", reason="it died")
+    catalog.write(catalog.FOLDER / "corridor.jsonl", [works, crashes])
 
 
 def _borrow(library, recipe, base, folder, log, count):
@@ -77,8 +82,7 @@ def test_every_group_is_described_and_pinned_exactly():
         for library in libraries:
             assert library.program["distribution"].lower() in names
             assert library.program["api"] in names
-            assert len(set(library.ids)) == len(library.ids) > 0
-            assert not set(library.ids) & set(library.refused)
+            assert library.version != "unknown"
 
 
 @pytest.mark.parametrize("line", ["numpy>=2", "numpy", "git+https://somewhere/x", "-r other.txt"])
@@ -95,7 +99,7 @@ def test_requirements_that_are_not_exact_are_refused(tmp_path, line):
         (lambda group: group.pop("python"), "python"),
         (lambda group: group.update(pyhton="3.9"), "unknown fields pyhton"),
         (lambda group: group["libraries"]["corridor"].update(sed="x"), "unknown fields sed"),
-        (lambda group: group["libraries"]["corridor"].pop("ids"), "ids"),
+        (lambda group: group["libraries"]["corridor"].pop("domain"), "lacks the fields domain"),
     ],
 )
 def test_a_wrong_description_is_named(group, change, text):
@@ -145,15 +149,13 @@ def test_interpreters_are_found_on_the_path_and_in_the_folders_of_version_manage
 
 
 def test_an_environment_is_built_once_and_made_like_any_other(group, cache, caplog):
-    assert environments.list_ids("corridor") == ["corridor/Steady-v0"]
-    assert "corridor/Steady-v0" not in environments.list_ids()
+    assert not any(id.startswith("corridor/") for id in environments.list_ids())
     environment = environments.make("corridor/Steady-v0", 2, isolation=Isolation(workers=1))
     assert "building the virtual environment corridor" in caplog.text
     assert isinstance(environment, environments.Environment)
     state, _ = environment.reset(jax.random.key(0))
     environment.step(state, np.zeros(2, np.int32))
     environment.close()
-    assert "corridor/Steady-v0" in environments.list_ids()
     caplog.clear()
     environments.make("corridor/Steady-v0", isolation="venv").close()
     assert not caplog.records
@@ -178,8 +180,9 @@ def test_a_bridge_puts_ids_into_the_registry_of_a_library_that_has_none(group, t
     path = group / "group.json"
     description = json.loads(path.read_text())
     library = description["libraries"]["corridor"]
-    library.update(bridge="misbehaving", ids=["Bridged"])
+    library["bridge"] = "misbehaving"
     path.write_text(json.dumps(description))
+    assert "corridor/Bridged" in environments.list_ids("corridor")
     environment = environments.make("corridor/Bridged", 2, isolation=Isolation(workers=1))
     state, _ = environment.reset(jax.random.key(0))
     environment.step(state, np.zeros(2, np.int32))
@@ -190,10 +193,24 @@ def test_a_bridge_puts_ids_into_the_registry_of_a_library_that_has_none(group, t
         groups.read_group(path)
 
 
+def test_what_is_not_in_the_catalog_is_asked_from_the_library(group, cache, caplog):
+    found = environments.list_ids("corridor")
+    assert "building the virtual environment corridor" in caplog.text
+    assert "corridor/Steady-v0" in found and "corridor/Crash-v0" not in found
+    assert not any("CartPole" in id for id in found), "ids of other packages in the same registry"
+    assert found == [id for id in environments.list_ids() if id.startswith("corridor/")]
+    assert registry.candidates("corridor")["Crash-v0"] == "it crashes"
+    with pytest.raises(environments.EnvironmentFaultError, match="has no environment 'Stedy-v0'"):
+        environments.make("corridor/Stedy-v0")
+
+
 def test_names_and_kinds_of_isolation_are_checked_before_anything_is_built(group, cache):
+    _write_catalog()
+    assert environments.list_ids("corridor") == ["corridor/Steady-v0"]
+    assert environments.list_ids("corridor", verified=False) == ["corridor/Crash-v0"]
     with pytest.raises(environments.UnknownEnvironmentError, match="did you mean corridor/Steady-v0"):
         environments.make("corridor/Stedy-v0")
-    with pytest.raises(environments.UnknownEnvironmentError, match="not offered: it crashes"):
+    with pytest.raises(environments.UnknownEnvironmentError, match="not offered: it died"):
         environments.make("corridor/Crash-v0")
     with pytest.raises(ValueError, match="isolation is 'jail', expected one of"):
         environments.make("corridor/Steady-v0", isolation="jail")
@@ -243,7 +260,8 @@ def test_two_ids_of_every_library_pass_the_kit(name, kind):
     if kind == "container":
         containers_here.need()
     expected = "sha256:[0-9a-f]{64}" if kind == "container" else f"venv:{library.recipe.digest}"
-    for id in (f"{name}/{library.ids[0]}", f"{name}/{library.ids[-1]}"):
+    ids = environments.list_ids(name)
+    for id in (ids[0], ids[-1]):
         environments.check_environment(
             lambda batch_size, time_limit, id=id: environments.make(
                 id, batch_size, time_limit=time_limit, isolation=kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 import string
@@ -17,32 +16,36 @@ import numpy as np
 from ldm_jax import spaces
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
+from .. import taxonomy
 from ..cores import available_cores
-from ..interface import EnvironmentFaultError, StaleStateError
+from ..interface import EnvironmentFaultError, LibraryMissingError, StaleStateError
 
 LIBRARY = "envpool"
 
-_DOMAINS = types.MappingProxyType(
+_DOMAINS: typing.Mapping[str, dict[str, str]] = types.MappingProxyType(
     {
-        "atari": "atari",
-        "box2d": "box2d",
-        "classic_control": "classic control",
-        "gfootball": "football",
-        "highway": "driving",
-        "jumanji": "combinatorial",
-        "minigrid": "navigation",
-        "mujoco.dmc": "control suite",
-        "mujoco.gym": "mujoco",
-        "mujoco.metaworld": "manipulation",
-        "mujoco.myosuite": "musculoskeletal",
-        "mujoco.playground": "robotics",
-        "mujoco.robotics": "robotics",
-        "pgx": "board games",
-        "procgen": "procgen",
-        "toy_text": "toy text",
-        "vizdoom": "first person",
+        "atari": {"*": "games"},
+        "box2d": taxonomy.GYMNASIUM,
+        "classic_control": taxonomy.GYMNASIUM,
+        "gfootball": {"*": "games"},
+        "highway": {"*": "driving"},
+        "jumanji": taxonomy.JUMANJI,
+        "minigrid": {"*Memory*": "memory", "*": "navigation"},
+        "mujoco.dmc": taxonomy.DM_CONTROL,
+        "mujoco.gym": taxonomy.GYMNASIUM,
+        "mujoco.metaworld": {"*": "manipulation"},
+        "mujoco.myosuite": dict.fromkeys(("*Leg*", "*OslRun*", "*ChaseTag*", "*Soccer*"), "locomotion")
+        | {"*Torso*": "robotics", "*": "manipulation"},
+        "mujoco.playground": dict.fromkeys(("*Aloha*", "*Panda*", "*Leap*", "*AeroCube*"), "manipulation")
+        | {"*": "locomotion"},
+        "mujoco.robotics": {"*Maze*": "navigation", "*": "manipulation"},
+        "pgx": {"*": "board games"},
+        "procgen": {"*": "games"},
+        "toy_text": taxonomy.GYMNASIUM,
+        "vizdoom": {"*MyWayHome*": "navigation", "*Navigation*": "navigation", "*": "games"},
     }
 )
+"""By family of simulators and pattern of ids; the first that matches counts."""
 
 _REFUSED = types.MappingProxyType(
     {
@@ -223,36 +226,48 @@ class _Leaf:
         return ((value < self.space.low) | (value > self.space.high)).reshape(len(value), -1).any(1)
 
 
-def list_ids() -> list[str]:
-    """Envpool's own ids that work here."""
-    return sorted(name for name in _envpool().list_all_envs() if refusal(name) is None)
+def candidates() -> dict[str, str]:
+    """Envpool's own ids, each with the reason why it is not offered, empty where it is."""
+    return {name: _refusal(name) for name in _envpool().list_all_envs()}
 
 
-def refusal(name: str) -> str | None:
-    """Why an id that envpool lists is not offered; None where it is."""
+def domain(name: str) -> str:
+    """What the task of an id is about."""
+    return taxonomy.first_match(_DOMAINS.get(_family(name), {}), name) if name in _registry().specs else LIBRARY
+
+
+def _refusal(name: str) -> str:
     if name in _REFUSED or name not in _registry().specs:
-        return _REFUSED.get(name)
-    family = _family(name)
-    if family == "procgen":
-        return _procgen_fault()
-    if (family == "pgx" and name != "Play2048-v1") or "multi-agent" in name or "MultiAgent" in name:
+        return _REFUSED.get(name, "envpool lists it and cannot make it")
+    if (_family(name) == "pgx" and name != "Play2048-v1") or "multi-agent" in name or "MultiAgent" in name:
         return "several players act in it, and envpool returns an observation and a reward for each"
-    return None
+    return ""
 
 
 def make(name: str, batch_size: int, time_limit: int | None) -> EnvpoolEnvironment:
     """Makes B environments by envpool's own id.
 
     Args:
-      name: an id of `list_ids`.
+      name: envpool's own id.
       batch_size: B.
       time_limit: steps; None keeps envpool's own, or takes a default where it has none.
+
+    Raises:
+      LibraryMissingError: shared libraries that it needs are not there.
     """
     family = _family(name)
     # Raw VizDoom actions are unbounded numbers of which only zero and non-zero differ: take its discrete form.
     options: dict[str, typing.Any] = {"use_combined_action": True} if family == "vizdoom" else {}
     with _quiet():
-        inner = _envpool().make_spec(name, **options)
+        try:
+            inner = _envpool().make_spec(name, **options)
+        except ImportError as error:
+            if family != "procgen":
+                raise
+            raise LibraryMissingError(
+                f"{LIBRARY}/{name} needs the shared libraries of Qt, which no Python package brings ({error}); on "
+                "Debian: apt-get install libqt5core5a libqt5gui5"
+            ) from error
         declared, action_space = inner.observation_space, _convert_action(inner.action_space)
     own_limit = inner.config.max_episode_steps
     if time_limit is None and own_limit == 0:
@@ -273,7 +288,7 @@ def make(name: str, batch_size: int, time_limit: int | None) -> EnvpoolEnvironme
         action_space=action_space,
         batch_size=batch_size,
         time_limit=time_limit,
-        domain=_DOMAINS.get(family, LIBRARY),
+        domain=domain(name),
         jittable=False,
     )
     return EnvpoolEnvironment(spec, name, options, mask)
@@ -294,17 +309,6 @@ def _family(name: str) -> str:
 
 def _registry() -> typing.Any:
     return importlib.import_module("envpool.registration").registry
-
-
-@functools.cache
-def _procgen_fault() -> str | None:
-    # It needs the shared libraries of Qt, which no Python package brings.
-    try:
-        with _quiet():
-            _envpool().make_spec("CoinrunEasy-v0")
-    except ImportError as error:
-        return str(error)
-    return None
 
 
 def _find_mask(state_spec: dict[str, typing.Any], action_space: typing.Any) -> tuple[str, str] | None:

@@ -125,16 +125,16 @@ class GymnaxEnvironment:
         return spaces.unflatten(space, parts)
 
 
-def list_ids() -> list[str]:
-    """Gymnax's own ids that work here."""
+def candidates() -> dict[str, str]:
+    """Gymnax's own ids, each with the reason why it is not offered, empty where it is."""
     import gymnax
 
-    return [name for name in gymnax.registered_envs if name not in _REFUSED]
+    return {name: _REFUSED.get(name, "") for name in gymnax.registered_envs}
 
 
-def refusal(name: str) -> str | None:
-    """Why an id that gymnax lists is not offered; None where it is."""
-    return _REFUSED.get(name)
+def domain(name: str) -> str:
+    """What the task of an id is about."""
+    return "games" if name.endswith("-MinAtar") else _DOMAINS.get(name, LIBRARY)
 
 
 def make(name: str, batch_size: int, time_limit: int | None) -> GymnaxEnvironment:
@@ -153,7 +153,7 @@ def make(name: str, batch_size: int, time_limit: int | None) -> GymnaxEnvironmen
         action_space=_convert(inner.action_space(params)),
         batch_size=batch_size,
         time_limit=int(params.max_steps_in_episode),
-        domain="games" if name.endswith("-MinAtar") else _DOMAINS.get(name, LIBRARY),
+        domain=domain(name),
         jittable=True,
     )
     return GymnaxEnvironment(spec, inner, params)

@@ -9,6 +9,8 @@ host asks and the worker answers, one for one:
 
   H {protocol, job}, with descriptors of the lifeline and of the log: make an environment of this job
       -> S {protocol, python, versions, observation_space, action_space, time_limit, mask}, or E {reason, text}
+     or, where the job names no environment, say which the library's imports have registered
+      -> S {protocol, python, versions, ids: {id: module of its entry point}}
   A {worker, first, rows, arrays, size}, with the descriptor of the file of arrays: these rows are yours
       -> K
   G: obey the command of each of your rows
@@ -248,30 +250,44 @@ def read(slot, kind, space):
 # The library
 
 
+def load_registry(job) -> typing.Any:
+    """The module `gym` or `gymnasium`, its registry's entries by id once the library is imported, and bridged ids."""
+    sys.path[:0] = job["path"]
+    gym = importlib.import_module(job["api"])
+    for name in job["imports"]:
+        importlib.import_module(name)
+    registry = gym.envs.registry
+    entries = getattr(registry, "env_specs", registry)  # gym 0.21 wraps it
+    before = set(entries)
+    if job["bridge"]:
+        load(job["bridge"]).register()
+    return gym, entries, set(entries) - before
+
+
+def list_registry(job):
+    """The module that each id's environment comes from; empty where it does not say, `bridge` for those of a bridge."""
+    _, entries, bridged = load_registry(job)
+    modules = {}
+    for id in entries:
+        point = entries[id].entry_point
+        module = point.partition(":")[0] if isinstance(point, str) else getattr(point, "__module__", "")
+        modules[id] = "bridge" if id in bridged else module
+    return modules
+
+
 class Library:
     """What is the same for gymnasium, gym 0.26 and gym 0.21: make, reset, step."""
 
     def __init__(self, job):
         self.job = job
-        sys.path[:0] = job["path"]
-        self.gym: typing.Any = importlib.import_module(job["api"])
-        for name in job["imports"]:
-            importlib.import_module(name)
-        if job["bridge"]:
-            load(job["bridge"]).register()
-        self.spec = self.find_spec(job["name"])
+        self.gym, entries, _ = load_registry(job)
+        if job["name"] not in entries:
+            raise RefusedError(f"{job['library']} has no environment {job['name']!r}")
+        self.spec = entries[job["name"]]
         # We keep the time limit; none of the library's wrappers may end an episode before it.
         self.time_limit = self.spec.max_episode_steps
         self.spec.max_episode_steps = None
         self.spec.disable_env_checker = True  # the host checks, at every step
-
-    def find_spec(self, name):
-        """The registry's own entry of an id."""
-        registry = self.gym.envs.registry
-        entries = getattr(registry, "env_specs", registry)  # gym 0.21 wraps it
-        if name not in entries:
-            raise RefusedError(f"{self.job['library']} has no environment {name!r}")
-        return entries[name]
 
     def make(self):
         """One environment."""
@@ -490,12 +506,14 @@ def greet(connection):
     try:
         random.seed(0)  # some make what they declare by chance
         np.random.seed(0)
+        about = {"protocol": PROTOCOL, "python": platform.python_version(), "versions": versions()}
+        if not content["job"]["name"]:
+            send(connection, b"S", {**about, "ids": list_registry(content["job"])})
+            leave()
         library = Library(content["job"])
         environment = library.make()
         spec = {
-            "protocol": PROTOCOL,
-            "python": platform.python_version(),
-            "versions": versions(),
+            **about,
             "observation_space": describe(environment.observation_space),
             "action_space": describe(environment.action_space),
             "time_limit": library.known_limit(environment),

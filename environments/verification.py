@@ -1,0 +1,149 @@
+"""Tries one environment: what the line of the catalog about it says was seen here."""
+
+from __future__ import annotations
+
+import re
+import time
+import typing
+
+import gymnasium
+import jax
+import numpy as np
+
+from ldm_jax import spaces
+from ldm_jax.types import PyTree
+
+from . import catalog, registry, taxonomy
+from .interface import Environment
+
+STEPS = 100
+_MAX_REASON_CHARS = 240
+_WARM_UP = 2  # steps; compilation is no part of the rate
+
+
+def verify(id: str, seed: int = 0) -> catalog.Entry:
+    """Makes one environment, resets it, steps it 100 times at random, and resets it again; checks all that it returns.
+
+    Whatever goes wrong becomes the reason. What the catalog says of the id so far makes no difference.
+
+    Args:
+      id: `library/<the library's own id>`.
+      seed: of the keys and the actions.
+    """
+    environment: Environment | None = None
+    try:
+        environment = registry.make_candidate(id)
+        rate = _run(environment, seed)
+    except Exception as error:  # the libraries may raise whatever they like
+        return entry(id, environment, reason=reason_of(error))
+    finally:
+        if environment is not None:
+            environment.close()
+    return entry(id, environment, steps_per_s=rate)
+
+
+def entry(
+    id: str, environment: Environment | None = None, *, reason: str = "", steps_per_s: float = 0.0
+) -> catalog.Entry:
+    """The line about an id, from what is known of it.
+
+    Args:
+      id: the id.
+      environment: if it could be made.
+      reason: why it does not work; empty if it does.
+      steps_per_s: of one environment.
+    """
+    library, _, name = id.partition("/")
+    spec = None if environment is None else environment.spec
+    return catalog.Entry(
+        id=id,
+        library=library,
+        version=registry.version(library) if spec is None else spec.version,
+        task=taxonomy.task(library, name),
+        family=taxonomy.family(library, name),
+        domain=registry.domain(library, name) if spec is None else spec.domain,
+        observation_space=None if spec is None else spaces.to_json(spec.observation_space),
+        action_space=None if spec is None else spaces.to_json(spec.action_space),
+        time_limit=0 if spec is None else spec.time_limit,
+        adapter=registry.place(library),
+        verified=not reason,
+        reason=reason,
+        steps_per_s=float(f"{steps_per_s:.3g}"),
+    )
+
+
+def reason_of(error: BaseException | str) -> str:
+    """The last words of an error in one short line, without folders of this machine."""
+    text = error if isinstance(error, str) else (str(error) or type(error).__name__)
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    if "Traceback" in text:
+        # The error itself stands on the first line behind the frames, which are indented.
+        frames = text[text.rindex("Traceback") :].splitlines()[1:]
+        lines = [line.strip() for line in frames if line.strip() and not line.startswith(" ")] or lines
+    text = re.sub(r"(?<![:/\w])(/[\w.+-]+){2,}/", "", lines[0] if lines else "no words")
+    text = re.sub(r"^\S+ cannot be made: ", "", text)
+    return text if len(text) <= _MAX_REASON_CHARS else text[: _MAX_REASON_CHARS - 4] + " ..."
+
+
+def _run(environment: Environment, seed: int) -> float:
+    """Steps per second of the checked run."""
+    keys = jax.random.split(jax.random.key(seed))
+    state, time_step = environment.reset(keys[0])
+    _check(environment, time_step, first=True)
+    generator = np.random.default_rng(seed)
+    spent_s, previous = 0.0, time_step
+    for t in range(STEPS):
+        action = random_action(environment.spec.action_space, generator, time_step.action_mask)
+        start = time.perf_counter()
+        state, time_step = environment.step(state, action)
+        time_step = jax.tree.map(np.asarray, time_step)  # waits for what is computed
+        if t >= _WARM_UP:
+            spent_s += time.perf_counter() - start
+        _check(environment, time_step, first=bool(previous.last[0]))
+        previous = time_step
+    _, time_step = environment.reset(keys[1])
+    _check(environment, time_step, first=True)
+    return (STEPS - _WARM_UP) / max(spent_s, 1e-9)
+
+
+def random_action(space: gymnasium.Space, generator: np.random.Generator, mask: typing.Any = None) -> PyTree:
+    """A random action of one row.
+
+    Args:
+      space: the action space.
+      generator: of randomness.
+      mask: `bool [1, M]`, the choices allowed, or None.
+
+    Returns:
+      Follows the space with a leading 1.
+    """
+    allowed = None if mask is None else np.asarray(mask)[0]
+    values, place = [], 0
+    for leaf in spaces.leaves(space):
+        struct = spaces.leaf_shape_dtype(leaf.space)
+        if sizes := spaces.choices(leaf.space):
+            chosen = []
+            for size in sizes:
+                possible = np.arange(size) if allowed is None else np.flatnonzero(allowed[place : place + size])
+                chosen.append(generator.choice(possible))
+                place += size
+            value = np.reshape(chosen, struct.shape) + spaces.start(leaf.space)
+        else:
+            assert isinstance(leaf.space, gymnasium.spaces.Box)
+            low, high = (np.clip(side, -1e6, 1e6) for side in spaces.bounds(leaf.space))
+            bounded = np.isfinite(leaf.space.low) & np.isfinite(leaf.space.high)
+            value = np.where(
+                bounded, generator.uniform(low, high), np.clip(generator.normal(size=low.shape), low, high)
+            )
+        values.append(np.asarray(value, struct.dtype)[None])
+    return spaces.unflatten(space, values)
+
+
+def _check(environment: Environment, time_step: typing.Any, first: bool) -> None:
+    """Raises a SpaceError or ValueError where a time step is not as the spec and the contract say."""
+    spaces.check(environment.spec.observation_space, time_step.observation, 1, "the observation")
+    reward = np.asarray(time_step.reward)
+    if reward.shape != (1,) or not np.isfinite(reward).all():
+        raise ValueError(f"the reward is {reward}, expected one finite number")
+    if bool(time_step.first[0]) != first:
+        raise ValueError(f"first is {bool(time_step.first[0])}, expected {first}")

@@ -1,0 +1,183 @@
+"""Makes the catalog: `python -m experiments.catalog --libraries=envpool,nasim`; `--summary` prints what is in it.
+
+Each id is made, reset, stepped and checked in a process that may crash or hang without harm. What was found is written
+down at once: killed and started again, it tries only what is missing. At the end `<library>.jsonl` is written anew.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+import typing
+
+from absl import app, flags
+
+from environments import LibraryMissingError, UnknownEnvironmentError, catalog, groups, registry
+from environments.verification import STEPS, entry, verify
+from experiments import catalog_page, progress
+
+_LIBRARIES = flags.DEFINE_list("libraries", [], "with commas between; default: all of this package")
+_OUTPUT = flags.DEFINE_string("output", str(catalog.FOLDER), "folder of the catalog")
+_WORKERS = flags.DEFINE_integer("workers", 2, "ids that are tried at the same time", lower_bound=1)
+_TIMEOUT_S = flags.DEFINE_float("timeout_s", 180.0, "seconds that one id may take")
+_RETRY = flags.DEFINE_bool("retry", False, "try again what did not work")
+_SUMMARY = flags.DEFINE_bool("summary", False, "print what is in the catalog, and try nothing")
+_PAGE = flags.DEFINE_string("page", "", "file to write the summary to, and try nothing")
+
+_CHUNK = 16  # ids that share a process, and so the imports
+_START_S = 300.0  # for a process to import its library; or to build its interpreter
+
+Todo = dict[str, str]
+"""Ids to look at, each with the reason why it is not even tried, or nothing."""
+
+
+def take_stock(library: str, output: pathlib.Path, workers: int, timeout_s: float, retry: bool) -> list[catalog.Entry]:
+    """Tries every id of a library that has not been tried yet, and writes its part of the catalog.
+
+    Args:
+      library: its name.
+      output: folder of the catalog.
+      workers: ids that are tried at the same time.
+      timeout_s: seconds that one id may take.
+      retry: whether to try again what did not work.
+
+    Returns:
+      All that is known of the library's ids.
+
+    Raises:
+      LibraryMissingError: the library cannot be imported or built.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path, journal = output / f"{library}.jsonl", output / f"{library}.journal"
+    version = registry.version(library)
+    before = (catalog.read(path) if path.exists() else []) + _read_journal(journal)
+    candidates = {f"{library}/{name}": reason for name, reason in registry.candidates(library).items()}
+    found = {
+        known.id: known
+        for known in before
+        if known.version == version and (known.verified or not retry) and known.id in candidates
+    }
+    todo = {id: reason for id, reason in candidates.items() if id not in found}
+    lock = threading.Lock()
+    with (
+        journal.open("a", encoding="utf-8") as file,
+        progress.bar(library, len(candidates), "id", done=len(found)) as advance,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
+
+        def write_down(line: catalog.Entry) -> None:
+            with lock:
+                file.write(line.to_line() + "\n")
+                file.flush()
+                found[line.id] = line
+                advance(1)
+
+        ids = list(todo)
+        chunks = [{id: todo[id] for id in ids[i : i + _CHUNK]} for i in range(0, len(ids), _CHUNK)]
+        attended = [pool.submit(_attend, chunk, timeout_s, write_down) for chunk in chunks]
+        try:
+            for future in concurrent.futures.as_completed(attended):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    catalog.write(path, found.values())
+    journal.unlink()
+    return list(found.values())
+
+
+def _read_journal(path: pathlib.Path) -> list[catalog.Entry]:
+    """What was found before a run was killed; cuts off a line that it did not finish."""
+    if not path.exists():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    os.truncate(path, len(whole) + bool(whole))
+    return catalog.read(path)
+
+
+def _attend(todo: Todo, timeout_s: float, write_down: typing.Callable[[catalog.Entry], None]) -> None:
+    """Lets processes try a few ids, a new one whenever one has crashed or hangs; that is then the id's reason."""
+    todo = dict(todo)
+    while todo:
+        context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_try_all, args=(todo, sender, os.getpid()), daemon=True)
+        process.start()
+        sender.close()
+        current, reason = "", ""
+        try:
+            while todo:
+                if not receiver.poll(timeout_s if current else _START_S):
+                    reason = f"it does not reset and step {STEPS} times within {timeout_s:g} s"
+                    break
+                message = receiver.recv()
+                if isinstance(message, str):
+                    current = message
+                else:
+                    write_down(message)
+                    del todo[message.id]
+                    current = ""
+        except EOFError:
+            process.join(timeout=10)
+            code = process.exitcode or 0
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+            reason = f"it ends its process {how}"
+        finally:
+            process.kill()
+            process.join()
+        if todo and not current:
+            raise LibraryMissingError(f"{next(iter(todo))} was not begun: its process failed first; {reason}")
+        if todo:
+            write_down(entry(current, reason=reason))
+            del todo[current]
+
+
+def _try_all(todo: Todo, sender: multiprocessing.connection.Connection, parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:  # a parent that was killed cannot stop this process
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    with open(os.devnull, "w") as nowhere:  # what libraries say must not tear the progress bar
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+    for id, reason in todo.items():
+        sender.send(id)
+        sender.send(entry(id, reason=reason) if reason else verify(id))
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"got {argv[1:]}, expected flags only")
+    output = pathlib.Path(_OUTPUT.value)
+    known = [*registry.BUILT_IN, *groups.libraries()]
+    if _SUMMARY.value or _PAGE.value:
+        text = catalog_page.render([line for path in sorted(output.glob("*.jsonl")) for line in catalog.read(path)])
+        if _PAGE.value:
+            pathlib.Path(_PAGE.value).write_text(text, "utf-8")
+        else:
+            print(text)
+        return
+    failed = []
+    for library in _LIBRARIES.value or known:
+        try:
+            found = take_stock(library, output, _WORKERS.value, _TIMEOUT_S.value, _RETRY.value)
+            progress.log("catalog", library=library, verified=sum(line.verified for line in found), ids=len(found))
+        except (LibraryMissingError, UnknownEnvironmentError, catalog.CatalogError) as error:
+            failed.append(f"error: {library}: {error}")
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        app.run(main)
