@@ -7,7 +7,9 @@ any leading axes, so that the input pipeline and the acting policy run the same 
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import itertools
 import typing
 
 import gymnasium
@@ -131,13 +133,14 @@ class Bucket:
 
 
 _WIDTHS = {
-    "numeric": (0, 8, 32, 128, 512, 2048),
+    "numeric": (0, 8, 32, 128, 256, 512, 2048, 8192),
     "categorical": (0, 1, 4, 16, 64, 256, 1024),
-    "channels": (4, 16, 64),
+    "channels": (4, 16, 64, 128),
     "text": (128, 512, 2048),
     "choice_slots": (0, 1, 4, 16, 64, 320),
     "choices": (0, 8, 32, 128, 512, 2048, 8192),
-    "continuous_slots": (0, 2, 8, 32, 128, 320),
+    # 64 for the muscles of MyoSuite, some 600 environments: each slot goes through the head.
+    "continuous_slots": (0, 2, 8, 32, 64, 128, 320),
 }
 
 
@@ -158,6 +161,48 @@ def bucket_for(observation_space: gymnasium.Space, action_space: gymnasium.Space
         choices=_round_up("choices", max(acted.sizes, default=0)),
         continuous_slots=_round_up("continuous_slots", acted.continuous),
     )
+
+
+def join_buckets(environments: collections.abc.Mapping[Bucket, int], most: int) -> dict[Bucket, Bucket]:
+    """Joins buckets, those first that then pad least, until no more are left than asked for.
+
+    A training step is compiled for all its buckets together, so that its size grows with their number. Only buckets
+    with the same grids and texts are joined: one is left of each such kind, however few are asked for.
+
+    Args:
+      environments: the number of environments, or any weight, of each bucket.
+      most: how many are to be left.
+
+    Returns:
+      The bucket that takes the place of each.
+    """
+    weights = dict(environments)
+    members = {bucket: [bucket] for bucket in weights}
+    while len(weights) > most:
+        pairs = [
+            pair
+            for pair in itertools.combinations(sorted(weights), 2)
+            if (pair[0].grids, pair[0].texts) == (pair[1].grids, pair[1].texts)
+        ]
+        if not pairs:
+            break
+        pair = min(pairs, key=lambda pair: sum(weights[one] * (_numbers(_hull(*pair)) - _numbers(one)) for one in pair))
+        hull = _hull(*pair)
+        weight, joined = sum(weights.pop(one) for one in pair), [old for one in pair for old in members.pop(one)]
+        weights[hull] = weights.get(hull, 0) + weight
+        members[hull] = members.get(hull, []) + joined
+    return {old: bucket for bucket, olds in members.items() for old in olds}
+
+
+def _hull(one: Bucket, two: Bucket) -> Bucket:
+    widths = {field.name: max(getattr(one, field.name), getattr(two, field.name)) for field in dataclasses.fields(one)}
+    return Bucket(**widths)
+
+
+def _numbers(bucket: Bucket) -> int:
+    """What a time step reads and predicts; a continuous slot predicts some 256 bins."""
+    predicted = bucket.choice_slots * bucket.choices + 256 * bucket.continuous_slots
+    return 2 * bucket.numeric + bucket.categorical + predicted
 
 
 def _round_up(kind: str, size: int) -> int:

@@ -120,7 +120,7 @@ _LARGE: dict[str, typing.Any] = {
     "numeric": 2048,
     "categorical": 1024,
     "values": 1024,
-    "channels": 64,
+    "channels": 128,
     "text": 512,
     "choice_slots": 320,
     "choices": 8192,

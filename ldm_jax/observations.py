@@ -70,7 +70,7 @@ def is_spatial(shape: tuple[int, ...]) -> bool:
 def channels_last(value: Array, shape: tuple[int, ...]) -> Array:
     """Brings a spatial leaf `[..., *shape]` to `[..., height, width, channels]`.
 
-    The channel axis is the shortest of three, the last one of equals: libraries do not say which it is.
+    Libraries do not say which of three axes holds the channels, see `channel_axis`.
     """
     xp = value.__array_namespace__()
     if len(shape) == 2:
@@ -80,8 +80,13 @@ def channels_last(value: Array, shape: tuple[int, ...]) -> Array:
 
 
 def channel_axis(shape: tuple[int, ...]) -> int:
-    """Which of three axes holds the channels."""
-    return max(range(3), key=lambda i: (-shape[i], i))
+    """Which of three axes holds the channels: the one beside a square (a board may have more planes than cells a side).
+
+    Without a square it is the shortest axis, the last one of equals.
+    """
+    if shape[0] == shape[1]:
+        return 2
+    return 0 if shape[1] == shape[2] else max(range(3), key=lambda i: (-shape[i], i))
 
 
 def channels_last_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -62,7 +62,7 @@ def random_tree(space, lead, rng):
         shape = (*lead, *struct.shape)
         if isinstance(leaf.space, gs.Box):
             low, high = spaces.bounds(leaf.space)
-            low, high = np.maximum(low, -5), np.minimum(high, 300)
+            low = np.where(np.isfinite(low), low, np.minimum(high, 0) - 5)
             value = rng.uniform(low, np.minimum(high, low + 300), shape)
         elif isinstance(leaf.space, gs.Text):
             value = rng.integers(97, 123, shape)

@@ -16,7 +16,7 @@ def boxes(draw):
         return spaces.Box(low, low + draw(st.integers(1, 100)), shape, dtype)
     low = np.array([draw(st.one_of(_ENDS, st.just(-np.inf))) for _ in range(int(np.prod(shape)))], dtype)
     width = np.array([draw(st.one_of(st.floats(0.5, 50, width=32), st.just(np.inf))) for _ in low], dtype)
-    high = np.where(np.isinf(low), np.where(np.isinf(width), np.inf, width), low + width)
+    high = np.where(np.isinf(low), width, np.where(np.isinf(low), 0, low) + width)
     return spaces.Box(low.reshape(shape), high.astype(dtype).reshape(shape), shape, dtype)
 
 

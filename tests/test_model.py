@@ -240,8 +240,8 @@ def test_a_space_too_large_names_the_way_out():
     card = examples.make_card(examples.gs.Box(-1, 1, (300,)), examples.gs.Discrete(40))
     with pytest.raises(ConfigError, match=r"numeric=512 \(the model has 128\), choices=128"):
         ModelConfig().check_fits(Codec(card).bucket, card.id)
-    with pytest.raises(spaces.SpaceError, match="numeric = 5000"):
-        bucket_for(examples.gs.Box(-1, 1, (5000,)), examples.gs.Discrete(2))
+    with pytest.raises(spaces.SpaceError, match="numeric = 9000"):
+        bucket_for(examples.gs.Box(-1, 1, (9000,)), examples.gs.Discrete(2))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_compiled_shapes_do_not_grow_with_the_number_of_environments():
     buckets = [bucket_for(space(500), action_space(300)) for _ in range(1000)]
     few, many = len(set(buckets[:200])), len(set(buckets))
     assert many <= 200
-    assert many < 1.5 * few, "five times the environments bring few new shapes"
+    assert many < 2 * few, "five times the environments bring few new shapes"
 
 
 def test_with_two_tokens_per_step_no_action_is_seen_before_it_is_predicted(params):

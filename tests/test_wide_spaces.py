@@ -1,0 +1,227 @@
+"""Laws of codecs over all that the buckets hold: 290 dimensions, 4,672 choices, images, texts, nests and masks."""
+
+import collections
+import dataclasses
+
+import examples
+import jax
+import numpy as np
+import pytest
+from gymnasium import spaces as gs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spaces_strategies import action_spaces, any_spaces
+
+from ldm_jax import actions, footprint, observations, padding, spaces
+from ldm_jax.codec import Codec, bucket_for, join_buckets
+from ldm_jax.config import SIZES, ConfigError
+from ldm_jax.heads import bin_centres, bin_probabilities
+from ldm_jax.model import make_model
+
+LARGE = dataclasses.replace(
+    SIZES["32m"], width=16, layers=1, heads=2, kv_heads=2, feed_forward=16, window=4, bins=64, choices=8192
+)
+WIDE = {
+    "muscles": (gs.Box(-np.inf, np.inf, (1276,)), gs.Box(-1, 1, (290,), np.float32)),
+    "chess": (gs.Box(0, 1, (8, 8, 119)), gs.Discrete(4672)),
+    "frames": (gs.Box(0, 255, (4, 84, 84), np.uint8), gs.Discrete(18)),
+    "colour": (gs.Box(0, 255, (64, 64, 3), np.uint8), gs.Discrete(15)),
+    "nest": (
+        gs.Dict(
+            board=gs.Box(0, 9, (9, 9), np.int32),
+            inner=gs.Tuple([gs.MultiBinary([3, 4]), gs.Dict(goal=gs.Box(-5, 5, (2, 2)), word=gs.Text(40))]),
+            count=gs.MultiDiscrete([1000, 3]),
+        ),
+        gs.Dict(
+            move=gs.Box(np.array([-3, 0], np.float32), np.array([3, np.inf], np.float32)),
+            tool=gs.Tuple([gs.Discrete(700, start=-5), gs.MultiDiscrete([[2, 3], [4, 5]])]),
+            keys=gs.MultiBinary(9),
+            steps=gs.Box(-4, 4, (3,), np.int32),
+        ),
+    ),
+}
+
+
+def wide_codec(name):
+    """The codec of one of `WIDE`."""
+    return Codec(examples.make_card(*WIDE[name], name=f"test/{name}"))
+
+
+def check_labels(codec, seed):
+    """Every label that is encoded as a target comes back as the action, within half a bin."""
+    arrays = examples.random_stream(codec, 6, seed)
+    arrays.pop("reference/logits", None)
+    _, targets = codec.window(arrays)
+    space, layout = codec.card.action_space, codec.action_layout
+    bins = np.asarray(bin_probabilities(LARGE, targets.mean, targets.scale))
+    np.testing.assert_allclose(bins.sum(-1), 1, atol=1e-5)
+    index = targets.probabilities.argmax(-1) if layout.categorical else np.zeros((6, codec.bucket.choice_slots), int)
+    slots = actions.Slots(index.astype(np.int32), np.clip(bins @ bin_centres(LARGE), -1, 1).astype(np.float32))
+    action = codec.action(slots)
+    assert spaces.check(space, action, 6, "the action") == 0
+    label = spaces.unflatten(space, [arrays[f"reference_action/{leaf.name}"] for leaf in spaces.leaves(space)])
+    found, wanted = (actions.to_slots(layout, tree) for tree in (action, label))
+    np.testing.assert_array_equal(found.categorical, wanted.categorical)
+    whole = np.concatenate(
+        [
+            np.full(int(np.prod(leaf.space.shape)), 0.5 * (not np.issubdtype(leaf.space.dtype, np.floating)))
+            for leaf in spaces.leaves(space)
+            if isinstance(leaf.space, gs.Box)
+        ]
+        or [np.zeros(0)]
+    )
+    # Whole numbers are rounded to the nearest, so they may move by one half more.
+    half = LARGE.bin_width / 2 + whole / ((layout.high - layout.low) / 2)
+    assert (np.abs(found.continuous - np.clip(wanted.continuous, -1, 1)) <= half * 1.01 + 1e-5).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(any_spaces, action_spaces, st.integers(0, 1000))
+def test_windows_and_labels_of_any_space_fit_their_bucket(seen, acted, seed):
+    codec = Codec(examples.make_card(seen, acted))
+    check_labels(codec, seed)
+    features, _ = codec.window(examples.random_stream(codec, 6, seed))
+    told = footprint.example_shapes(codec.bucket, 1, 6).inputs.features
+    jax.tree.map(lambda leaf, shape: np.testing.assert_equal((1, *leaf.shape), shape.shape), features, told)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(features))
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_labels_of_the_widest_spaces_survive(name):
+    check_labels(wide_codec(name), 0)
+
+
+def test_one_model_reads_and_acts_in_the_widest_spaces():
+    model, batch, allowed = make_model(LARGE), {}, {}
+    params = examples.random_params(model)
+    for name in WIDE:
+        codec = wide_codec(name)
+        LARGE.check_fits(codec.bucket, name)
+        streams = [examples.random_stream(codec, 3, seed) for seed in range(2)]
+        if codec.action_layout.flat_choices:
+            rng = np.random.default_rng(0)
+            for arrays in streams:
+                arrays["action_mask"] = rng.random((3, codec.action_layout.flat_choices)) < 0.3
+                arrays["action_mask"][:, 0] = True
+        windows = [codec.window(arrays)[0] for arrays in streams]
+        batch[name] = examples.Inputs(examples.stack(windows), examples.stack([codec.signature] * 2))
+        allowed[name] = batch[name].features.action_mask
+    predictions = jax.device_get(jax.jit(model.apply)(params, batch)[0])
+    for name, (choices, bins) in predictions.items():
+        codec, layout = wide_codec(name), wide_codec(name).action_layout
+        assert bins.shape[2] >= layout.continuous and choices.shape[2] >= layout.categorical
+        assert np.isfinite(choices).all() and np.isfinite(bins).all()
+        # Two rows that see something else are answered something else.
+        answers = np.concatenate([choices.reshape(2, -1), bins[:, :, : layout.continuous].reshape(2, -1)], -1)
+        assert np.abs(answers[0] - answers[1]).max() > 1e-4
+        for slot in range(layout.categorical):
+            mask = allowed[name][:, :, slot]
+            rows = mask.any(-1)
+            probabilities = np.asarray(jax.nn.softmax(choices[:, :, slot], -1))
+            assert (probabilities[rows][~mask[rows]] == 0).all()
+            np.testing.assert_allclose(probabilities[rows].sum(-1), 1, atol=1e-4)
+
+
+def draw_space(rng, nested=True):
+    """A space as libraries have them: mostly vectors, some categories, grids, images, texts and nests."""
+    kind = rng.choice(["vector", "category", "grid", "image", "text", "nest"], p=[0.5, 0.15, 0.12, 0.1, 0.05, 0.08])
+    if kind == "vector":
+        return gs.Box(-1, 1, (int(2 ** rng.uniform(0, 11)),))
+    if kind == "category":
+        return gs.Discrete(int(2 ** rng.uniform(1, 9)))
+    if kind == "grid":
+        side = int(rng.integers(5, 17))
+        return gs.Box(0, 9, (side, side, int(rng.integers(1, 5))), np.int32)
+    if kind == "image":
+        return gs.Box(0, 255, [(84, 84, 4), (64, 64, 3), (4, 84, 84)][rng.integers(3)], np.uint8)
+    if kind == "text" or not nested:
+        return gs.Text(int(rng.integers(8, 100)))
+    return gs.Dict({name: draw_space(rng, False) for name in "ab"})
+
+
+def draw_actions(rng):
+    """An action space as libraries have them."""
+    kind = rng.choice(["box", "discrete", "multi", "mixed"], p=[0.6, 0.3, 0.06, 0.04])
+    if kind == "box":
+        return gs.Box(-1, 1, (int(2 ** rng.uniform(0, 8.18)),))
+    if kind == "discrete":
+        return gs.Discrete(int(2 ** rng.uniform(1, 12.2)))
+    if kind == "multi":
+        return gs.MultiDiscrete(rng.integers(2, 12, int(rng.integers(1, 20))))
+    return gs.Dict(a=gs.Discrete(int(rng.integers(2, 30))), b=gs.Box(-1, 1, (int(rng.integers(1, 9)),)))
+
+
+def test_programs_are_compiled_for_buckets_and_not_for_environments():
+    rng = np.random.default_rng(0)
+    cards = [examples.make_card(draw_space(rng), draw_actions(rng), f"test/Number{i}-v0") for i in range(200)]
+    own = [bucket_for(card.observation_space, card.action_space) for card in cards]
+    kinds = {(bucket.grids, bucket.texts) for bucket in own}
+    joined = join_buckets(collections.Counter(own), most=len(kinds) + 10)
+    program = jax.jit(lambda example: example.targets.weight.sum())
+    for seed, (card, bucket) in enumerate(zip(cards, own, strict=True)):
+        program(examples.random_example(Codec(card, joined[bucket]), 1, 2, seed))
+    assert program._cache_size() == len(set(joined.values())) == len(kinds) + 10 < len(set(own)) / 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 30))
+def test_joined_buckets_hold_what_they_were_joined_from(seed, most):
+    rng = np.random.default_rng(seed)
+    own = collections.Counter(bucket_for(draw_space(rng), draw_actions(rng)) for _ in range(30))
+    joined = join_buckets(own, most)
+    assert joined.keys() == own.keys()
+    for old, new in joined.items():
+        assert (old.grids, old.texts) == (new.grids, new.texts)
+        assert all(getattr(new, name) >= getattr(old, name) for name in ("numeric", "choices", "continuous_slots"))
+    kinds = {(bucket.grids, bucket.texts) for bucket in own}
+    assert len(set(joined.values())) <= max(most, len(kinds))
+    if len(own) <= most:
+        assert all(old == new for old, new in joined.items())
+
+
+def test_useful_fractions_count_what_is_real():
+    names, steps = ["vector", "continuous", "mixed"], 12
+    batch = examples.random_batch(names, 2, 6, seed=0)
+    useful = padding.measure_useful(batch)
+    inputs, padded, slots, all_slots = 0, 0, 0, 0
+    for codec in map(examples.make_codec, names):
+        seen, acted, bucket = codec.observation_layout, codec.action_layout, codec.bucket
+        inputs += steps * (seen.numbers + len(seen.sizes) + 7 * 7 * len(seen.grids))
+        inputs += sum((text > 0).sum() for text in batch[bucket.name].inputs.features.texts)
+        padded += steps * (
+            bucket.numeric + bucket.categorical + sum(bucket.texts) + sum(g.side**2 for g in bucket.grids)
+        )
+        slots += acted.categorical + acted.continuous
+        all_slots += bucket.choice_slots + bucket.continuous_slots
+    labelled = sum(example.targets.weight.sum() for example in batch.values())
+    assert useful.steps == pytest.approx(labelled / (len(names) * steps))
+    assert useful.inputs == pytest.approx(inputs / padded)
+    assert useful.slots == pytest.approx(slots / all_slots)
+    assert useful.choices == pytest.approx((3 + 4) / (8 + 8))
+    tight = Codec(examples.make_card(gs.Box(-1, 1, (8,)), gs.Discrete(8)))
+    assert padding.measure_useful({"rows": examples.random_example(tight, 2, 4, seed=0)})[1:] == (1, 1, 1)
+
+
+def test_what_is_too_wide_names_the_way_out():
+    codec = Codec(examples.make_card(gs.Box(-1, 1, (3000,)), gs.Discrete(9000 // 2)))
+    with pytest.raises(ConfigError, match=r"numeric=8192 \(the model has 2048\): make the model with"):
+        LARGE.check_fits(codec.bucket, "test/Some-v0")
+    with pytest.raises(spaces.SpaceError, match="choices = 9000"):
+        bucket_for(gs.Discrete(2), gs.Discrete(9000))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((8, 8, 119), 2),
+        ((84, 84, 4), 2),
+        ((4, 84, 84), 0),
+        ((119, 9, 9), 0),
+        ((3, 20, 30), 0),
+        ((10, 7, 4), 2),
+        ((5, 7, 5), 2),
+        ((6, 6, 6), 2),
+    ],
+)
+def test_channels_are_beside_the_square_or_else_the_shortest_axis(shape, axis):
+    assert observations.channel_axis(shape) == axis
