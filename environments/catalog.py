@@ -67,6 +67,11 @@ class Entry:
         return self.id.partition("/")[2]
 
     @property
+    def isolated(self) -> bool:
+        """Whether the library needs an interpreter of its own."""
+        return "/" in self.adapter
+
+    @property
     def action(self) -> str:
         """The kind of the action space, `Discrete`, `Box`, ...; empty where it is not known."""
         return self.action_space["kind"] if self.action_space else ""

@@ -18,6 +18,7 @@ DOMAINS = (
     "chemistry",
     "classic control",
     "combinatorial optimization",
+    "control",
     "credit assignment",
     "cybersecurity",
     "driving",
@@ -33,6 +34,7 @@ DOMAINS = (
     "navigation",
     "NetHack",
     "networks",
+    "planning",
     "robotics",
     "scheduling",
     "toy text",
@@ -70,7 +72,7 @@ JUMANJI = {
 """Domains of Jumanji's tasks by pattern."""
 
 # Libraries that put their own name in front of every id, as far as others serve the same tasks without it.
-_PREFIX = re.compile(r"^(.*/)?(Navix-|MiniGrid-|MiniHack-|MiniWorld-|popgym-|procgen-|Vizdoom)?")
+_PREFIX = re.compile(r"^(.*/(?=[^/]*[A-Za-z]))?(Navix-|MiniGrid-|MiniHack-|MiniWorld-|popgym-|procgen-|Vizdoom)?")
 _VERSION = re.compile(r"[-_]?v\d+$")
 # What is seen of the same task: pixels or symbols, with or without touch sensors, as a table or as a row.
 _OBSERVATION = re.compile(

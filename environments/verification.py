@@ -88,20 +88,23 @@ def reason_of(error: BaseException | str) -> str:
 def _run(environment: Environment, seed: int) -> float:
     """Steps per second of the checked run."""
     keys = jax.random.split(jax.random.key(seed))
-    state, time_step = environment.reset(keys[0])
+    reset, step = environment.reset, environment.step
+    if environment.spec.jittable:
+        reset, step = jax.jit(reset), jax.jit(step)
+    state, time_step = reset(keys[0])
     _check(environment, time_step, first=True)
     generator = np.random.default_rng(seed)
     spent_s, previous = 0.0, time_step
     for t in range(STEPS):
         action = random_action(environment.spec.action_space, generator, time_step.action_mask)
         start = time.perf_counter()
-        state, time_step = environment.step(state, action)
+        state, time_step = step(state, action)
         time_step = jax.tree.map(np.asarray, time_step)  # waits for what is computed
         if t >= _WARM_UP:
             spent_s += time.perf_counter() - start
         _check(environment, time_step, first=bool(previous.last[0]))
         previous = time_step
-    _, time_step = environment.reset(keys[1])
+    _, time_step = reset(keys[1])
     _check(environment, time_step, first=True)
     return (STEPS - _WARM_UP) / max(spent_s, 1e-9)
 

@@ -18,6 +18,7 @@ import threading
 import time
 import typing
 
+import jax
 from absl import app, flags
 
 from environments import LibraryMissingError, UnknownEnvironmentError, catalog, groups, registry
@@ -32,7 +33,8 @@ _RETRY = flags.DEFINE_bool("retry", False, "try again what did not work")
 _SUMMARY = flags.DEFINE_bool("summary", False, "print what is in the catalog, and try nothing")
 _PAGE = flags.DEFINE_string("page", "", "file to write the summary to, and try nothing")
 
-_CHUNK = 16  # ids that share a process, and so the imports
+_CHUNK = 64  # ids that share a process, and so the imports
+_CLEAR = 16  # ids after which a process forgets what it has compiled
 _START_S = 300.0  # for a process to import its library; or to build its interpreter
 
 Todo = dict[str, str]
@@ -81,7 +83,8 @@ def take_stock(library: str, output: pathlib.Path, workers: int, timeout_s: floa
                 advance(1)
 
         ids = list(todo)
-        chunks = [{id: todo[id] for id in ids[i : i + _CHUNK]} for i in range(0, len(ids), _CHUNK)]
+        size = max(1, min(_CHUNK, -(-len(ids) // workers)))
+        chunks = [{id: todo[id] for id in ids[i : i + size]} for i in range(0, len(ids), size)]
         attended = [pool.submit(_attend, chunk, timeout_s, write_down) for chunk in chunks]
         try:
             for future in concurrent.futures.as_completed(attended):
@@ -149,9 +152,11 @@ def _try_all(todo: Todo, sender: multiprocessing.connection.Connection, parent: 
     with open(os.devnull, "w") as nowhere:  # what libraries say must not tear the progress bar
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
-    for id, reason in todo.items():
+    for i, (id, reason) in enumerate(todo.items()):
         sender.send(id)
         sender.send(entry(id, reason=reason) if reason else verify(id))
+        if i % _CLEAR == _CLEAR - 1:
+            jax.clear_caches()
 
 
 def main(argv: list[str]) -> None:

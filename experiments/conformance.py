@@ -1,0 +1,92 @@
+"""Runs the conformance kit on two ids of every library: `python -m experiments.conformance --libraries=nasim,pgx`.
+
+The ids are the first and the last of each library in the catalog that work. Each runs in a process of its own; groups
+that are not built are built. Ends with status 1 where a law is broken.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import multiprocessing.connection
+import sys
+
+from absl import app, flags
+
+import environments
+from environments import catalog
+from environments.verification import reason_of
+from experiments import progress
+
+_LIBRARIES = flags.DEFINE_list("libraries", [], "with commas between; default: all of the catalog")
+_WORKERS = flags.DEFINE_integer("workers", 2, "ids that are checked at the same time", lower_bound=1)
+_ISOLATION = flags.DEFINE_enum("isolation", "auto", ["auto", "venv", "container"], "of libraries with an interpreter")
+_TIMEOUT_S = flags.DEFINE_float("timeout_s", 900.0, "seconds that one id may take")
+
+
+def choose(libraries: list[str]) -> list[str]:
+    """The first and the last id of each library that work."""
+    chosen: list[str] = []
+    for library in libraries:
+        ids = environments.list_ids(library)
+        chosen += dict.fromkeys([ids[0], ids[-1]]) if ids else []
+    return chosen
+
+
+def check(id: str, isolation: str) -> str:
+    """What law an id breaks; empty where it keeps them all."""
+
+    def make(batch_size: int, time_limit: int | None) -> environments.Environment:
+        kind = isolation if catalog.entries(id.partition("/")[0])[id.partition("/")[2]].isolated else "auto"
+        return environments.make(id, batch_size, time_limit=time_limit, isolation=kind)
+
+    try:
+        environments.check_environment(make)
+    except environments.ConformanceError as error:
+        return reason_of(error)
+    return ""
+
+
+def _check_in_process(id: str, isolation: str, timeout_s: float) -> tuple[str, str]:
+    context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_check_and_tell, args=(id, isolation, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return id, receiver.recv() if receiver.poll(timeout_s) else f"it takes longer than {timeout_s:g} s"
+    except EOFError:
+        return id, "it ends its process"
+    finally:
+        process.kill()
+        process.join()
+
+
+def _check_and_tell(id: str, isolation: str, sender: multiprocessing.connection.Connection) -> None:
+    sender.send(check(id, isolation))
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"got {argv[1:]}, expected flags only")
+    ids = choose(_LIBRARIES.value or catalog.libraries())
+    broken = []
+    with (
+        progress.bar("kit", len(ids), "id") as advance,
+        concurrent.futures.ThreadPoolExecutor(_WORKERS.value) as pool,
+    ):
+        for future in concurrent.futures.as_completed(
+            [pool.submit(_check_in_process, id, _ISOLATION.value, _TIMEOUT_S.value) for id in ids]
+        ):
+            id, reason = future.result()
+            advance(1)
+            if reason:
+                broken.append(f"{id}: {reason}")
+    print(f"{len(ids) - len(broken)} of {len(ids)} ids keep the contract")
+    if broken:
+        sys.exit("\n".join(sorted(broken)))
+
+
+if __name__ == "__main__":
+    app.run(main)
