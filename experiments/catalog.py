@@ -21,17 +21,9 @@ import typing
 import jax
 from absl import app, flags
 
-from environments import LibraryMissingError, UnknownEnvironmentError, catalog, groups, registry
+from environments import EnvironmentFaultError, LibraryMissingError, UnknownEnvironmentError, catalog, groups, registry
 from environments.verification import STEPS, entry, verify
 from experiments import catalog_page, progress
-
-_LIBRARIES = flags.DEFINE_list("libraries", [], "with commas between; default: all of this package")
-_OUTPUT = flags.DEFINE_string("output", str(catalog.FOLDER), "folder of the catalog")
-_WORKERS = flags.DEFINE_integer("workers", 2, "ids that are tried at the same time", lower_bound=1)
-_TIMEOUT_S = flags.DEFINE_float("timeout_s", 180.0, "seconds that one id may take")
-_RETRY = flags.DEFINE_bool("retry", False, "try again what did not work")
-_SUMMARY = flags.DEFINE_bool("summary", False, "print what is in the catalog, and try nothing")
-_PAGE = flags.DEFINE_string("page", "", "file to write the summary to, and try nothing")
 
 _CHUNK = 64  # ids that share a process, and so the imports
 _CLEAR = 16  # ids after which a process forgets what it has compiled
@@ -159,30 +151,41 @@ def _try_all(todo: Todo, sender: multiprocessing.connection.Connection, parent: 
             jax.clear_caches()
 
 
-def main(argv: list[str]) -> None:
+def launch() -> None:
     """Runs the command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"got {argv[1:]}, expected flags only")
-    output = pathlib.Path(_OUTPUT.value)
-    known = [*registry.BUILT_IN, *groups.libraries()]
-    if _SUMMARY.value or _PAGE.value:
-        text = catalog_page.render([line for path in sorted(output.glob("*.jsonl")) for line in catalog.read(path)])
-        if _PAGE.value:
-            pathlib.Path(_PAGE.value).write_text(text, "utf-8")
-        else:
-            print(text)
-        return
-    failed = []
-    for library in _LIBRARIES.value or known:
-        try:
-            found = take_stock(library, output, _WORKERS.value, _TIMEOUT_S.value, _RETRY.value)
-            progress.log("catalog", library=library, verified=sum(line.verified for line in found), ids=len(found))
-        except (LibraryMissingError, UnknownEnvironmentError, catalog.CatalogError) as error:
-            failed.append(f"error: {library}: {error}")
-    if failed:
-        sys.exit("\n".join(failed))
+    libraries = flags.DEFINE_list("libraries", [], "with commas between; default: all of this package")
+    output = flags.DEFINE_string("output", str(catalog.FOLDER), "folder of the catalog")
+    workers = flags.DEFINE_integer("workers", 2, "ids that are tried at the same time", lower_bound=1)
+    timeout_s = flags.DEFINE_float("timeout_s", 180.0, "seconds that one id may take")
+    retry = flags.DEFINE_bool("retry", False, "try again what did not work")
+    summary = flags.DEFINE_bool("summary", False, "print what is in the catalog, and try nothing")
+    page = flags.DEFINE_string("page", "", "file to write the summary to, and try nothing")
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"got {argv[1:]}, expected flags only")
+        folder = pathlib.Path(output.value)
+        known = [*registry.BUILT_IN, *groups.libraries()]
+        if summary.value or page.value:
+            text = catalog_page.render([line for path in sorted(folder.glob("*.jsonl")) for line in catalog.read(path)])
+            if page.value:
+                pathlib.Path(page.value).write_text(text, "utf-8")
+            else:
+                print(text)
+            return
+        failed = []
+        for library in libraries.value or known:
+            try:
+                found = take_stock(library, folder, workers.value, timeout_s.value, retry.value)
+                progress.log("catalog", library=library, verified=sum(line.verified for line in found), ids=len(found))
+            except (EnvironmentFaultError, LibraryMissingError, UnknownEnvironmentError, catalog.CatalogError) as error:
+                failed.append(f"error: {library}: {error}")
+        if failed:
+            sys.exit("\n".join(failed))
+
+    with contextlib.suppress(BrokenPipeError):
+        app.run(main)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        app.run(main)
+    launch()

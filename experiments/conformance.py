@@ -18,11 +18,6 @@ from environments import catalog
 from environments.verification import reason_of
 from experiments import progress
 
-_LIBRARIES = flags.DEFINE_list("libraries", [], "with commas between; default: all of the catalog")
-_WORKERS = flags.DEFINE_integer("workers", 2, "ids that are checked at the same time", lower_bound=1)
-_ISOLATION = flags.DEFINE_enum("isolation", "auto", ["auto", "venv", "container"], "of libraries with an interpreter")
-_TIMEOUT_S = flags.DEFINE_float("timeout_s", 900.0, "seconds that one id may take")
-
 
 def choose(libraries: list[str]) -> list[str]:
     """The first and the last id of each library that work."""
@@ -66,27 +61,37 @@ def _check_and_tell(id: str, isolation: str, sender: multiprocessing.connection.
     sender.send(check(id, isolation))
 
 
-def main(argv: list[str]) -> None:
+def launch() -> None:
     """Runs the command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"got {argv[1:]}, expected flags only")
-    ids = choose(_LIBRARIES.value or catalog.libraries())
-    broken = []
-    with (
-        progress.bar("kit", len(ids), "id") as advance,
-        concurrent.futures.ThreadPoolExecutor(_WORKERS.value) as pool,
-    ):
-        for future in concurrent.futures.as_completed(
-            [pool.submit(_check_in_process, id, _ISOLATION.value, _TIMEOUT_S.value) for id in ids]
+    libraries = flags.DEFINE_list("libraries", [], "with commas between; default: all of the catalog")
+    workers = flags.DEFINE_integer("workers", 2, "ids that are checked at the same time", lower_bound=1)
+    isolation = flags.DEFINE_enum(
+        "isolation", "auto", ["auto", "venv", "container"], "of libraries with an interpreter"
+    )
+    timeout_s = flags.DEFINE_float("timeout_s", 900.0, "seconds that one id may take")
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"got {argv[1:]}, expected flags only")
+        ids = choose(libraries.value or catalog.libraries())
+        broken = []
+        with (
+            progress.bar("kit", len(ids), "id") as advance,
+            concurrent.futures.ThreadPoolExecutor(workers.value) as pool,
         ):
-            id, reason = future.result()
-            advance(1)
-            if reason:
-                broken.append(f"{id}: {reason}")
-    print(f"{len(ids) - len(broken)} of {len(ids)} ids keep the contract")
-    if broken:
-        sys.exit("\n".join(sorted(broken)))
+            for future in concurrent.futures.as_completed(
+                [pool.submit(_check_in_process, id, isolation.value, timeout_s.value) for id in ids]
+            ):
+                id, reason = future.result()
+                advance(1)
+                if reason:
+                    broken.append(f"{id}: {reason}")
+        print(f"{len(ids) - len(broken)} of {len(ids)} ids keep the contract")
+        if broken:
+            sys.exit("\n".join(sorted(broken)))
+
+    app.run(main)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch()
