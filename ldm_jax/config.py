@@ -29,7 +29,7 @@ class ModelConfig:
       rope_base: of the rotary position embedding.
       numeric: largest numeric vector of an observation.
       categorical: most categorical components of an observation.
-      values: rows of the table of category values; larger values use two digits.
+      values: rows of the tables of category values and of previous choices; larger ones use two digits.
       channels: most channels of a grid or image.
       image_side: largest side of an image, in pixels.
       text: most bytes of a text.

@@ -148,7 +148,7 @@ class Tokens(nnx.Module):
         self.out = linear(2 * width, width, cfg, rngs)
         self.reward = normal(rngs, (2, width), 0.5)
         self.flags = normal(rngs, (3, width), 0.5)
-        self.previous_choice = CategoryEncoder(cfg.choice_slots, cfg.choices, cfg, rngs)
+        self.previous_choice = CategoryEncoder(cfg.choice_slots, min(cfg.choices, cfg.values), cfg, rngs)
         self.previous_number = normal(rngs, (cfg.continuous_slots, width), 1.0)
         self.no_previous = normal(rngs, (width,), 0.5)
 

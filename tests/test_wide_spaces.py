@@ -7,6 +7,7 @@ import examples
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from gymnasium import spaces as gs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from ldm_jax.codec import Codec, bucket_for, join_buckets
 from ldm_jax.config import SIZES, ConfigError
 from ldm_jax.heads import bin_centres, bin_probabilities
 from ldm_jax.model import make_model
+from ldm_jax.tokens import CategoryEncoder
 
 LARGE = dataclasses.replace(
     SIZES["32m"], width=16, layers=1, heads=2, kv_heads=2, feed_forward=16, window=4, bins=64, choices=8192
@@ -120,6 +122,13 @@ def test_one_model_reads_and_acts_in_the_widest_spaces():
             probabilities = np.asarray(jax.nn.softmax(choices[:, :, slot], -1))
             assert (probabilities[rows][~mask[rows]] == 0).all()
             np.testing.assert_allclose(probabilities[rows].sum(-1), 1, atol=1e-4)
+
+
+def test_categories_with_the_same_low_digit_are_told_apart():
+    encoder = CategoryEncoder(1, LARGE.values, LARGE, nnx.Rngs(params=jax.random.key(0)))
+    index = np.array([5, 5 + LARGE.values, 5 + 7 * LARGE.values])[None, :, None]
+    x = np.asarray(encoder(index, np.ones((1, 1), np.float32)))[0]
+    assert min(np.abs(x[i] - x[j]).max() for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
 
 
 def draw_space(rng, nested=True):
