@@ -115,7 +115,7 @@ def build(recipe: venvs.Recipe) -> str:
         context = str(recipe.requirements.parent)
         _podman("build", "--network=host", f"--tag={name}", f"--file={containerfile}", *options, context)
         # Where a shared library is missing, this is where it is seen.
-        _podman("run", "--rm", *_WALLS, name, PYTHON, "-I", "-c", f"import {', '.join(recipe.imports)}")
+        _podman("run", "--rm", *_WALLS, name, PYTHON, "-I", "-c", recipe.trial)
         _mark(recipe).touch()
         _log.warning("built the container image %s in %.0f s", name, time.monotonic() - start)
     return name

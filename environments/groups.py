@@ -149,6 +149,7 @@ def read_group(path: pathlib.Path) -> list[IsolatedLibrary]:
         group = json.loads(path.read_text("utf-8"))
         descriptions = group.pop("libraries")
         imports = dict.fromkeys(name for library in descriptions.values() for name in library["imports"])
+        variables = dict(item for library in descriptions.values() for item in library.get("variables", {}).items())
         recipe = venvs.Recipe(
             name=path.parent.name,
             python=group.pop("python"),
@@ -156,6 +157,7 @@ def read_group(path: pathlib.Path) -> list[IsolatedLibrary]:
             build=tuple(group.pop("build", ())),
             imports=tuple(imports),
             apt=tuple(group.pop("apt", ())),
+            variables=tuple(variables.items()),
         )
         if group:
             raise ValueError(f"unknown fields {', '.join(group)}")

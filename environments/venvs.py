@@ -39,6 +39,7 @@ class Recipe:
       build: packages that must be there first, where old sources do not build with new tools.
       imports: modules that must be importable at the end.
       apt: Debian packages with the shared libraries that they need.
+      variables: environment variables that they need to be imported.
     """
 
     name: str
@@ -47,6 +48,12 @@ class Recipe:
     build: tuple[str, ...]
     imports: tuple[str, ...]
     apt: tuple[str, ...]
+    variables: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def trial(self) -> str:
+        """A program that imports the modules."""
+        return f"import os; os.environ.update({dict(self.variables)}); import {', '.join(self.imports)}"
 
     @property
     def digest(self) -> str:
@@ -176,7 +183,7 @@ def _install(recipe: Recipe, base: str, folder: pathlib.Path, log: pathlib.Path,
         pip.append("--no-build-isolation")
     # Without dependencies: what the file does not name is not installed, whatever is released tomorrow.
     steps.append([*pip, "--requirement", str(recipe.requirements)])
-    steps.append([python, "-I", "-c", f"import {', '.join(recipe.imports)}"])
+    steps.append([python, "-I", "-c", recipe.trial])
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     collected = 0
     with log.open("w", encoding="utf-8") as file:

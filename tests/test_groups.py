@@ -121,6 +121,19 @@ def test_the_hash_follows_what_makes_a_difference(group):
     assert len(digests | {recipe.digest}) == 4
 
 
+def test_what_was_built_is_imported_under_the_variables_of_its_libraries(group, tmp_path):
+    (tmp_path / "headless.py").write_text("import os\n\nassert os.environ['DISPLAY_NONE'] == '1'\n")
+    path = group / "group.json"
+    description = json.loads(path.read_text())
+    description["libraries"]["corridor"].update(imports=["headless"], variables={"DISPLAY_NONE": "1"})
+    path.write_text(json.dumps(description))
+    (library,) = groups.read_group(path)
+    for recipe, status in ((library.recipe, 0), (dataclasses.replace(library.recipe, variables=()), 1)):
+        command = [sys.executable, "-c", recipe.trial]
+        environment = {"PYTHONPATH": str(tmp_path)}
+        assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == status
+
+
 # Interpreters.
 
 
