@@ -39,7 +39,7 @@ _SUITES = {"3.9": "bullseye", "3.11": "bookworm", "3.13": "trixie"}
 _LABEL = "ldm_jax.host"
 _WALLS = ("--init", "--network=none", "--read-only", "--cap-drop=ALL", "--env=HOME=/tmp")
 _SERVICE_TIMEOUT_S, _END_TIMEOUT_S, _PULL_TIMEOUT_S, _PROBE_TIMEOUT_S = 30.0, 30.0, 120.0, 60.0
-_SERVICE_IDLE_S = 10  # after which a service ends whose host was killed
+_SERVICE_IDLE_S = 300  # after which a service ends whose host was killed, where the kernel does not see to it
 
 _log = logging.getLogger(__name__)
 
@@ -245,7 +245,9 @@ def _mark(recipe: venvs.Recipe) -> pathlib.Path:
 def _service(folder: str) -> typing.Iterator[typing.Any]:
     """A client of a Podman service that lives as long as this context."""
     address = f"unix://{folder}/podman"
-    command = ["podman", "system", "service", f"--time={_SERVICE_IDLE_S}", address]
+    # The kernel ends it with the thread that started it. Its own clock may run out in a long call: let that be late.
+    ends_with_us = ["setpriv", "--pdeathsig=TERM"] if shutil.which("setpriv") else []
+    command = [*ends_with_us, "podman", "system", "service", f"--time={_SERVICE_IDLE_S}", address]
     service = subprocess.Popen(
         command, env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -125,7 +125,8 @@ def test_the_interface_of_gymnasium_and_that_of_gym_0_21_pass_the_kit(image):
 @pytest.mark.parametrize("name", ["NanReward", "WrongShape", "NoSuchCategory", *OF_A_WORKER, "Leak"])
 def test_faults_in_containers_are_survived(image, name):
     kind, text = (OF_A_ROW | OF_A_WORKER | {"Leak": ("memory", "more than its limit")})[name]
-    text = "its container" if kind == "crash" else text
+    if kind == "crash":  # a container takes a while to end, longer on a busy machine than a report waits for it
+        text = "its container|closed the connection"
     struck = [1] if name in OF_A_ROW else [0, 1]
     spared = [index for index in range(4) if index not in struck]
     actions = np.random.default_rng(0).integers(0, 3, (25, 4))
@@ -208,7 +209,7 @@ def test_nothing_is_left_of_hosts_that_are_killed_while_their_containers_start(n
             victim.kill()
             victim.wait()
             victim.stdout.close()
-        assert soon(lambda: not any(map(alive, filter(None, services))), containers._SERVICE_IDLE_S + 10)
+        assert soon(lambda: not any(map(alive, filter(None, services))), 20)
         # What was made and never started is removed by the next who starts one, what it wrote by the next folder.
         with make(new_image, "Steady", 1):
             pass
