@@ -15,9 +15,7 @@ import typing
 DOMAINS = (
     "bandits",
     "board games",
-    "chemistry",
     "classic control",
-    "combinatorial optimization",
     "control",
     "credit assignment",
     "cybersecurity",
@@ -30,13 +28,14 @@ DOMAINS = (
     "inventory",
     "locomotion",
     "manipulation",
+    "mathematics",
     "memory",
     "navigation",
     "NetHack",
     "networks",
+    "operations research",
     "planning",
     "robotics",
-    "scheduling",
     "toy text",
     "trading",
 )
@@ -67,7 +66,7 @@ JUMANJI = {
     **dict.fromkeys(("*2048*", "*Minesweeper*", "*PacMan*", "*Snake*", "*Tetris*", "*Foraging*"), "games"),
     **dict.fromkeys(("*RubiksCube*", "*SlidingTile*", "*Sokoban*", "*Sudoku*"), "board games"),
     "*RobotWarehouse*": "robotics",
-    "*": "combinatorial optimization",
+    "*": "operations research",
 }
 """Domains of Jumanji's tasks by pattern."""
 

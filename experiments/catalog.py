@@ -22,7 +22,7 @@ import jax
 from absl import app, flags
 
 from environments import EnvironmentFaultError, LibraryMissingError, UnknownEnvironmentError, catalog, groups, registry
-from environments.verification import STEPS, entry, verify
+from environments.verification import STEPS, entry, name_anew, verify
 from experiments import catalog_page, progress
 
 _CHUNK = 64  # ids that share a process, and so the imports
@@ -55,7 +55,7 @@ def take_stock(library: str, output: pathlib.Path, workers: int, timeout_s: floa
     before = (catalog.read(path) if path.exists() else []) + _read_journal(journal)
     candidates = {f"{library}/{name}": reason for name, reason in registry.candidates(library).items()}
     found = {
-        known.id: known
+        known.id: name_anew(known)
         for known in before
         if known.version == version and (known.verified or not retry) and known.id in candidates
     }
