@@ -42,6 +42,12 @@ BUILT_IN = types.MappingProxyType(
         "gymnax": "environments.adapters.gymnax",
         "envpool": "environments.adapters.envpool",
         "gymnasium": "environments.adapters.gymnasium",
+        "jumanji": "environments.adapters.jumanji",
+        "pgx": "environments.adapters.pgx",
+        "navix": "environments.adapters.navix",
+        "xminigrid": "environments.adapters.xminigrid",
+        "brax": "environments.adapters.brax",
+        "craftax": "environments.adapters.craftax",
     }
 )
 """Adapter module of each library that this package serves itself; the extra to install has the library's name."""

@@ -28,7 +28,7 @@ HOMES = {
     "matplotlib": {"experiments/report/"},
 }
 # Each environment library is imported by the adapter of its name, inside functions.
-LIBRARIES = ("gymnax", "envpool")
+LIBRARIES = ("gymnax", "envpool", "jumanji", "pgx", "navix", "xminigrid", "brax", "craftax")
 # `import ldm_jax` in a notebook brings what the core computes with and nothing of the rest.
 HEAVY = ("tensorstore", "grain", "orbax", "matplotlib", "absl.flags", "tqdm", "pandas", "podman", *LIBRARIES)
 IMPORTERS = ("importlib.import_module", "import_module", "__import__")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import types
 import typing
 
 import gymnasium
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import spaces
-from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
+from ldm_jax.types import Array, PyTree
+
+from ..jittable import JittableEnvironment, Outcome, make_spec
 
 LIBRARY = "gymnax"
 
@@ -51,80 +51,6 @@ _BOUNDS: dict[str, dict[int, tuple[float, float]]] = {
 }
 
 
-class State(typing.NamedTuple):
-    """State of B environments: a key for what is to come, gymnax's states, and which rows have ended."""
-
-    key: Array
-    inner: PyTree
-    last: Array
-
-
-class GymnaxEnvironment:
-    """B parallel gymnax environments with next-step reset; see `environments.interface.Environment`."""
-
-    spec: EnvironmentSpec
-
-    def __init__(self, spec: EnvironmentSpec, inner: typing.Any, params: typing.Any):
-        self.spec = spec
-        self._inner, self._params = inner, params
-        # Compiled here, so that stepping by hand is quick too; inside another jit or a scan it makes no difference.
-        self._reset, self._step = jax.jit(self._pure_reset), jax.jit(self._pure_step)
-
-    def reset(self, key: Array) -> tuple[State, TimeStep]:
-        return self._reset(key)
-
-    def step(self, state: State, action: PyTree) -> tuple[State, TimeStep]:
-        return self._step(state, action)
-
-    def close(self) -> None:
-        pass
-
-    def _pure_reset(self, key: Array) -> tuple[State, TimeStep]:
-        key, reset_key = jax.random.split(key)
-        observation, inner = self._reset_rows(reset_key)
-        no = jnp.zeros(self.spec.batch_size, bool)
-        time_step = TimeStep(observation, jnp.zeros(self.spec.batch_size), no, no, ~no)
-        return State(key, inner, no), time_step
-
-    def _pure_step(self, state: State, action: PyTree) -> tuple[State, TimeStep]:
-        key, reset_key, step_key = jax.random.split(state.key, 3)
-        observation, inner, reward, terminated, truncated = self._step_rows(step_key, state.inner, action)
-        first = state.last
-        # Resetting all rows for the sake of the few that ended is dear in some environments: do it only when one has.
-        observation, inner = jax.lax.cond(
-            first.any(),
-            lambda: _choose_rows(first, self._reset_rows(reset_key), (observation, inner)),
-            lambda: (observation, inner),
-        )
-        going = ~first
-        terminated, truncated = terminated & going, truncated & going
-        time_step = TimeStep(observation, jnp.where(going, reward, 0), terminated, truncated, first)
-        return State(key, inner, terminated | truncated), time_step
-
-    def _reset_rows(self, key: Array) -> tuple[PyTree, PyTree]:
-        keys = jax.random.split(key, self.spec.batch_size)
-        observation, inner = jax.vmap(self._inner.reset_env, (0, None))(keys, self._params)
-        return self._cast(observation), _strong(inner)
-
-    def _step_rows(self, key: Array, inner: PyTree, action: PyTree) -> tuple[PyTree, PyTree, Array, Array, Array]:
-        def step(key, inner, action):
-            # Not gymnax's own `step`, which resets in the same step and so loses the last observation.
-            observation, inner, reward, terminated, _ = self._inner.step_env(key, inner, action, self._params)
-            return observation, inner, reward, terminated, self._inner.is_truncated(inner, self._params)
-
-        keys = jax.random.split(key, self.spec.batch_size)
-        observation, inner, reward, terminated, truncated = jax.vmap(step)(keys, inner, action)
-        return self._cast(observation), _strong(inner), reward.astype(jnp.float32), terminated.astype(bool), truncated
-
-    def _cast(self, observation: PyTree) -> PyTree:
-        space = self.spec.observation_space
-        parts = [
-            spaces.get(observation, leaf.path).astype(spaces.leaf_shape_dtype(leaf.space).dtype)
-            for leaf in spaces.leaves(space)
-        ]
-        return spaces.unflatten(space, parts)
-
-
 def candidates() -> dict[str, str]:
     """Gymnax's own ids, each with the reason why it is not offered, empty where it is."""
     import gymnax
@@ -137,26 +63,34 @@ def domain(name: str) -> str:
     return "games" if name.endswith("-MinAtar") else _DOMAINS.get(name, LIBRARY)
 
 
-def make(name: str, batch_size: int, time_limit: int | None) -> GymnaxEnvironment:
+def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironment:
     """Makes B environments by gymnax's own id; None keeps gymnax's own time limit (8 to 2,500 steps)."""
     import gymnax
 
     inner, params = gymnax.make(name)
     if time_limit is not None:
         params = params.replace(max_steps_in_episode=time_limit)
-    observation = jax.eval_shape(inner.reset_env, jax.random.key(0), params)[0]
-    spec = EnvironmentSpec(
-        id=f"{LIBRARY}/{name}",
-        library=LIBRARY,
-        version=importlib.metadata.version(LIBRARY),
-        observation_space=_convert(inner.observation_space(params), observation, _BOUNDS.get(name, {})),
+    struct = jax.eval_shape(inner.reset_env, jax.random.key(0), params)[0]
+    spec = make_spec(
+        LIBRARY,
+        name,
+        observation_space=_convert(inner.observation_space(params), struct, _BOUNDS.get(name, {})),
         action_space=_convert(inner.action_space(params)),
         batch_size=batch_size,
         time_limit=int(params.max_steps_in_episode),
         domain=domain(name),
-        jittable=True,
     )
-    return GymnaxEnvironment(spec, inner, params)
+
+    def reset(key: Array) -> Outcome:
+        observation, state = inner.reset_env(key, params)
+        return Outcome(state, observation)
+
+    def step(key: Array, state: PyTree, action: PyTree) -> Outcome:
+        # Not gymnax's own `step`, which resets in the same step and so loses the last observation.
+        observation, state, reward, terminated, _ = inner.step_env(key, state, action, params)
+        return Outcome(state, observation, reward, terminated, inner.is_truncated(state, params))
+
+    return JittableEnvironment(spec, reset, step)
 
 
 def _convert(
@@ -179,15 +113,3 @@ def _convert(
             high = np.where(high > spaces.UNBOUNDED, np.inf, high)
         return gymnasium.spaces.Box(low.astype(dtype), high.astype(dtype), space.shape, dtype)
     raise spaces.SpaceError(f"got a gymnax space of kind {type(space).__name__}, expected Discrete or Box")
-
-
-def _strong(tree: PyTree) -> PyTree:
-    # Some resets write Python numbers: without this the first step's weak types would compile a second program.
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), tree)
-
-
-def _choose_rows(choose_B: Array, chosen: PyTree, other: PyTree) -> PyTree:
-    def choose(a, b):
-        return jnp.where(choose_B.reshape(choose_B.shape + (1,) * (a.ndim - 1)), a, b)
-
-    return jax.tree.map(choose, chosen, other)
