@@ -21,12 +21,11 @@ def ids(*names):
     return [pytest.param(name, marks=installed(name.split("/")[0])) for name in names]
 
 
-# The quickest of each to compile: masks of one slot and of several, a mission, a game against another player.
+# The quickest of each to compile: masks of several slots, a mission, a game against another player.
 @pytest.mark.parametrize(
     "id",
     ids(
         "jumanji/Cleaner-v0",
-        "jumanji/Minesweeper-v0",
         "navix/Navix-GoToDoor-5x5-v0",
         "pgx/tic_tac_toe",
         "xminigrid/MiniGrid-Empty-5x5",
