@@ -93,21 +93,20 @@ def rollout(
     """
     if environment.spec.jittable:
         return _rollout(environment, agent, params, carry, state, timestep, key, steps)
-    clock, treedef = _CLOCK, None
-    buffers: list[np.ndarray] = []
-    for t in range(steps):
-        carry, clock, action, record = _act(environment, agent, params, carry, clock, timestep, key)
-        # On a CPU this waits for the result and copies nothing.
-        action = jax.tree.map(np.asarray, action)
-        leaves, treedef = jax.tree.flatten(Trajectory(timestep, action, record))
-        if not buffers:
-            buffers = [np.empty((steps, *leaf.shape), leaf.dtype) for leaf in leaves]
-        for buffer, leaf in zip(buffers, leaves, strict=True):
-            buffer[t] = leaf
-        state, timestep = environment.step(state, action)
-    if treedef is None:
+    if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
-    return (carry, state, timestep), jax.tree.unflatten(treedef, buffers)
+    seen: list[np.ndarray] = []
+    done: list[np.ndarray] = []
+    for t in range(steps):
+        # A clock of NumPy's: one carried on from call to call costs more than the rest of the call.
+        carry, action, record = _act(environment, agent, params, carry, np.uint32(t), timestep, key)
+        _keep(seen, t, steps, timestep)  # while the policy computes
+        # On a CPU this waits for the result and copies nothing.
+        action, record = jax.tree.map(np.asarray, (action, record))
+        _keep(done, t, steps, (action, record))
+        state, timestep = environment.step(state, action)
+    structure = jax.tree.structure(Trajectory(timestep, action, record))
+    return (carry, state, timestep), jax.tree.unflatten(structure, seen + done)
 
 
 def evaluate(
@@ -151,9 +150,10 @@ def evaluate(
             )
         else:
             for _ in range(HOST_CHUNK_STEPS):
-                carry, clock, tally, action = _act_and_count(
+                carry, tally, action = _act_and_count(
                     environment, agent, params, carry, clock, tally, timestep, act_key
                 )
+                clock += np.uint32(1)
                 state, timestep = environment.step(state, jax.tree.map(np.asarray, action))
         finished = int(tally.count.sum())
         if progress is not None:
@@ -174,6 +174,15 @@ def evaluate(
 
 
 _CLOCK = np.uint32(0)
+
+
+def _keep(buffers: list[np.ndarray], t: int, steps: int, tree: PyTree) -> None:
+    """Writes the leaves of step t into buffers `[T, ...]`, which step 0 makes."""
+    leaves = jax.tree.leaves(tree)
+    if t == 0:
+        buffers.extend(np.empty((steps, *leaf.shape), leaf.dtype) for leaf in leaves)
+    for buffer, leaf in zip(buffers, leaves, strict=True):
+        buffer[t] = leaf
 
 
 class _Tally(typing.NamedTuple):
@@ -209,12 +218,12 @@ def _count(tally: _Tally, timestep: TimeStep) -> _Tally:
 def _step(environment, agent, params, carry, clock, timestep, key):
     """The one step of policy: its key, its action, clipped."""
     carry, action, record = agent.step(params, carry, timestep, jax.random.fold_in(key, clock))
-    return carry, clock + 1, spaces.clip(environment.spec.action_space, action), record
+    return carry, spaces.clip(environment.spec.action_space, action), record
 
 
 def _step_and_count(environment, agent, params, carry, clock, tally, timestep, key):
-    carry, clock, action, _ = _step(environment, agent, params, carry, clock, timestep, key)
-    return carry, clock, _count(tally, timestep), action
+    carry, action, _ = _step(environment, agent, params, carry, clock, timestep, key)
+    return carry, _count(tally, timestep), action
 
 
 _act = jax.jit(_step, static_argnums=(0, 1))
@@ -231,9 +240,9 @@ def _reset(environment, key):
 def _rollout(environment, agent, params, carry, state, timestep, key, steps):
     def body(loop, _):
         carry, clock, state, timestep = loop
-        carry, clock, action, record = _step(environment, agent, params, carry, clock, timestep, key)
+        carry, action, record = _step(environment, agent, params, carry, clock, timestep, key)
         state, next_timestep = environment.step(state, action)
-        return (carry, clock, state, next_timestep), Trajectory(timestep, action, record)
+        return (carry, clock + 1, state, next_timestep), Trajectory(timestep, action, record)
 
     loop = (carry, jnp.asarray(_CLOCK), state, timestep)
     (carry, _, state, timestep), trajectory = jax.lax.scan(body, loop, length=steps)
@@ -250,7 +259,7 @@ def _evaluate_chunk(environment, agent, params, carry, clock, tally, state, time
 
     def body(loop):
         carry, clock, tally, state, timestep = loop
-        carry, clock, tally, action = _step_and_count(environment, agent, params, carry, clock, tally, timestep, key)
-        return carry, clock, tally, *environment.step(state, action)
+        carry, tally, action = _step_and_count(environment, agent, params, carry, clock, tally, timestep, key)
+        return carry, clock + 1, tally, *environment.step(state, action)
 
     return jax.lax.while_loop(going, body, (carry, clock, tally, state, timestep))

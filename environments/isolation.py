@@ -217,8 +217,10 @@ class IsolatedEnvironment:
             slots[:] = value
         self._token = None  # a step that fails leaves no state to go on from
         self._step_count += 1
-        command_B = np.where(self._last_B, RESET, STEP).astype(np.uint8)
-        command_B[self._last_B & self._remake_B] = REMAKE
+        command_B = np.full(self.spec.batch_size, STEP, np.uint8)
+        if self._last_B.any():
+            command_B[self._last_B] = RESET
+            command_B[self._last_B & self._remake_B] = REMAKE
         return self._advance(command_B)
 
     def close(self) -> None:
@@ -230,12 +232,12 @@ class IsolatedEnvironment:
         first_B, cut_B = command_B != STEP, np.zeros(self.spec.batch_size, bool)
         self._remake_B &= ~first_B
         todo_B = command_B
-        while (todo_B != IDLE).any():
+        while np.count_nonzero(todo_B):  # IDLE is 0
             self._arrays["command"][:] = todo_B
             faults = [*self._exchange(todo_B)]
-            asked_B, todo_B = todo_B != IDLE, np.full_like(todo_B, IDLE)
             failed = {row for fault in faults for row in fault.rows}
-            faults += [fault for fault in self._find_faults(asked_B) if not failed.issuperset(fault.rows)]
+            faults += [fault for fault in self._find_faults(todo_B != IDLE) if not failed.issuperset(fault.rows)]
+            todo_B = np.full_like(todo_B, IDLE)
             for fault in faults:
                 self._survive(fault)
                 rows = list(fault.rows)
@@ -248,8 +250,9 @@ class IsolatedEnvironment:
 
     def _receive(self, first_B: np.ndarray, cut_B: np.ndarray) -> tuple[Token, TimeStep]:
         arrays = self._arrays
-        neither_B = ~first_B & ~cut_B
-        self._elapsed_B = np.where(first_B, 0, self._elapsed_B + 1)
+        neither_B = ~(first_B | cut_B)
+        self._elapsed_B += 1
+        self._elapsed_B[first_B] = 0
         terminated_B = arrays["terminated"] & neither_B
         truncated_B = (arrays["truncated"] & neither_B) | cut_B | (self._elapsed_B >= self.spec.time_limit)
         self._last_B = terminated_B | truncated_B
@@ -258,10 +261,13 @@ class IsolatedEnvironment:
             for value, before in zip(values, self._values, strict=True):
                 value[cut_B] = before[cut_B]
         self._values = values
-        outside_B = np.zeros(self.spec.batch_size, bool)
-        for leaf, value in zip(self._observation_leaves, values, strict=True):
-            outside_B |= leaf.outside(value)
-        self.rows_outside += int(outside_B.sum())
+        wrong = [
+            leaf.outside(value)
+            for leaf, value in zip(self._observation_leaves, values, strict=True)
+            if leaf.bounded and not leaf.inside(value)
+        ]
+        if wrong:
+            self.rows_outside += int(np.any(wrong, 0).sum())
         self._token = Token()
         return self._token, TimeStep(
             spaces.unflatten(self.spec.observation_space, values),
@@ -274,7 +280,7 @@ class IsolatedEnvironment:
 
     def _exchange(self, todo_B: np.ndarray) -> typing.Iterator[Fault]:
         """Asks every worker that has rows to do, and yields what went wrong."""
-        busy = [i for i, rows in enumerate(self._shares) if (todo_B[rows.start : rows.stop] != IDLE).any()]
+        busy = [i for i, rows in enumerate(self._shares) if np.count_nonzero(todo_B[rows.start : rows.stop])]
         for i in [i for i in busy if self._workers[i] is None]:
             try:
                 self._workers[i] = self._start()
@@ -314,9 +320,10 @@ class IsolatedEnvironment:
 
     def _find_faults(self, asked_B: np.ndarray) -> typing.Iterator[Fault]:
         """Looks through the arrays for numbers that no environment may return."""
-        bad_B = ~np.isfinite(self._arrays["reward"]) & asked_B
-        if bad_B.any():
-            yield from (Fault("nan", (int(row),), "the reward is not finite") for row in np.flatnonzero(bad_B))
+        finite_B = np.isfinite(self._arrays["reward"])
+        if not finite_B.all():
+            rows = np.flatnonzero(~finite_B & asked_B)
+            yield from (Fault("nan", (int(row),), "the reward is not finite") for row in rows)
         for i, leaf in enumerate(self._observation_leaves):
             for row, kind, text in leaf.faults(self._arrays[f"observation/{i}"], asked_B):
                 yield Fault(kind, (row,), text)

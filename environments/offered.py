@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 
 import gymnasium
@@ -59,9 +60,11 @@ class Leaf(spaces.Leaf):
 
     def faults(self, value: np.ndarray, asked_B: np.ndarray) -> typing.Iterator[tuple[int, str, str]]:
         """Row, kind and description of each value `[B, ...]` that is no number or no category of the space."""
-        what = "the observation" + (f", part {self.name!r}," if self.path else "")
-        if np.issubdtype(value.dtype, np.floating):
-            bad = ~np.isfinite(value)
+        if value.dtype.kind == "f":
+            finite = np.isfinite(value)
+            if finite.all():
+                return
+            bad = ~finite
             kind, expected = "nan", "a finite number"
         elif sizes := spaces.choices(self.space):
             index = value.reshape(len(value), -1) - np.ravel(spaces.start(self.space))
@@ -70,16 +73,25 @@ class Leaf(spaces.Leaf):
         else:
             return
         if bad.any():
+            what = "the observation" + (f", part {self.name!r}," if self.path else "")
             for row in np.flatnonzero(bad.reshape(len(bad), -1).any(1) & asked_B):
                 yield int(row), kind, f"{what} is {value[row][bad[row]].ravel()[0]}, expected {expected}"
 
-    def outside(self, value: np.ndarray) -> typing.Any:
-        """`bool [B]`, the rows with a number outside the declared bounds."""
+    @functools.cached_property
+    def bounded(self) -> bool:
+        """Whether there are bounds that are worth checking at every step."""
         space = self.space
-        if not isinstance(space, gymnasium.spaces.Box) or space.dtype == np.uint8 or value[0].size > _MAX_CHECKED:
-            return np.zeros(len(value), bool)
-        outside = (value < space.low) | (value > space.high)
-        return outside.reshape(len(value), -1).any(1)
+        if not isinstance(space, gymnasium.spaces.Box) or space.dtype == np.uint8:
+            return False
+        return space.low.size <= _MAX_CHECKED and bool((np.isfinite(space.low) | np.isfinite(space.high)).any())
+
+    def inside(self, value: np.ndarray) -> bool:
+        """Whether all rows of `[B, ...]` are within the bounds."""
+        return bool((value >= self.space.low).all() and (value <= self.space.high).all())
+
+    def outside(self, value: np.ndarray) -> np.ndarray:
+        """`bool [B]`, the rows with a number outside the declared bounds."""
+        return ((value < self.space.low) | (value > self.space.high)).reshape(len(value), -1).any(1)
 
 
 def _real(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:

@@ -139,6 +139,8 @@ class Worker:
             self._log.close()
             raise
         self._socket, self.pid, self.attached = self._process.connection, self._process.pid, False
+        self._ready = select.poll()
+        self._ready.register(self._socket, select.POLLIN)
         their_end, self._lifeline = os.pipe()
         try:
             self._hand_over(b"H", {"protocol": PROTOCOL, "job": job}, [their_end, self._log.fileno()])
@@ -231,9 +233,7 @@ class Worker:
             raise self._ended() from error
 
     def _poll(self, timeout_s: float) -> bool:
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(timeout_s * 1000))
+        return bool(self._ready.poll(timeout_s * 1000))
 
     def _read(self, size: int, timeout_s: float) -> bytes:
         data = b""

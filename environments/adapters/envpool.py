@@ -113,7 +113,6 @@ class EnvpoolEnvironment:
         self._step_count = 0
         self._elapsed_B = np.zeros(batch_size, np.int32)
         self._last_B = np.ones(batch_size, bool)
-        self._overdue_B = np.zeros(batch_size, bool)
         no_B = np.zeros(batch_size, bool)
         return self._receive(observation, np.zeros(batch_size, np.float32), no_B, no_B, info)
 
@@ -126,7 +125,7 @@ class EnvpoolEnvironment:
         self._token = None  # a step that fails leaves no state to go on from
         self._step_count += 1
         action = np.asarray(action)
-        if not self._overdue_B.any():
+        if not self._any_overdue:
             return self._receive(*self._pool.step(action))
         # A forced reset and a step in flight together overwrite each other's rows: one after the other.
         overdue, going = (np.flatnonzero(rows).astype(np.int32) for rows in (self._overdue_B, ~self._overdue_B))
@@ -148,11 +147,15 @@ class EnvpoolEnvironment:
     ) -> tuple[Token, TimeStep]:
         """Makes a time step of what envpool returned and keeps the books."""
         first_B = self._last_B
-        self._elapsed_B = np.where(first_B, 0, self._elapsed_B + 1)
-        over_B = self._elapsed_B >= self.spec.time_limit
-        # Only envpool's own ends make it reset a row by itself.
-        self._overdue_B = over_B & ~terminated_B & ~truncated_B
-        truncated_B = truncated_B | over_B
+        self._elapsed_B += 1
+        self._elapsed_B[first_B] = 0
+        self._any_overdue = False
+        if self._elapsed_B.max() >= self.spec.time_limit:
+            over_B = self._elapsed_B >= self.spec.time_limit
+            # Only envpool's own ends make it reset a row by itself.
+            self._overdue_B = over_B & ~terminated_B & ~truncated_B
+            self._any_overdue = bool(self._overdue_B.any())
+            truncated_B = truncated_B | over_B
         self._last_B = terminated_B | truncated_B
         reward_B = np.asarray(reward_B, np.float32)
         if reward_B.shape != (self.spec.batch_size,):
@@ -160,19 +163,19 @@ class EnvpoolEnvironment:
         if not np.isfinite(reward_B).all():
             rows = np.flatnonzero(~np.isfinite(reward_B))
             self._fault(f"the reward is {reward_B[rows[0]]} in rows {rows[:8].tolist()}")
-        outside_B = np.zeros(self.spec.batch_size, bool)
-        values = []
+        values, outside = [], []
         for leaf in self._leaves:
             value = leaf.fit(spaces.get(observation, leaf.path))
             if isinstance(value, str):
                 self._fault(value)
-            if leaf.bounded:
-                outside_B |= leaf.outside(value)
+            if leaf.bounded and not leaf.inside(value):
+                outside.append(leaf.outside(value))
             values.append(value)
-        self.rows_outside += int(outside_B.sum())
+        if outside:
+            self.rows_outside += int(np.any(outside, 0).sum())
         fields: tuple[typing.Any, ...] = (
             spaces.unflatten(self.spec.observation_space, values),
-            np.where(first_B, np.float32(0), reward_B),  # MetaWorld rewards a reset
+            np.where(first_B, np.float32(0), reward_B) if first_B.any() else reward_B,  # MetaWorld rewards a reset
             terminated_B,
             truncated_B,
             first_B,
@@ -210,8 +213,11 @@ class _Leaf:
                 return f"{self._name} has shape {list(value.shape)}, expected {list(self._shape)}"
             value = value.reshape(self._shape)  # scalars come as [B, 1]
         value = value.astype(self._dtype, copy=False)
-        if np.issubdtype(self._dtype, np.floating):
-            wrong = ~np.isfinite(value)
+        if self._dtype.kind == "f":
+            finite = np.isfinite(value)
+            if finite.all():
+                return value
+            wrong = ~finite
         elif isinstance(self.space, gymnasium.spaces.Discrete):
             index = value - spaces.start(self.space)
             wrong = (index < 0) | (index >= spaces.choices(self.space)[0])
@@ -222,7 +228,12 @@ class _Leaf:
         rows = np.flatnonzero(wrong.reshape(len(value), -1).any(1))
         return f"{self._name} is {value[wrong][0]} in rows {rows[:8].tolist()}, expected a value of {self.space}"
 
+    def inside(self, value: np.ndarray) -> bool:
+        """Whether all rows are within the bounds."""
+        return bool((value >= self.space.low).all() and (value <= self.space.high).all())
+
     def outside(self, value: np.ndarray) -> np.ndarray:
+        """`bool [B]`, the rows that are not."""
         return ((value < self.space.low) | (value > self.space.high)).reshape(len(value), -1).any(1)
 
 

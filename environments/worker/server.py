@@ -383,8 +383,15 @@ class Rows:
         }
         self.range = range(content["first"], content["first"] + content["rows"])
         self.beat = self.arrays["beat"][content["worker"] : content["worker"] + 1]
+        self.calls = int(self.beat[0])
+        # Looked up at every step of every row.
+        self.rewards, self.terminateds, self.truncateds = (
+            self.arrays[name] for name in ("reward", "terminated", "truncated")
+        )
+        self.masks = self.arrays.get("mask")
         self.observation_places = self.find_places("observation", self.observation_space)
         self.action_places = self.find_places("action", self.action_space)
+        self.action_is_nested = kind_of(self.action_space) in ("Dict", "Tuple")
         # Rows that share a generator would depend on how rows are split among workers.
         self.states: typing.Any = {} if library.job["global_randomness"] else None
 
@@ -402,12 +409,11 @@ class Rows:
 
     def obey(self):
         """Does what each row is told to; the faults of those that failed."""
-        commands, faults = self.arrays["command"], []
-        for row in self.range:
-            command = int(commands[row])
+        commands, faults = self.arrays["command"][self.range.start : self.range.stop].tolist(), []
+        for row, command in zip(self.range, commands):
             if command == IDLE:
                 continue
-            self.beat += 1
+            self.count()
             try:
                 obey = self.step if command == STEP else self.reset
                 if self.states is None:
@@ -420,13 +426,18 @@ class Rows:
                 text = str(error) if isinstance(error, WrongError) else tail(traceback.format_exc())
                 faults.append([row, kind, text])
                 self.drop(row)
-        self.beat += 1
+        self.count()
         return faults
+
+    def count(self):
+        """Counts a call to the library, for the host to see."""
+        self.calls += 1
+        self.beat[0] = self.calls
 
     def step(self, row, command):
         """Steps one row."""
         values = [read(slot, kind, space) for slot, _, kind, space in self.action_places[row]]
-        action = build(self.action_space, iter(values))
+        action = build(self.action_space, iter(values)) if self.action_is_nested else values[0]
         observation, reward, terminated, truncated, info = self.library.step(self.environments[row], action)
         if not isinstance(reward, (float, int)):
             reward = np.asarray(reward, np.float64)
@@ -459,12 +470,10 @@ class Rows:
         """Writes what came of one row into the arrays."""
         for slot, path, kind, space in self.observation_places[row]:
             write(slot, path, kind, space, observation)
-        self.arrays["reward"][row] = reward
-        self.arrays["terminated"][row] = terminated
-        self.arrays["truncated"][row] = truncated
-        if "mask" in self.arrays:
+        self.rewards[row], self.terminateds[row], self.truncateds[row] = reward, terminated, truncated
+        if self.masks is not None:
             mask = np.asarray(info["action_mask"], bool).ravel()
-            self.arrays["mask"][row] = mask if mask.any() else True
+            self.masks[row] = mask if mask.any() else True
 
     def drop(self, row):
         """Closes the environment of a row, as well as it can be."""
