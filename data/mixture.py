@@ -51,6 +51,32 @@ class Window(typing.NamedTuple):
     seed: int
 
 
+class Streams(typing.NamedTuple):
+    """Which streams of a part are drawn from: all but each `every`-th, or those alone; 0 for all.
+
+    Attributes:
+      every: how many streams there are to each one held out.
+      held_out: whether the ones held out are meant.
+    """
+
+    every: int = 0
+    held_out: bool = False
+
+    def count(self, streams: int) -> int:
+        """How many of a part's streams are meant."""
+        kept = streams // self.every if self.every else 0
+        return kept if self.held_out else streams - kept
+
+    def locate(self, index: int) -> int:
+        """The stream in the part that is number `index` of those meant."""
+        if self.held_out:
+            return (index + 1) * self.every - 1
+        return index + index // (self.every - 1) if self.every else index
+
+
+ALL_STREAMS = Streams()
+
+
 class WindowSource:
     """Windows of many environments, drawn by weight; a Grain random-access source.
 
@@ -65,9 +91,10 @@ class WindowSource:
       window_length: L, in steps.
       seed: of the draws.
       transform: see `Transform`.
+      streams: which streams of each part are drawn from.
 
     Raises:
-      MixtureError: weights that are not positive, or an environment whose parts are all shorter than a window.
+      MixtureError: weights that are not positive, or an environment whose parts hold no window to draw.
       StoreError: the dataset has no such environment.
     """
 
@@ -79,7 +106,11 @@ class WindowSource:
         window_length: int,
         seed: int,
         transform: Transform,
+        streams: Streams = ALL_STREAMS,
     ):
+        if streams.every == 1 or streams.every < 0 or (streams.held_out and not streams.every):
+            raise MixtureError(f"every {streams.every}th stream cannot be held out; expected 2 or more, or 0 for none")
+        self._streams = streams
         self.ids, self.window_length, self.seed, self._transform = tuple(ids), window_length, int(seed), transform
         self.weights = tuple(map(float, weights))
         if not self.ids or len(self.ids) != len(self.weights):
@@ -97,7 +128,8 @@ class WindowSource:
         self._parts = [self._long_enough(dataset, id) for id in self.ids]
         # The last window of each part, plus one, in the numbering of all windows of the environment.
         self._ends = [
-            np.cumsum([(part.steps - window_length + 1) * part.streams for part in parts]) for parts in self._parts
+            np.cumsum([(part.steps - window_length + 1) * streams.count(part.streams) for part in parts])
+            for parts in self._parts
         ]
         digest = hashlib.blake2b(json.dumps([self.seed, self.ids]).encode(), digest_size=24).digest()
         self._keys = np.frombuffer(digest, "<u8")
@@ -105,7 +137,12 @@ class WindowSource:
     def _long_enough(self, dataset: Dataset, id: str) -> list[Part]:
         parts = dataset.parts(id)
         if long_enough := [part for part in parts if part.steps >= self.window_length]:
-            return long_enough
+            if any(self._streams.count(part.streams) for part in long_enough):
+                return long_enough
+            raise MixtureError(
+                f"each {self._streams.every}th stream is held out, but the parts of {id} have at most "
+                f"{max(part.streams for part in long_enough)}: collect more streams or hold out more of them"
+            )
         raise MixtureError(
             f"a window is {self.window_length} steps, but the longest part of {id} has "
             f"{max(part.steps for part in parts)}: collect longer streams or shorten the window"
@@ -118,7 +155,7 @@ class WindowSource:
             [[part.name, sorted(record.checksum for record in part.record.leaves.values())] for part in parts]
             for parts in self._parts
         ]
-        described = json.dumps([self.ids, self.weights, self.window_length, self.seed, data])
+        described = json.dumps([self.ids, self.weights, self.window_length, self.seed, data, self._streams])
         return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
     def locate(self, indices: collections.abc.Sequence[int]) -> list[Window]:
@@ -136,7 +173,7 @@ class WindowSource:
             part = self._parts[environment][position]
             first = int(ends[position - 1]) if position else 0
             stream, start = divmod(window - first, part.steps - self.window_length + 1)
-            windows.append(Window(environment, part, stream, start, seed))
+            windows.append(Window(environment, part, self._streams.locate(stream), start, seed))
         return windows
 
     def read(self, indices: collections.abc.Sequence[int]) -> list[PyTree]:

@@ -22,6 +22,8 @@ from ldm_jax.cards import CardError
 from ldm_jax.checkpoints import CheckpointError
 from ldm_jax.config import ConfigError
 from ldm_jax.policy import PolicyError
+from ldm_jax.replay import ReplayError
+from ldm_jax.scaling_law import ScalingError
 from ldm_jax.spaces import SpaceError
 from ldm_jax.training import TrainingError
 
@@ -41,6 +43,8 @@ EXPECTED_ERRORS = (
     MixtureError,
     PolicyError,
     ReferencePolicyError,
+    ReplayError,
+    ScalingError,
     SpaceError,
     StoreError,
     TrainingError,

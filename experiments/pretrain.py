@@ -1,34 +1,34 @@
 """Pretrains one model on all environments of a dataset: `python -m experiments.pretrain --workdir=runs/mine`.
 
-Writes `checkpoints/`, `metrics.jsonl` (one row per logged step) and, at the end, `policy/`. Killed and started again
-with the same flags, it goes on from the last checkpoint bit for bit as if it had never stopped.
+Writes `checkpoints/`, `metrics.jsonl` (one row per logged step), the same as `tensorboard/`, and at the end `policy/`.
+Killed and started again with the same flags, it goes on from the last checkpoint bit for bit as if it had never
+stopped. SIGTERM and SIGINT save a checkpoint first; the exit code is then 143 or 130 (see `experiments.interrupts`). A
+loss or gradient that is not finite ends it with code 1, and `experiments.replay` says what was not.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import itertools
-import json
 import pathlib
 import typing
 
 import jax
-import numpy as np
 
-from data.mixture import Bucket, Mixture, WindowSource
-from data.store import Dataset, open_dataset
-from experiments import progress
-from experiments.mesh import MeshConfig, make_mesh
-from experiments.workdir import FREE, WorkdirError, claim, resolved, write
+from data.mixture import Streams
+from data.store import open_dataset
+from data.windows import make_codecs, mix
+from experiments import loop, validation
+from experiments.logs import Meter, RunLog
+from experiments.mesh import HostsConfig, MeshConfig, barrier, connect, make_mesh
+from experiments.workdir import FREE, WorkdirError, claim, resolved
 from ldm_jax import policy, sharding, training
 from ldm_jax.acting import Decoding
 from ldm_jax.checkpoints import Checkpoints
-from ldm_jax.codec import Codec
 from ldm_jax.config import SIZES, ConfigError, ModelConfig
-from ldm_jax.model import Inputs, make_model
-from ldm_jax.objective import Example
-from ldm_jax.training import TrainingConfig
+from ldm_jax.model import make_model
+from ldm_jax.optimiser import TrainingConfig
+
+_free: typing.Any = {FREE: True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +40,32 @@ class Config:
       training: how it is trained.
       window: T, steps of a training window; at least twice the model's attention window.
       rows: windows per environment in a batch, on average.
+      held_out: each so-many-th stream of the data is kept from training, for the held-out loss; 0 for none.
       checkpoint_steps: steps between two checkpoints.
+      keep: how many of the newest checkpoints stay.
+      keep_every: checkpoints of steps that this divides stay too; 0 for none.
       log_steps: steps between two rows of metrics.
       decoding: how the saved policy takes its actions.
+      evaluation: what is evaluated on the way.
       mesh: over which devices; a run may go on over others.
+      hosts: over which processes.
+      peak_flops: floating-point operations per second of one device, to compare with; 0 to measure a matrix product.
     """
 
     model: ModelConfig = SIZES["micro"]
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     window: int = 64
     rows: int = 4
+    held_out: int = 16
     checkpoint_steps: int = 100
+    keep: int = dataclasses.field(default=2, metadata=_free)
+    keep_every: int = dataclasses.field(default=0, metadata=_free)
     log_steps: int = 10
     decoding: Decoding = "greedy"
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata={FREE: True})
+    evaluation: validation.Config = dataclasses.field(default_factory=validation.Config, metadata=_free)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata=_free)
+    hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig, metadata=_free)
+    peak_flops: float = dataclasses.field(default=0.0, metadata=_free)
 
     def __post_init__(self):
         if self.window < 2 * self.model.window:
@@ -61,117 +73,69 @@ class Config:
                 f"window is {self.window} steps, expected at least {2 * self.model.window}, twice what attention sees: "
                 "else the model is asked for more history than it was trained on"
             )
-        for name in ("rows", "checkpoint_steps", "log_steps"):
+        for name in ("rows", "checkpoint_steps", "keep", "log_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.held_out < 0 or self.held_out == 1:
+            raise ConfigError(f"held_out is {self.held_out}, expected 2 or more, or 0 for none")
+        if self.keep_every % self.checkpoint_steps:
+            raise ConfigError(
+                f"keep_every is {self.keep_every}, expected a multiple of checkpoint_steps, {self.checkpoint_steps}"
+            )
 
 
-def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> None:
+def run(
+    config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (), data: pathlib.Path | None = None
+) -> None:
     """Trains up to the last step, from the newest checkpoint if there is one, and saves the policy.
 
     Args:
       config: what to train.
-      workdir: has `dataset/`.
+      workdir: where everything is written.
       environments: ids to train on; empty for all in the dataset.
+      data: the dataset; default: `dataset/` in the workdir.
 
     Raises:
       WorkdirError: the workdir cannot be used.
       StoreError: there is no dataset, or one that is damaged.
       CheckpointError: the checkpoints are of another configuration or other data.
+      TrainingError: the loss or the gradient is not finite.
+      Interrupted: a signal asked for the end.
     """
-    dataset = open_dataset(workdir / "dataset")
+    connect(config.hosts)
+    dataset = open_dataset(data or workdir / "dataset")
     ids = environments or dataset.ids
     if not ids:
         raise WorkdirError(f"the dataset {dataset.url} has no environment: collect first, or see why all were refused")
-    claim(workdir, "pretrain", config, owns=("checkpoints", "metrics.jsonl", "policy"))
-    codecs = [Codec(dataset.card(id)) for id in ids]
-    for codec in codecs:
-        config.model.check_fits(codec.bucket, codec.card.id)
-    mixture = mix(dataset, codecs, config)
-    model, steps = make_model(config.model), config.training.steps
+    codecs = make_codecs(dataset, ids, config.model)
     mesh = make_mesh(config.mesh)
-    if mesh:
-        sharding.check_rows(mesh, {name: bucket.rows for name, bucket in mixture.buckets.items()})
+    share, size = sharding.share_of_rows(mesh), (config.window, config.rows, config.training.seed)
+    mixture = mix(dataset, codecs, *size, Streams(config.held_out), share)
+    rows = {name: bucket.rows for name, bucket in mixture.buckets.items()}
+    sharding.check_rows(mesh, rows, config.training.accumulation)
+    model = make_model(config.model, mesh)
+    # Shapes are enough to restore, and parameters take seconds to make.
+    shapes = training.state_shapes(model, config.training, mesh)
+    held_out = mix(dataset, codecs, *size, Streams(config.held_out, True), share) if config.held_out else None
+    validate = validation.Validation(config.evaluation, model, config.model, codecs, held_out, config.decoding, mesh)
+    claim(workdir, "pretrain", config, owns=("checkpoints", "metrics.jsonl", "tensorboard", "policy"))
+    barrier("claimed")
     configuration = {"pretrain": resolved(config), "environments": list(ids), "data": mixture.fingerprint}
-    trained = False
-    with Checkpoints(workdir / "checkpoints", configuration) as checkpoints:
-        # Shapes are enough to restore, and parameters take seconds to make.
-        shapes = training.state_shapes(model, config.training, mesh)
+    with validate, Checkpoints(workdir / "checkpoints", configuration, config.keep, config.keep_every) as checkpoints:
         state = checkpoints.restore(shapes) or training.init_state(model, config.training, mesh)
-        if int(state.step) < steps:
+        begun = int(state.step)
+        if begun < config.training.steps:
             train_step = training.make_train_step(model, config.model, config.training, mesh)
-            state = _train(config, train_step, state, mixture, checkpoints, ids, workdir, mesh)
-            trained = True
-    if trained or not (workdir / "policy").exists():
+            domains = [codec.card.domain for codec in codecs]
+            meter = Meter(config.model, config.window, sum(rows.values()), ids, domains, config.peak_flops)
+            pace = loop.Pace(config.training.steps, config.checkpoint_steps, config.log_steps)
+            with RunLog(workdir, begun) as log:
+                state = loop.follow(train_step, state, mixture, pace, meter, log, validate, checkpoints, workdir, mesh)
+        params = validate.whole(state.params)
+    if jax.process_index() == 0 and (begun < config.training.steps or not (workdir / "policy").exists()):
         cards = {codec.card.id: codec.card for codec in codecs}
-        policy.save(workdir / "policy", policy.Policy(config.model, state.params, cards, config.decoding))
-
-
-def mix(dataset: Dataset, codecs: typing.Sequence[Codec], config: Config) -> Mixture:
-    """The batches: one bucket of rows for each set of padded widths, its share that of its environments.
-
-    Args:
-      dataset: where the windows lie.
-      codecs: of all environments; a row's `environment` is the position in this list.
-      config: `window`, `rows` and the seed.
-    """
-    members = collections.defaultdict(list)
-    for index, codec in enumerate(codecs):
-        members[codec.bucket].append(index)
-
-    def source(indices: list[int]) -> WindowSource:
-        def encode(environment_index: int, leaves: dict[str, np.ndarray], seed: int) -> Example:
-            index = indices[environment_index]
-            features, targets = codecs[index].window(leaves)
-            return Example(Inputs(features, codecs[index].signature), targets, np.int32(index))
-
-        ids = [codecs[index].card.id for index in indices]
-        return WindowSource(dataset, ids, [1.0] * len(ids), config.window, config.training.seed, encode)
-
-    return Mixture(
-        {
-            bucket.name: Bucket(source(indices), config.rows * len(indices))
-            for bucket, indices in sorted(members.items())
-        }
-    )
-
-
-def _train(
-    config: Config,
-    train_step: training.TrainStep,
-    state: training.TrainState,
-    mixture: Mixture,
-    checkpoints: Checkpoints,
-    ids: typing.Sequence[str],
-    workdir: pathlib.Path,
-    mesh: jax.sharding.Mesh | None,
-) -> training.TrainState:
-    steps, begun, clock = config.training.steps, int(state.step), progress.clock()
-    tokens = config.window * sum(bucket.rows for bucket in mixture.buckets.values())
-    metrics_path = workdir / "metrics.jsonl"
-    if metrics_path.exists():  # what came after the checkpoint is about to be measured again
-        kept = itertools.takewhile(
-            lambda line: json.loads(line)["step"] <= begun, metrics_path.read_text().splitlines()
-        )
-        write(metrics_path, "".join(f"{line}\n" for line in kept))
-    with (
-        progress.bar("pretrain", steps, "step", begun) as advance,
-        metrics_path.open("a") as file,
-    ):
-        for done, newest_state, metrics in training.train(train_step, state, mixture.batches(begun), steps, mesh):
-            advance(1)
-            state = newest_state
-            if done % config.log_steps == 0 or done == steps:
-                row = {"step": done, **dataclasses.asdict(metrics), "tokens": done * tokens, "seconds": clock()}
-                row["excess_by_environment"] = {ids[i]: x for i, x in metrics.excess_by_environment.items()}
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-            # The newest state is one step ahead of what is known of it, but for the last.
-            newest = min(done + 1, steps)
-            if (newest % config.checkpoint_steps == 0 or newest == steps) and newest != checkpoints.latest:
-                checkpoints.save(state)
-                progress.log("pretrain", step=newest, loss=metrics.loss, excess=metrics.excess_loss, seconds=clock())
-    return state
+        policy.save(workdir / "policy", policy.Policy(config.model, params, cards, config.decoding))
+    barrier("saved")
 
 
 if __name__ == "__main__":

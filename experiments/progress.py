@@ -29,7 +29,14 @@ def bar(title: str, total: int, unit: str, done: int = 0) -> collections.abc.Ite
     """
     # A log file gets a line now and then, a terminal gets a moving bar.
     with tqdm.tqdm(
-        total=total, initial=done, desc=title, unit=unit, unit_scale=total > 10_000, dynamic_ncols=True, mininterval=0.5
+        total=total,
+        initial=done,
+        desc=title,
+        unit=unit,
+        unit_scale=total > 10_000,
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=not logger.isEnabledFor(logging.INFO),
     ) as b:
         yield lambda n: b.update(n) and None
 

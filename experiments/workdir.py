@@ -17,6 +17,7 @@ import zlib
 import jax
 
 import environments
+from ldm_jax.config import differences
 
 FREE = "free"
 """Metadata of a field of a configuration that changes nothing in the results, so it may differ from run to run."""
@@ -58,7 +59,7 @@ def claim(workdir: pathlib.Path, name: str, config: typing.Any, owns: tuple[str,
         raise WorkdirError(f"cannot use the workdir {workdir}: {error}. Choose one that this user may write") from error
     if found != wanted:
         raise WorkdirError(
-            f"{workdir} was begun with another configuration: {'; '.join(_differences(found, wanted))}. "
+            f"{workdir} was begun with another configuration: {'; '.join(differences(found, wanted))}. "
             "Give the same flags to go on with it, or another --workdir"
         )
 
@@ -120,10 +121,3 @@ def seed_of(seed: int, stage: str, id: str) -> int:
 def key_of(seed: int, stage: str, id: str) -> jax.Array:
     """The typed key of `seed_of`."""
     return jax.random.key(seed_of(seed, stage, id))
-
-
-def _differences(found: typing.Any, wanted: typing.Any, name: str = "") -> list[str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        names = sorted(found.keys() | wanted.keys())
-        return [line for key in names for line in _differences(found.get(key), wanted.get(key), f"{name}.{key}")]
-    return [] if found == wanted else [f"{name.removeprefix('.')} was {found} there and is {wanted} now"]

@@ -8,9 +8,9 @@ import math
 import typing
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from ldm_jax import sharding
 from ldm_jax.codec import Features, Signature
 from ldm_jax.config import ConfigError, ModelConfig
 from ldm_jax.decoder import Cache, Decoder, Norm, init_cache, rematerialise
@@ -51,8 +51,8 @@ class Model(typing.NamedTuple):
 
 
 class _Network(nnx.Module):
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-        self.cfg = cfg
+    def __init__(self, cfg: ModelConfig, mesh: jax.sharding.Mesh | None, rngs: nnx.Rngs):
+        self.cfg, self.mesh = cfg, mesh
         decoder_cfg = dataclasses.replace(cfg, window=cfg.window * cfg.tokens_per_step)
         self.signature = SignatureEncoder(cfg, rngs)
         self.tokens = Tokens(cfg, rngs)
@@ -69,29 +69,34 @@ class _Network(nnx.Module):
         conditions = {name: self.signature(inputs[name].signature.vector) for name in names}
         encode, predict = (rematerialise(part.__call__, self.cfg) for part in (self.tokens, self.head))
         tokens = [encode(*inputs[name], conditions[name]) for name in names]
-        x, cache = self.decoder(jnp.concatenate(tokens, 0), cache)
+        x, cache = self.decoder(sharding.join_rows(self.mesh, tokens), cache)
         # The last token of a step is the observation's: the action is read off there.
-        x, start, predictions = self.norm(x)[:, per_step - 1 :: per_step], 0, {}
-        for name, part in zip(names, tokens, strict=True):
-            rows = x[start : start + part.shape[0]]
-            predictions[name] = predict(rows, *inputs[name], conditions[name])
-            start += part.shape[0]
+        x = self.norm(x)[:, per_step - 1 :: per_step]
+        rows = sharding.split_rows(self.mesh, x, [part.shape[0] for part in tokens])
+        predictions = {
+            name: predict(part, *inputs[name], conditions[name]) for name, part in zip(names, rows, strict=True)
+        }
         return predictions, cache
 
 
-def make_model(cfg: ModelConfig) -> Model:
-    """Builds the pure functions for a configuration; allocates nothing."""
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: _Network(cfg, nnx.Rngs(params=jax.random.key(0)))))
+def make_model(cfg: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """Builds the pure functions for a configuration; allocates nothing.
+
+    Args:
+      cfg: shapes of the model.
+      mesh: what the rows of its inputs are split over (see `ldm_jax.sharding`); None for one device.
+    """
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: _Network(cfg, mesh, nnx.Rngs(params=jax.random.key(0)))))
 
     def init(key: Array) -> Params:
-        state = nnx.state(_Network(cfg, nnx.Rngs(params=key)), nnx.Param)
+        state = nnx.state(_Network(cfg, mesh, nnx.Rngs(params=key)), nnx.Param)
         return nnx.to_pure_dict(state)
 
     def apply(
         params: Params, inputs: dict[str, Inputs], cache: Cache | None = None
     ) -> tuple[dict[str, Predictions], Cache | None]:
         state = jax.tree.map(lambda leaf: leaf, abstract)
-        nnx.replace_by_pure_dict(state, params)
+        nnx.replace_by_pure_dict(state, sharding.gather(mesh, params))
         return nnx.merge(graph, state)(inputs, cache)
 
     return Model(init, apply, functools.partial(init_cache, cfg))

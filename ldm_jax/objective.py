@@ -29,7 +29,7 @@ class Example(typing.NamedTuple):
 
 
 class RowMetrics(typing.NamedTuple):
-    """Sums over the steps of each row; divide by `weight` or `changed_weight`. All `float32 [R]`; a pytree.
+    """Sums over the steps of each row; divide by `weight` or `changed_weight`. `float32 [R]`; a pytree.
 
     Attributes:
       loss: cross-entropy in nats, averaged over action slots.
@@ -38,6 +38,7 @@ class RowMetrics(typing.NamedTuple):
       weight: steps with a label.
       changed_correct: as `correct`, over steps whose label differs from the one before.
       changed_weight: the number of those.
+      environment: `int32 [R]`, which environment a row is from.
     """
 
     loss: Array
@@ -46,6 +47,7 @@ class RowMetrics(typing.NamedTuple):
     weight: Array
     changed_correct: Array
     changed_weight: Array
+    environment: Array
 
 
 def slot_losses(cfg: ModelConfig, predictions: Predictions, targets: Targets) -> tuple[Array, Array, Array]:
@@ -75,8 +77,13 @@ def slot_losses(cfg: ModelConfig, predictions: Predictions, targets: Targets) ->
     return jnp.concatenate(losses, -1), jnp.concatenate(entropies, -1), correct.astype(jnp.float32)
 
 
+def labelled_steps(batch: dict[str, Example]) -> Array:
+    """`float32 []`, the number of steps of a batch that have a label, at least 1."""
+    return jnp.maximum(sum(example.targets.weight.sum() for example in batch.values()), 1.0)
+
+
 def loss(
-    model: Model, cfg: ModelConfig, params: Params, batch: dict[str, Example]
+    model: Model, cfg: ModelConfig, params: Params, batch: dict[str, Example], labelled: Array | None = None
 ) -> tuple[Array, dict[str, RowMetrics]]:
     """The mean loss over all labelled steps of a batch.
 
@@ -85,13 +92,14 @@ def loss(
       cfg: its configuration.
       params: its parameters.
       batch: by bucket name.
+      labelled: what the sum is divided by; default: the number of the batch's own labelled steps.
 
     Returns:
       The loss, and each bucket's metrics by row.
     """
     predictions, _ = model.apply(params, {name: example.inputs for name, example in batch.items()})
     metrics = {}
-    for name, (inputs, targets, _) in batch.items():
+    for name, (inputs, targets, environment) in batch.items():
         losses, entropies, correct = slot_losses(cfg, predictions[name], targets)
         slots = jnp.concatenate([inputs.signature.choice_slots, inputs.signature.continuous_slots], -1)[:, None]
         per_slot = slots / slots.sum(-1, keepdims=True)
@@ -106,10 +114,10 @@ def loss(
             weight=jnp.sum(targets.weight, -1),
             changed_correct=jnp.sum(all_correct * changed, -1),
             changed_weight=jnp.sum(changed, -1),
+            environment=environment,
         )
     total = sum(rows.loss.sum() for rows in metrics.values())
-    count = sum(rows.weight.sum() for rows in metrics.values())
-    return total / jnp.maximum(count, 1.0), metrics
+    return total / (labelled_steps(batch) if labelled is None else labelled), metrics
 
 
 def drop_previous_actions(key: Array, batch: dict[str, Example], probability: float) -> dict[str, Example]:

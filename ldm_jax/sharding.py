@@ -6,17 +6,23 @@ A mesh has three axes: `data` (own rows), `fsdp` (own rows, and the parameters s
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import typing
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ldm_jax.config import ConfigError
-from ldm_jax.types import PyTree
+from ldm_jax.types import Array, PyTree
 
 AXES = ("data", "fsdp", "tensor")
 """Names of the mesh axes."""
+
+ROWS = ("data", "fsdp")
+"""The mesh axes that rows are split over."""
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"attention/(query|key|value)/kernel$", ("layers", "width", "heads")),
@@ -66,7 +72,7 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     """
 
     def shard(path: tuple[typing.Any, ...], leaf: typing.Any) -> NamedSharding:
-        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+        name = _name(path)
         spec = partition(name)
         if len(spec) > leaf.ndim:  # a scalar that an optimiser keeps under the parameter's path
             spec = PartitionSpec()
@@ -81,6 +87,103 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(shard, state)
 
 
+def gather(mesh: Mesh | None, params: PyTree) -> PyTree:
+    """Parameters as they are computed with: whole along `fsdp`, but for the blocks, which are gathered one by one.
+
+    Left to itself the compiler would move the activations of an embedding to where its parameters are instead. The
+    transpose of this function sums a gradient and splits it in one go.
+    """
+    if mesh is None:
+        return params
+
+    def whole(path: tuple[typing.Any, ...], leaf: Array) -> Array:
+        name = _name(path)
+        axes = partition(name)
+        if "fsdp" not in axes or "/blocks/" in name:
+            return leaf
+        return _constrain(mesh, leaf, *(None if axis == "fsdp" else axis for axis in axes))
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+
+def join_rows(mesh: Mesh | None, parts: typing.Sequence[Array]) -> Array:
+    """Joins rows `[R, ...]` of several buckets; on a mesh each device joins its own, so that nothing moves."""
+    if mesh is None:
+        return jnp.concatenate(parts, 0)
+    joined = jnp.concatenate([_by_device(mesh, part) for part in parts], 1)
+    return _constrain(mesh, joined.reshape(-1, *joined.shape[2:]), ROWS)
+
+
+def split_rows(mesh: Mesh | None, joined: Array, counts: typing.Sequence[int]) -> list[Array]:
+    """Undoes `join_rows`; `counts` are the numbers of rows that were joined."""
+    ends = list(itertools.accumulate(counts))[:-1]
+    if mesh is None:
+        return jnp.split(joined, ends)
+    parts = jnp.split(_by_device(mesh, joined), [end // row_shards(mesh) for end in ends], 1)
+    return [_constrain(mesh, part.reshape(-1, *part.shape[2:]), ROWS) for part in parts]
+
+
+def row_shards(mesh: Mesh | None) -> int:
+    """The number of pieces that the rows of a batch are split into."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def _by_device(mesh: Mesh, rows: Array) -> Array:
+    return _constrain(mesh, rows.reshape(row_shards(mesh), -1, *rows.shape[1:]), ROWS)
+
+
+def _constrain(mesh: Mesh, leaf: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def _name(path: tuple[typing.Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh | None, batch: PyTree, count: int) -> PyTree:
+    """Cuts leaves `[R, ...]` into `[count, R / count, ...]`, every device's own rows into as many pieces."""
+
+    def split(leaf: Array) -> Array:
+        # Row r goes to piece r % count: a run of rows would lie on one device.
+        pieces = jnp.moveaxis(leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]), 1, 0)
+        return pieces if mesh is None else _constrain(mesh, pieces, None, ROWS)
+
+    return jax.tree.map(split, batch)
+
+
+def join_batch(pieces: PyTree) -> PyTree:
+    """Undoes `split_batch`."""
+    return jax.tree.map(
+        lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(math.prod(leaf.shape[:2]), *leaf.shape[2:]), pieces
+    )
+
+
+def share_of_rows(mesh: Mesh | None) -> tuple[int, int]:
+    """Which of how many equal, contiguous shares of a batch's rows this process has to bring.
+
+    Processes whose devices differ along `tensor` alone bring the same rows.
+
+    Raises:
+      ConfigError: the rows of this process are not contiguous.
+    """
+    if mesh is None:
+        return 0, 1
+    pieces = row_shards(mesh)
+    devices = mesh.devices.reshape(pieces, -1)
+    own = [i for i, row in enumerate(devices) if any(device.process_index == jax.process_index() for device in row)]
+    if own != list(range(own[0], own[0] + len(own))) or own[0] % len(own) or pieces % len(own):
+        raise ConfigError(
+            f"this process has pieces {own} of the {pieces} that data x fsdp cut the rows into, expected neighbours: "
+            "let the devices of a process lie along the last axes of the mesh, for example by more fsdp and less data"
+        )
+    return own[0] // len(own), pieces // len(own)
+
+
 def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     """Puts this process's rows of a batch on its devices: rows are split over `data` and `fsdp` together.
 
@@ -91,20 +194,20 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     Returns:
       Global arrays with the rows of all processes.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
 
 
-def check_rows(mesh: Mesh, rows: typing.Mapping[str, int]) -> None:
-    """Checks that every bucket's rows divide over the devices that split them.
+def check_rows(mesh: Mesh | None, rows: typing.Mapping[str, int], accumulation: int = 1) -> None:
+    """Checks that every bucket's rows divide over the devices and the pieces that split them.
 
     Raises:
       ConfigError: names the bucket and what to do.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_shards(mesh) * accumulation
     for name, count in rows.items():
         if count % ways:
             raise ConfigError(
-                f"the {count} rows of bucket {name} do not divide by data x fsdp = {ways}: "
+                f"the {count} rows of bucket {name} do not divide by data x fsdp x accumulation = {ways}: "
                 f"choose a number of rows per environment that is a multiple of {ways}"
             )

@@ -1,4 +1,4 @@
-"""Training: the optimiser, one pure step, and the loop around it."""
+"""Training: one pure step, and the loop around it."""
 
 from __future__ import annotations
 
@@ -11,51 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax import contrib
 
 from ldm_jax import objective, sharding
-from ldm_jax.config import ConfigError, ModelConfig
+from ldm_jax.config import ModelConfig
 from ldm_jax.model import Model, Params
 from ldm_jax.objective import Example, RowMetrics
+from ldm_jax.optimiser import TrainingConfig, make_optimiser, make_schedule
 from ldm_jax.types import Array, PyTree
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """How a model is trained.
-
-    Attributes:
-      steps: optimiser steps.
-      optimiser: `"adamw"`, or `"muon"` (orthogonalised momentum for the matrices, Adam for the rest; Jordan 2024).
-      learning_rate: peak, of AdamW or of Muon's matrices.
-      adam_learning_rate: peak, of what Muon leaves to Adam.
-      warmup: steps of linear warm-up; a cosine to a tenth follows.
-      weight_decay: of matrices only.
-      clip_norm: global gradient norm that is not exceeded.
-      drop_previous: probability of hiding the previous action in a window.
-      seed: of parameters, batches and dropping.
-    """
-
-    steps: int = 1200
-    optimiser: typing.Literal["adamw", "muon"] = "muon"
-    learning_rate: float = 2e-2
-    adam_learning_rate: float = 3e-3
-    warmup: int = 50
-    weight_decay: float = 0.05
-    clip_norm: float = 1.0
-    drop_previous: float = 0.2
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.optimiser not in ("adamw", "muon"):
-            raise ConfigError(f"optimiser is {self.optimiser!r}, expected adamw or muon")
-        if not 0 <= self.warmup < self.steps:
-            raise ConfigError(f"warmup is {self.warmup}, expected 0 or more and less than the {self.steps} steps")
-        if not 0 <= self.drop_previous <= 1:
-            raise ConfigError(f"drop_previous is {self.drop_previous}, expected a probability")
-        for name in ("learning_rate", "adam_learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number")
 
 
 class TrainState(typing.NamedTuple):
@@ -66,45 +28,15 @@ class TrainState(typing.NamedTuple):
       optimiser: the optimiser's state.
       step: `int32 []`, steps done; also the number of the next batch.
       key: typed key; never changes, steps fold their number into it.
+      finite: `bool []`, whether loss and gradient were finite in all steps; once they were not, no step changes
+        anything any more, so that what led there can be looked at.
     """
 
     params: Params
     optimiser: PyTree
     step: Array
     key: Array
-
-
-def is_matrix(path: tuple[typing.Any, ...]) -> bool:
-    """Whether a parameter path ends at the kernel of a linear layer (its last two axes map inputs to outputs)."""
-    return path[-1].key == "kernel"
-
-
-def _learning_rate(peak: float, cfg: TrainingConfig) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(0.0, peak, cfg.warmup, cfg.steps, peak / 10)
-
-
-def make_optimiser(cfg: TrainingConfig) -> optax.GradientTransformation:
-    """Builds the gradient transformation of a configuration."""
-
-    def matrices(params: Params) -> PyTree:
-        return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), params)
-
-    def dimensions(params: Params) -> PyTree:
-        numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-        return jax.tree_util.tree_map_with_path(lambda path, _: numbers if is_matrix(path) else None, params)
-
-    rate = _learning_rate(cfg.learning_rate, cfg)
-    if cfg.optimiser == "muon":
-        update = contrib.muon(
-            rate,
-            weight_decay=cfg.weight_decay,
-            weight_decay_mask=matrices,
-            adam_learning_rate=_learning_rate(cfg.adam_learning_rate, cfg),
-            muon_weight_dimension_numbers=dimensions,
-        )
-    else:
-        update = optax.adamw(rate, weight_decay=cfg.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
+    finite: Array
 
 
 def init_state(model: Model, cfg: TrainingConfig, mesh: jax.sharding.Mesh | None = None) -> TrainState:
@@ -132,10 +64,14 @@ def state_shapes(model: Model, cfg: TrainingConfig, mesh: jax.sharding.Mesh | No
 
 
 def _init_state(model: Model, cfg: TrainingConfig) -> TrainState:
-    key = jax.random.key(cfg.seed)
-    params = model.init(jax.random.fold_in(key, 0))
-    state = make_optimiser(cfg).init(params)
-    return TrainState(params, state, jnp.zeros((), jnp.int32), jax.random.fold_in(key, 1))
+    params = model.init(jax.random.fold_in(jax.random.key(cfg.seed), 0))
+    return state_with(params, make_optimiser(cfg).init(params), cfg, 0)
+
+
+def state_with(params: Params, optimiser: PyTree, cfg: TrainingConfig, step: int) -> TrainState:
+    """The state after a number of steps, from what the steps changed."""
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+    return TrainState(params, optimiser, jnp.asarray(step, jnp.int32), key, jnp.ones((), bool))
 
 
 def _shardings(shapes: TrainState) -> PyTree:
@@ -148,11 +84,13 @@ class StepMetrics(typing.NamedTuple):
     Attributes:
       loss: `float32 []`, mean over labelled steps, in nats.
       gradient_norm: `float32 []`, before clipping.
-      rows: sums by row of each bucket.
+      learning_rate: `float32 []`, that the step was taken with.
+      rows: sums by row of each bucket, the rows of all processes.
     """
 
     loss: Array
     gradient_norm: Array
+    learning_rate: Array
     rows: dict[str, RowMetrics]
 
 
@@ -166,7 +104,7 @@ def make_train_step(
     """Compiles `train_step(state, batch) -> (state, metrics)`; the state passed in is donated.
 
     Args:
-      model: the pure functions.
+      model: the pure functions; made for the same mesh.
       model_cfg: shapes of the model.
       cfg: how it is trained.
       mesh: what `init_state` split the state over, and `sharding.place_batch` the batch; None for one device.
@@ -174,24 +112,73 @@ def make_train_step(
     Raises:
       ConfigError: the model does not divide over the mesh.
     """
-    optimiser = make_optimiser(cfg)
+    optimiser, rate = make_optimiser(cfg), make_schedule(cfg, cfg.learning_rate)
 
     def train_step(state: TrainState, batch: dict[str, Example]) -> tuple[TrainState, StepMetrics]:
-        key = jax.random.fold_in(state.key, state.step)
-        batch = objective.drop_previous_actions(key, batch, cfg.drop_previous)
-        gradient = jax.value_and_grad(functools.partial(objective.loss, model, model_cfg), has_aux=True)
-        (loss, rows), gradients = gradient(state.params, batch)
+        (loss, rows), gradients = loss_and_gradients(model, model_cfg, cfg, state, batch, mesh)
+        norm = optax.global_norm(gradients)
         updates, optimiser_state = optimiser.update(gradients, state.optimiser, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(loss, optax.global_norm(gradients), rows)
-        return TrainState(params, optimiser_state, state.step + 1, state.key), metrics
+        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, optimiser_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, optimiser_state), (state.params, state.optimiser)
+        )
+        metrics = StepMetrics(loss, norm, jnp.asarray(rate(state.step), jnp.float32), rows)
+        return TrainState(params, optimiser_state, state.step + finite, state.key, finite), metrics
 
-    out_shardings = (_shardings(state_shapes(model, cfg, mesh)), None) if mesh else None
+    out_shardings = None
+    if mesh:  # every process reads all the metrics
+        out_shardings = (_shardings(state_shapes(model, cfg, mesh)), sharding.replicated(mesh))
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def loss_and_gradients(
+    model: Model,
+    model_cfg: ModelConfig,
+    cfg: TrainingConfig,
+    state: TrainState,
+    batch: dict[str, Example],
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[tuple[Array, dict[str, RowMetrics]], Params]:
+    """What the step that follows a state starts from; see `objective.loss`.
+
+    Returns:
+      The loss and the metrics by row, and the gradient of the parameters, before clipping.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+    batch = objective.drop_previous_actions(key, batch, cfg.drop_previous)
+    # Of the whole batch: pieces with fewer labels then count for less.
+    labelled = objective.labelled_steps(batch)
+    gradient = jax.value_and_grad(functools.partial(objective.loss, model, model_cfg), has_aux=True)
+    if cfg.accumulation == 1:
+        return gradient(state.params, batch, labelled)
+
+    def accumulate(sums, piece):
+        (loss, rows), gradients = gradient(state.params, piece, labelled)
+        return jax.tree.map(jnp.add, sums, (loss, gradients)), rows
+
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+    pieces = sharding.split_batch(mesh, batch, cfg.accumulation)
+    (loss, gradients), rows = jax.lax.scan(accumulate, zeros, pieces)
+    return (loss, sharding.join_batch(rows)), gradients
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on."""
+
+
+class NotFiniteError(TrainingError):
+    """The loss or the gradient of a step is not finite.
+
+    Attributes:
+      step: number of the step, counted from 1.
+      state: as it was before that step.
+      batch: that the step was taken on, the rows of this process.
+    """
+
+    def __init__(self, message: str, step: int, state: TrainState, batch: dict[str, Example]):
+        super().__init__(message)
+        self.step, self.state, self.batch = step, state, batch
 
 
 def train(
@@ -200,6 +187,7 @@ def train(
     batches: collections.abc.Iterable[dict[str, Example]],
     steps: int,
     mesh: jax.sharding.Mesh | None = None,
+    stop: typing.Callable[[int], typing.Any] = lambda step: False,
 ) -> collections.abc.Iterator[tuple[int, TrainState, Metrics]]:
     """Runs training steps up to number `steps`, reporting each one while the next is already under way.
 
@@ -209,23 +197,26 @@ def train(
       batches: the batch numbered `state.step` and all after it.
       steps: the step to stop before.
       mesh: what the state is split over; None for one device.
+      stop: is asked of each step under way, by its number, whether it is the last one.
 
     Yields:
       The number of steps done, the newest state (one step ahead of the metrics until the last), and the metrics.
 
     Raises:
-      TrainingError: the loss is not finite.
+      NotFiniteError: the loss or the gradient is not finite.
     """
     start = int(state.step)
-    pending: tuple[int, dict[str, np.ndarray], StepMetrics] | None = None
+    pending: tuple[int, dict[str, Example], StepMetrics] | None = None
     for number, batch in zip(range(start, steps), batches, strict=False):
-        environments = {name: np.asarray(example.environment) for name, example in batch.items()}
         state, metrics = train_step(state, sharding.place_batch(mesh, batch) if mesh else batch)
+        last = stop(number + 1)
         if pending:
-            yield pending[0], state, _fetch(*pending)
-        pending = number + 1, environments, metrics
+            yield pending[0], state, _fetch(*pending, state)
+        pending = number + 1, batch, metrics
+        if last:
+            break
     if pending:
-        yield pending[0], state, _fetch(*pending)
+        yield pending[0], state, _fetch(*pending, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +229,9 @@ class Metrics:
       accuracy: share of labelled steps whose most likely action is the label's.
       changed_accuracy: the same where the label differs from the one before.
       gradient_norm: before clipping.
+      learning_rate: of AdamW or of Muon's matrices.
       excess_by_environment: the excess loss of each environment index in the batch.
+      labelled_by_environment: its steps that have a label.
       useful_tokens: tokens of the batch that have a label.
     """
 
@@ -247,33 +240,44 @@ class Metrics:
     accuracy: float
     changed_accuracy: float
     gradient_norm: float
+    learning_rate: float
     excess_by_environment: dict[int, float]
+    labelled_by_environment: dict[int, int]
     useful_tokens: int
 
 
-def _fetch(number: int, environments: dict[str, np.ndarray], metrics: StepMetrics) -> Metrics:
-    loss, gradient_norm, rows = jax.device_get(metrics)
-    if not np.isfinite(loss):
-        raise TrainingError(
-            f"the loss is {loss} at step {number}: lower the learning rate, or look for NaN in the data"
+def _fetch(number: int, batch: dict[str, Example], metrics: StepMetrics, state: TrainState) -> Metrics:
+    loss, gradient_norm, learning_rate, rows = jax.device_get(metrics)
+    if not (np.isfinite(loss) and np.isfinite(gradient_norm)):
+        raise NotFiniteError(
+            f"the loss is {loss} and the norm of its gradient {gradient_norm} at step {number}: look for NaN in the "
+            "data, or lower the learning rate",
+            number,
+            state._replace(finite=~state.finite),  # an operation on what all processes hold
+            batch,
         )
+    return Metrics(
+        gradient_norm=float(gradient_norm), learning_rate=float(learning_rate), loss=float(loss), **summarise(rows)
+    )
+
+
+def summarise(rows: dict[str, RowMetrics]) -> dict[str, typing.Any]:
+    """The fields of `Metrics` that follow from the metrics by row, NumPy arrays, of a batch."""
     names = sorted(rows)
     joined = RowMetrics(
         *(np.concatenate([getattr(rows[name], field) for name in names]) for field in RowMetrics._fields)
     )
-    environment = np.concatenate([environments[name] for name in names])
-    by_environment = {}
-    for index in np.unique(environment).tolist():
-        own = environment == index
-        excess = (joined.loss[own] - joined.entropy[own]).sum() / max(joined.weight[own].sum(), 1.0)
-        by_environment[index] = float(excess)
+    excess, labelled = {}, {}
+    for index in np.unique(joined.environment).tolist():
+        own = joined.environment == index
+        labelled[index] = int(joined.weight[own].sum())
+        excess[index] = float((joined.loss[own] - joined.entropy[own]).sum() / max(labelled[index], 1))
     weight, changed = max(joined.weight.sum(), 1.0), max(joined.changed_weight.sum(), 1.0)
-    return Metrics(
-        loss=float(loss),
-        excess_loss=float((joined.loss.sum() - joined.entropy.sum()) / weight),
-        accuracy=float(joined.correct.sum() / weight),
-        changed_accuracy=float(joined.changed_correct.sum() / changed),
-        gradient_norm=float(gradient_norm),
-        excess_by_environment=by_environment,
-        useful_tokens=int(joined.weight.sum()),
-    )
+    return {
+        "excess_loss": float((joined.loss.sum() - joined.entropy.sum()) / weight),
+        "accuracy": float(joined.correct.sum() / weight),
+        "changed_accuracy": float(joined.changed_correct.sum() / changed),
+        "excess_by_environment": excess,
+        "labelled_by_environment": labelled,
+        "useful_tokens": int(joined.weight.sum()),
+    }

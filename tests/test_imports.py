@@ -24,6 +24,7 @@ HOMES = {
     "flax": {"ldm_jax/model.py", "ldm_jax/tokens.py", "ldm_jax/heads.py", "ldm_jax/layers.py", "ldm_jax/decoder.py"},
     "absl": {"experiments/"},
     "ml_collections": {"experiments/"},
+    "tensorboardX": {"experiments/logs.py"},
     "tqdm": {"experiments/"},
     "matplotlib": {"experiments/report/"},
 }

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from test_store import ID, append, card
 
+from data import mixture as mixture_module
 from data import store
 from data.mixture import Bucket, Mixture, MixtureError, WindowSource
 
@@ -89,6 +90,23 @@ def test_every_window_is_as_likely_as_the_next(dataset):
     chi_squared = sum((counts[window] - expected) ** 2 / expected for window in possible)
     degrees = len(possible) - 1
     assert abs(chi_squared - degrees) < 5 * (2 * degrees) ** 0.5
+
+
+@hypothesis.given(st.integers(2, 20), st.integers(1, 60))
+def test_held_out_streams_and_the_others_are_all_streams(every, streams):
+    kept, rest = mixture_module.Streams(every, True), mixture_module.Streams(every)
+    one, other = ([some.locate(i) for i in range(some.count(streams))] for some in (kept, rest))
+    assert sorted(one + other) == list(range(streams)) and len(one) == streams // every
+
+
+def test_no_window_of_a_held_out_stream_is_drawn_for_training(dataset):
+    drawn = {}
+    for held_out in (False, True):
+        source_ = WindowSource(dataset, ["x/b"], [1], LENGTH, 0, row, mixture_module.Streams(4, held_out))
+        drawn[held_out] = {window.stream for window in source_.locate(range(500))}
+    assert drawn == {False: {0, 1, 2}, True: {3}}
+    with pytest.raises(MixtureError, match="collect more streams"):
+        WindowSource(dataset, ["x/b"], [1], LENGTH, 0, row, mixture_module.Streams(5, True))
 
 
 def test_a_part_shorter_than_a_window_gives_none(dataset):

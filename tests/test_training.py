@@ -1,25 +1,31 @@
 """Laws of the objective, the training step, checkpoints and saved policies."""
 
+import collections
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
+import warnings
 
 import examples
 import jax
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 
 import ldm_jax
-from ldm_jax import acting, checkpoints, objective, policy, training
+from ldm_jax import acting, checkpoints, objective, policy, replay, training
 from ldm_jax.actions import Slots
 from ldm_jax.codec import Targets
 from ldm_jax.config import SIZES, ConfigError
 from ldm_jax.heads import Predictions, bin_centres, bin_edges, bin_probabilities
 from ldm_jax.model import make_model
+from ldm_jax.optimiser import is_matrix, make_optimiser, make_schedule
 from ldm_jax.types import TimeStep
 
 NANO = dataclasses.replace(SIZES["nano"], values=64)
@@ -99,19 +105,100 @@ def test_the_seed_decides_the_parameters(optimiser):
     assert not equal(runs[0].params, other.params)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(train_step):
-    batch = examples.random_batch(NAMES, 2, 6, seed=0)
-    name = max(batch)
-    poisoned = batch[name].targets._replace(weight=np.full_like(batch[name].targets.weight, np.nan))
-    with pytest.raises(training.TrainingError, match="at step 1"):
-        list(
-            training.train(
-                train_step,
-                training.init_state(MODEL, CONFIG),
-                [batch | {name: batch[name]._replace(targets=poisoned)}],
-                5,
-            )
-        )
+def test_a_step_that_is_not_finite_changes_nothing_and_stops_the_run(train_step, tmp_path):
+    good = list(itertools.islice(batches(), 4))
+    name = max(good[2])
+    numeric = good[2][name].inputs.features.numeric.copy()
+    numeric[1, 3] = np.inf
+    features = good[2][name].inputs.features._replace(numeric=numeric)
+    bad = good[2] | {name: good[2][name]._replace(inputs=good[2][name].inputs._replace(features=features))}
+    todo = training.train(train_step, training.init_state(MODEL, CONFIG), [*good[:2], bad, good[3]], 4)
+    with pytest.raises(training.NotFiniteError, match="at step 3") as caught:
+        collections.deque(todo, 0)
+    error = caught.value
+    expected, _ = run(train_step, training.init_state(MODEL, CONFIG), 2)
+    # the step after it was under way already, and left all as it was
+    assert equal(error.state, expected) and error.step == 3 and error.batch is bad
+    replay.save_batch(tmp_path / "sub" / "bad.npz", error.batch)
+    loaded = replay.load_batch(tmp_path / "sub" / "bad.npz")
+    assert jax.tree.structure(loaded) == jax.tree.structure(bad)
+    assert equal(loaded, bad)
+    found = replay.diagnose(MODEL, NANO, CONFIG, expected, loaded)
+    assert found.leaves == [f"{name}/inputs/features/numeric"] and not found.parameters
+    assert [(bucket, row) for bucket, row, _ in found.rows] == [(name, 1)]
+    assert not np.isfinite(found.loss) and "tokens/numeric" in found.gradients
+
+
+def test_a_file_without_a_batch_is_refused(tmp_path):
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    (tmp_path / "text.npz").write_text("no")
+    for name in ("other.npz", "text.npz", "none.npz"):
+        with pytest.raises(replay.ReplayError, match="that save_batch wrote"):
+            replay.load_batch(tmp_path / name)
+
+
+def test_a_batch_in_pieces_has_the_loss_and_gradient_of_the_whole():
+    pieces = 2
+    batch = examples.random_batch(NAMES, 4, 6, seed=1)
+    # pieces with very different numbers of labels
+    for i, (name, example) in enumerate(sorted(batch.items())):
+        weight = example.targets.weight * (np.arange(4) % 2 >= i)[:, None]
+        batch[name] = example._replace(targets=example.targets._replace(weight=weight))
+    state = training.init_state(MODEL, CONFIG)
+    results = []
+    for count in (1, pieces):
+        cfg = dataclasses.replace(CONFIG, accumulation=count)
+        function = jax.jit(functools.partial(training.loss_and_gradients, MODEL, NANO, cfg))
+        results.append(jax.device_get(function(state, batch)))
+    ((loss, rows), gradients), ((loss_2, rows_2), gradients_2) = results
+    np.testing.assert_allclose(loss_2, loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6), rows, rows_2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-6), gradients, gradients_2)
+
+
+def test_the_state_is_donated(train_step):
+    state, batch = training.init_state(MODEL, CONFIG), next(batches())
+    before = jax.tree.leaves((state.params, state.optimiser))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # JAX warns of donated memory that it has no use for
+        text = train_step.lower(state, batch).as_text()
+    assert text.count("tf.aliasing_output") >= len(before), "a part of the state is copied at every step"
+    train_step(state, batch)
+    assert all(leaf.is_deleted() for leaf in before)
+
+
+def test_a_step_is_read_only_when_the_next_is_under_way(train_step):
+    events = []
+
+    def recorded(state, batch):
+        events.append(("dispatched", len([e for e in events if e[0] == "dispatched"]) + 1))
+        return train_step(state, batch)
+
+    def stop(step):
+        return step == 4
+
+    state = training.init_state(MODEL, CONFIG)
+    for done, newest, _ in training.train(recorded, state, batches(), 10, stop=stop):
+        events.append(("read", done))
+        state = newest
+    assert events == [
+        ("dispatched", 1),
+        *[event for step in (2, 3, 4) for event in (("dispatched", step), ("read", step - 1))],
+        ("read", 4),
+    ]
+    assert int(state.step) == 4, "stopped where it was told to"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_and_moments_are_float32_whatever_is_computed_in(dtype):
+    cfg = dataclasses.replace(NANO, dtype=dtype)
+    model, batch = make_model(cfg), next(batches())
+    state = training.state_shapes(model, CONFIG)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state.params))
+    step = functools.partial(training.loss_and_gradients, model, cfg, CONFIG)
+    text = str(jax.make_jaxpr(step)(state, batch))
+    products = re.findall(r":(\w+)\[[\d,]*\] = dot_general", text)
+    assert products and (products.count("bf16") > len(products) // 2) == (dtype == "bfloat16")
 
 
 def test_the_loss_against_a_direct_formula():
@@ -235,7 +322,10 @@ def test_damaged_and_foreign_policies_are_refused(tmp_path):
     for change, message in (
         ({"schema": 99}, "schema 99"),
         ({"model": description["model"] | {"depth": 3}}, "another version"),
-        ({"model": description["model"] | {"width": 64}}, "not of this model"),
+        (
+            {"model": description["model"] | {"width": 64}},
+            r"blocks/down/kernel was float32\[2, 64, 32\] there and is float32\[2, 64, 64\] now",
+        ),
     ):
         path.write_text(json.dumps(description | change))
         with pytest.raises(ValueError, match=message):
@@ -252,7 +342,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_difference(train_step
     wider = dataclasses.asdict(dataclasses.replace(NANO, width=64))
     with (
         checkpoints.Checkpoints(tmp_path, {"model": wider, "steps": 5}) as saved,
-        pytest.raises(checkpoints.CheckpointError, match=r"model\.width is 32 there and 64 here"),
+        pytest.raises(checkpoints.CheckpointError, match=r"model\.width was 32 there and is 64 now"),
     ):
         saved.restore(state)
 
@@ -292,9 +382,73 @@ def test_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
             step = int(process.stdout.readline())
         process.kill()
     with checkpoints.Checkpoints(tmp_path, {"a": 1}) as saved:
-        assert saved.latest >= step
+        assert saved.latest >= step - 1, "the one before the last is complete when the last begins"
         restored = saved.restore(training.init_state(MODEL, CONFIG))
     assert equal(restored.params, training.init_state(MODEL, CONFIG).params)
+
+
+PARAMS = {
+    "down": {"kernel": np.linspace(-1, 1, 48, dtype=np.float32).reshape(2, 6, 4)},
+    "norm": {"scale": np.ones(4, np.float32)},
+    "head": {"bins": np.linspace(-1, 1, 32, dtype=np.float32).reshape(4, 8)},
+}
+
+
+def optimised(cfg, gradients):
+    """Parameters and optimiser state after a step from `PARAMS`."""
+
+    @jax.jit
+    def step(params, gradients):
+        optimiser = make_optimiser(cfg)
+        updates, state = optimiser.update(gradients, optimiser.init(params), params)
+        return optax.apply_updates(params, updates), state
+
+    return step(PARAMS, gradients)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_matrices_alone_decay(optimiser):
+    cfg = dataclasses.replace(CONFIG, optimiser=optimiser, warmup=0)
+    after, _ = optimised(cfg, jax.tree.map(np.zeros_like, PARAMS))
+    shrunk = PARAMS["down"]["kernel"] * (1 - cfg.learning_rate * cfg.weight_decay)
+    np.testing.assert_allclose(after["down"]["kernel"], shrunk, rtol=1e-5)
+    for part, name in (("norm", "scale"), ("head", "bins")):
+        np.testing.assert_array_equal(after[part][name], PARAMS[part][name])
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0))
+    decayed = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(shapes) if is_matrix(path)}
+    assert decayed == {"kernel"}
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    cfg = dataclasses.replace(CONFIG, optimiser="adamw", clip_norm=0.5)
+    _, state = optimised(cfg, jax.tree.map(lambda leaf: 100 * leaf, PARAMS))
+    moments = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(optax.global_norm(moments), (1 - 0.9) * 0.5, rtol=1e-4)
+
+
+def test_schedules():
+    cosine = make_schedule(dataclasses.replace(CONFIG, steps=100, warmup=10), 2.0)
+    np.testing.assert_allclose([cosine(t) for t in (0, 5, 10, 55, 100)], [0, 1, 2, 1.1, 0.2], atol=1e-6)
+    wsd = make_schedule(dataclasses.replace(CONFIG, steps=100, warmup=10, schedule="wsd", decay=0.25), 2.0)
+    np.testing.assert_allclose([wsd(t) for t in (0, 5, 10, 40, 75, 90, 100)], [0, 1, 2, 2, 2, 0.8, 0], atol=1e-6)
+
+
+def test_checkpoints_are_kept_by_policy(tmp_path):
+    with checkpoints.Checkpoints(tmp_path, {}, keep=2, keep_every=4) as saved:
+        for step in range(1, 8):
+            saved.save(training.state_with({"kernel": np.zeros(3)}, (), CONFIG, step))
+        saved.wait()
+        assert saved.steps == [4, 6, 7]
+
+
+def test_what_is_being_saved_does_not_change_with_the_training(train_step, tmp_path):
+    straight, _ = run(train_step, training.init_state(MODEL, CONFIG), 2)
+    with checkpoints.Checkpoints(tmp_path, {}) as saved:
+        state, _ = run(train_step, training.init_state(MODEL, CONFIG), 2)
+        saved.save(state)  # written by a thread, while the next steps take the memory over
+        run(train_step, state, 8)
+    with checkpoints.Checkpoints(tmp_path, {}) as saved:
+        assert equal(saved.restore(training.state_shapes(MODEL, CONFIG)), straight)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +458,9 @@ def test_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
         ({"warmup": 12}, "warmup is 12"),
         ({"drop_previous": 2}, "probability"),
         ({"clip_norm": 0}, "clip_norm"),
+        ({"schedule": "linear"}, "cosine or wsd"),
+        ({"schedule": "wsd", "decay": 0.9}, r"decay is 0\.9 .* at most 0\.833"),
+        ({"accumulation": 0}, "accumulation is 0"),
     ],
 )
 def test_bad_training_configurations_are_refused(change, message):

@@ -7,6 +7,8 @@ import math
 import re
 import typing
 
+from ldm_jax.scaling_law import Law
+
 INK, MUTED, GRID, ACCENT, SECOND = "#1b1f27", "#69707d", "#e3e6eb", "#2456c7", "#c2560c"
 # The colours in the SVG become the page's variables, so that one drawing serves both themes.
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", ACCENT: "--accent", SECOND: "--second"}
@@ -66,6 +68,19 @@ def training(rows: typing.Sequence[dict[str, typing.Any]], kind: str) -> bytes:
       The picture.
     """
     return _picture(lambda axes: _draw_training(axes, rows), (10.4, 3.8), kind)
+
+
+def scaling(found: dict[str, typing.Any], kind: str) -> bytes:
+    """Held-out excess loss against arithmetic, 6 N D: every run, and the fitted law of every size.
+
+    Args:
+      found: contents of `scaling.json`.
+      kind: `"png"` or `"svg"`.
+
+    Returns:
+      The picture.
+    """
+    return _picture(lambda axes: _draw_scaling(axes, found), (10.4, 5.2), kind)
 
 
 def interval(low: float | None, value: float, high: float | None, span: tuple[float, float], note: str) -> str:
@@ -171,6 +186,30 @@ def _draw_training(axes: typing.Any, rows: typing.Sequence[dict[str, typing.Any]
     axes.margins(x=0)
     if axes.get_lines():
         axes.legend(loc="upper right", ncols=2)
+
+
+def _draw_scaling(axes: typing.Any, found: dict[str, typing.Any]) -> None:
+    law, points = Law(**found["law"]), found["points"]
+    sizes = sorted({(point["parameters"], point["size"]) for point in points})
+    for rank, (parameters, name) in enumerate(sizes):
+        own = sorted((point["tokens"], point["held_out_excess_loss"]) for point in points if point["size"] == name)
+        tokens, losses = zip(*own, strict=True)
+        shade = (rank + 1) / len(sizes)
+        label = f"{name}, N = {count(parameters)}"
+        axes.plot(
+            [6 * parameters * d for d in tokens], losses, "o", color=ACCENT, alpha=0.25 + 0.75 * shade, label=label
+        )
+        line = [tokens[0] * (tokens[-1] / tokens[0]) ** (i / 40) for i in range(41)]
+        predicted = [float(law.predict(parameters, d)) for d in line]
+        axes.plot([6 * parameters * d for d in line], predicted, color=ACCENT, alpha=0.25 + 0.75 * shade, linewidth=1.4)
+    ends = [6 * point["parameters"] * point["tokens"] for point in points]
+    compute = [min(ends) * (max(ends) / min(ends)) ** (i / 40) for i in range(41)]
+    if min(law.parameters_power, law.data_power, law.parameters, law.data) > 1e-6:
+        best = [float(law.best_size(flops)) for flops in compute]
+        frontier = [float(law.predict(n, flops / 6 / n)) for n, flops in zip(best, compute, strict=True)]
+        axes.plot(compute, frontier, color=SECOND, linewidth=1.4, linestyle=(0, (4, 2)), label="best size, by the law")
+    axes.set(xscale="log", yscale="log", xlabel="floating-point operations, 6 N D", ylabel="held-out excess loss, nats")
+    axes.legend(loc="upper right")
 
 
 def _picture(draw: typing.Callable[[typing.Any], None], size: tuple[float, float], kind: str) -> bytes:

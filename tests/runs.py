@@ -1,0 +1,89 @@
+"""Small pretraining runs for tests: real data of two environments, and the command line that trains on it."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+from test_collect import CASES, _reference
+
+import environments
+from data import collect, store
+from ldm_jax import cards
+
+IDS = ("gymnax/CartPole-v1", "gymnax/Pendulum-v1")
+XLA = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+STREAMS, STEPS = 32, 96
+RETURNS = {"gymnax/CartPole-v1": (22.0, 500.0), "gymnax/Pendulum-v1": (-1235.0, -152.0)}
+FLAGS = (
+    "--preset=nano",
+    "--config.model.layers=1",
+    "--config.training.steps=24",
+    "--config.training.warmup=2",
+    "--config.training.optimiser=adamw",
+    "--config.rows=2",
+    "--config.checkpoint_steps=4",
+    "--config.log_steps=20",
+    "--config.peak_flops=1e11",
+    "--config.evaluation.steps=0",
+)
+
+
+def make_dataset(path: pathlib.Path, poison: bool = False) -> store.Dataset:
+    """Collects a little; where it is poisoned, the rewards of a few streams of CartPole are not numbers."""
+    dataset = store.create_dataset(path)
+    for id in IDS:
+        environment = environments.make(id, STREAMS)
+        collected = collect.collect(environment, _reference(CASES[id], environment), 7, collect.Config(STREAMS, STEPS))
+        environment.close()
+        leaves = dict(collected.leaves)
+        if poison and id == IDS[0]:
+            leaves["reward"] = leaves["reward"].copy()
+            leaves["reward"][40:, :6] = np.nan
+        random, reference = (cards.Returns.of(np.full((2, 2), value)) for value in RETURNS[id])
+        card = cards.EnvironmentCard.of(
+            environment.spec,
+            statistics=collected.statistics,
+            random_returns=random,
+            reference_returns=reference,
+            reference=cards.Reference("scripted", "greedy", 0, 0),
+        )
+        dataset = store.append_part(dataset, card, leaves, collected.episodes)
+    return dataset
+
+
+def start(workdir, *flags, devices=1, cache=None):
+    """Starts pretraining; the log comes on its standard output."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {XLA}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache or ""),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={workdir}", *FLAGS, *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    """Waits for the end; returns the output and the exit code."""
+    out, _ = process.communicate()
+    return out, process.returncode
+
+
+def send_at(process, line, number=signal.SIGTERM):
+    """Reads the log up to a line, then sends a signal; returns what was read."""
+    seen = []
+    for text in process.stdout:
+        seen.append(text)
+        if line in text:
+            process.send_signal(number)
+            return "".join(seen)
+    raise AssertionError(f"{line!r} never came: {''.join(seen)}")
+
+
+def rows(workdir):
+    """The rows of metrics."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
