@@ -65,7 +65,8 @@ class ModelConfig:
       choices: largest number of choices of a slot.
       continuous_slots: most continuous action slots.
       dtype: of the computation; parameters are float32.
-      remat: what the backward pass recomputes: `"none"`, `"dots"` (all but matrix products) or `"full"`.
+      remat: what the backward pass recomputes: `"none"`, `"dots"` (all but matrix products and attention, which is
+        also the fastest where memory is slow) or `"full"`.
       tokens_per_step: 1, or 2 as an ablation: the previous action as a token of its own before the observation's (the
         interleaved encoding of JAT, Gallouedec et al. 2024). It trains, at twice the tokens, and does not act.
     """
@@ -90,7 +91,7 @@ class ModelConfig:
     choices: int = 32
     continuous_slots: int = 32
     dtype: typing.Literal["float32", "bfloat16"] = "float32"
-    remat: typing.Literal["none", "dots", "full"] = "none"
+    remat: typing.Literal["none", "dots", "full"] = "dots"
     tokens_per_step: typing.Literal[1, 2] = 1
 
     def __post_init__(self):

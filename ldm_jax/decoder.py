@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ldm_jax.attention import attend
 from ldm_jax.config import ModelConfig
-from ldm_jax.tokens import linear, rms_normalise
+from ldm_jax.tokens import Linear, rms_normalise
 from ldm_jax.types import Array
 
 
@@ -70,10 +71,10 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.query = linear(cfg.width, cfg.heads * cfg.head_width, cfg, rngs)
-        self.key = linear(cfg.width, cfg.kv_heads * cfg.head_width, cfg, rngs)
-        self.value = linear(cfg.width, cfg.kv_heads * cfg.head_width, cfg, rngs)
-        self.out = linear(cfg.heads * cfg.head_width, cfg.width, cfg, rngs)
+        self.query = Linear(cfg.width, cfg.heads * cfg.head_width, cfg, rngs)
+        self.key = Linear(cfg.width, cfg.kv_heads * cfg.head_width, cfg, rngs)
+        self.value = Linear(cfg.width, cfg.kv_heads * cfg.head_width, cfg, rngs)
+        self.out = Linear(cfg.heads * cfg.head_width, cfg.width, cfg, rngs)
         if cfg.qk_norm:
             self.query_norm = Norm(cfg.head_width)
             self.key_norm = Norm(cfg.head_width)
@@ -92,13 +93,8 @@ class Attention(nnx.Module):
         """Attends within a window of steps, from its beginning."""
         query, key, value = self.project(x_BTD)
         position = jnp.arange(x_BTD.shape[1])[None]
-        attended = jax.nn.dot_product_attention(
-            rotate(query, position, self.cfg.rope_base),
-            rotate(key, position, self.cfg.rope_base),
-            value,
-            is_causal=True,
-            local_window_size=(self.cfg.window - 1, 0),
-        )
+        base = self.cfg.rope_base
+        attended = attend(rotate(query, position, base), rotate(key, position, base), value, self.cfg.window)
         return self.out(attended.reshape(*x_BTD.shape[:2], -1))
 
     def step(self, x_B1D: Array, keys_BSGK: Array, values_BSGK: Array, length_B: Array) -> tuple[Array, Array, Array]:
@@ -125,9 +121,9 @@ class Block(nnx.Module):
         self.attention_norm = Norm(cfg.width)
         self.attention = Attention(cfg, rngs)
         self.feed_forward_norm = Norm(cfg.width)
-        self.gate = linear(cfg.width, cfg.feed_forward, cfg, rngs)
-        self.up = linear(cfg.width, cfg.feed_forward, cfg, rngs)
-        self.down = linear(cfg.feed_forward, cfg.width, cfg, rngs)
+        self.gate = Linear(cfg.width, cfg.feed_forward, cfg, rngs)
+        self.up = Linear(cfg.width, cfg.feed_forward, cfg, rngs)
+        self.down = Linear(cfg.feed_forward, cfg.width, cfg, rngs)
 
     def feed_forward(self, x: Array) -> Array:
         """SwiGLU."""
@@ -146,7 +142,13 @@ class Block(nnx.Module):
         return x + self.feed_forward(x), keys, values
 
 
-_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+_POLICIES = jax.checkpoint_policies
+_REMAT_POLICIES = {
+    "dots": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("attended")
+    ),
+    "full": None,
+}
 
 
 def rematerialise(function: typing.Callable[..., typing.Any], cfg: ModelConfig) -> typing.Callable[..., typing.Any]:

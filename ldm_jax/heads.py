@@ -12,7 +12,7 @@ from flax import nnx
 
 from ldm_jax.codec import Features, Signature
 from ldm_jax.config import ModelConfig
-from ldm_jax.tokens import Film, linear, normal
+from ldm_jax.tokens import Film, Linear, normal
 from ldm_jax.types import Array
 
 MASKED = -1e9
@@ -39,8 +39,8 @@ class Head(nnx.Module):
         self.film = Film(cfg, rngs)
         self.choice_slot = normal(rngs, (cfg.choice_slots, width), 0.5)
         self.continuous_slot = normal(rngs, (cfg.continuous_slots, width), 0.5)
-        self.hidden = linear(width, 2 * width, cfg, rngs)
-        self.out = linear(2 * width, width, cfg, rngs)
+        self.hidden = Linear(width, 2 * width, cfg, rngs)
+        self.out = Linear(2 * width, width, cfg, rngs)
         self.choices = normal(rngs, (width, cfg.choices), 0.2 / np.sqrt(width))
         self.bins = normal(rngs, (width, cfg.bins), 0.2 / np.sqrt(width))
 

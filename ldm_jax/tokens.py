@@ -21,9 +21,48 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> nnx.Para
     return nnx.Param(deviation * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
-def linear(inputs: int, outputs: int, cfg: ModelConfig, rngs: nnx.Rngs, bias: bool = False) -> nnx.Linear:
-    """A linear layer that computes in the configured precision."""
-    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=jnp.dtype(cfg.dtype), param_dtype=jnp.float32, rngs=rngs)
+@jax.custom_vjp
+def _product(x_ND: Array, kernel_DF: Array) -> Array:
+    return x_ND @ kernel_DF
+
+
+def _product_forward(x_ND: Array, kernel_DF: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x_ND @ kernel_DF, (x_ND, kernel_DF)
+
+
+def _product_backward(saved: tuple[Array, Array], gradient_NF: Array) -> tuple[Array, Array]:
+    x_ND, kernel_DF = saved
+    d_kernel = jax.lax.platform_dependent(
+        x_ND, gradient_NF, cpu=_transposed_product_on_cpu, default=lambda x_ND, gradient_NF: x_ND.T @ gradient_NF
+    )
+    return gradient_NF @ kernel_DF.T, d_kernel
+
+
+def _transposed_product_on_cpu(x_ND: Array, y_NF: Array) -> Array:
+    """`x.T @ y`, with the narrower one transposed by itself: folded into the product, it takes twice as long."""
+    barrier = jax.lax.optimization_barrier
+    if x_ND.shape[1] <= y_NF.shape[1]:
+        return barrier(barrier(x_ND).T) @ y_NF
+    return barrier(barrier(barrier(y_NF).T) @ x_ND).T
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+class Linear(nnx.Module):
+    """A linear layer over the last axis: one plain matrix product, and two for its gradients."""
+
+    def __init__(self, inputs: int, outputs: int, cfg: ModelConfig, rngs: nnx.Rngs, bias: bool = False):
+        self.dtype = jnp.dtype(cfg.dtype)
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (inputs, outputs), jnp.float32))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        y = _product(x.reshape(-1, x.shape[-1]).astype(self.dtype), self.kernel[...].astype(self.dtype))
+        if hasattr(self, "bias"):
+            y = y + self.bias[...].astype(self.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def rms_normalise(x: Array) -> Array:
@@ -36,7 +75,7 @@ class Film(nnx.Module):
     """Normalises, then scales and shifts by the signature (Perez et al. 2018, FiLM)."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-        self.condition = linear(cfg.width, 2 * cfg.width, cfg, rngs, bias=True)
+        self.condition = Linear(cfg.width, 2 * cfg.width, cfg, rngs, bias=True)
 
     def __call__(self, x_RTD: Array, signature_RD: Array) -> Array:
         scale, shift = jnp.split(self.condition(signature_RD)[:, None], 2, -1)
@@ -54,7 +93,7 @@ class CategoryEncoder(nnx.Module):
         self.position = normal(rngs, (components, cfg.width), 1.0)
         self.low = normal(rngs, (values, cfg.width), 1.0)
         self.high = normal(rngs, (values, cfg.width), 0.1)
-        self.mix = linear(cfg.width, cfg.width, cfg, rngs)
+        self.mix = Linear(cfg.width, cfg.width, cfg, rngs)
 
     def __call__(self, index_RTP: Array, mask_RP: Array) -> Array:
         embedded = self.low[...][index_RTP % self.values] + self.high[...][index_RTP // self.values]
@@ -75,8 +114,8 @@ class GridEncoder(nnx.Module):
         self.cell = normal(rngs, (cfg.channels, features, quarter), 1.0 / np.sqrt(4 * features))
         self.inside = normal(rngs, (quarter,), 0.1)
         self.patch = normal(rngs, (patch, patch, cfg.channels, quarter), 1.0)
-        self.first = linear(4 * quarter, half, cfg, rngs, bias=True)
-        self.second = linear(4 * half, half, cfg, rngs, bias=True)
+        self.first = Linear(4 * quarter, half, cfg, rngs, bias=True)
+        self.second = Linear(4 * half, half, cfg, rngs, bias=True)
         side = GRID_CELLS // 4
         self.gather = normal(rngs, (side, side, half, width), 1.0 / np.sqrt(side * side * half))
 
@@ -118,8 +157,8 @@ class TextEncoder(nnx.Module):
         quarter = cfg.width // 4
         self.byte = normal(rngs, (256, quarter), 1.0)
         self.position = normal(rngs, (cfg.text, quarter), 1.0)
-        self.mix = linear(quarter, cfg.width // 2, cfg, rngs)
-        self.out = linear(cfg.width // 2, cfg.width, cfg, rngs)
+        self.mix = Linear(quarter, cfg.width // 2, cfg, rngs)
+        self.out = Linear(cfg.width // 2, cfg.width, cfg, rngs)
 
     def __call__(self, text_RTL: Array) -> Array:
         hidden = jax.nn.gelu(self.mix(self.byte[...][text_RTL] + self.position[: text_RTL.shape[-1]]))
@@ -144,8 +183,8 @@ class Tokens(nnx.Module):
         self.text = TextEncoder(cfg, rngs)
         self.part = normal(rngs, (8, width), 0.1)
         self.film = Film(cfg, rngs)
-        self.hidden = linear(width, 2 * width, cfg, rngs)
-        self.out = linear(2 * width, width, cfg, rngs)
+        self.hidden = Linear(width, 2 * width, cfg, rngs)
+        self.out = Linear(2 * width, width, cfg, rngs)
         self.reward = normal(rngs, (2, width), 0.5)
         self.flags = normal(rngs, (3, width), 0.5)
         self.previous_choice = CategoryEncoder(cfg.choice_slots, min(cfg.choices, cfg.values), cfg, rngs)
@@ -197,8 +236,8 @@ class SignatureEncoder(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(cfg.dtype)
-        self.hidden = linear(SIGNATURE, cfg.width, cfg, rngs, bias=True)
-        self.out = linear(cfg.width, cfg.width, cfg, rngs, bias=True)
+        self.hidden = Linear(SIGNATURE, cfg.width, cfg, rngs, bias=True)
+        self.out = Linear(cfg.width, cfg.width, cfg, rngs, bias=True)
 
     def __call__(self, vector_RF: Array) -> Array:
         return jax.nn.gelu(self.out(jax.nn.gelu(self.hidden(vector_RF.astype(self.dtype)))))
