@@ -18,6 +18,11 @@ from ldm_jax.types import Array
 _MASKED = -1e30
 
 
+def _wide(x: Array) -> jnp.dtype:
+    """The dtype of scores and sums: float32 at least."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 class _Block(typing.NamedTuple):
     """Queries `start` to `stop`, and the first key that they see, rounded down to a block."""
 
@@ -79,7 +84,8 @@ def _forward(window: int, query: Array, key: Array, value: Array) -> tuple[Array
 def _backward(window: int, saved: typing.Any, gradient: Array) -> tuple[Array, Array, Array]:
     query, key, value, output, log_sum = saved
     blocks = _blocks(query.shape[3], window)
-    mean = jnp.sum(gradient.astype(jnp.float32) * output.astype(jnp.float32), -1, keepdims=True)
+    wide = _wide(query)
+    mean = jnp.sum(gradient.astype(wide) * output.astype(wide), -1, keepdims=True)
     d_query: list[Array] = []
     d_key: list[list[Array]] = [[] for _ in blocks]
     d_value: list[list[Array]] = [[] for _ in blocks]
@@ -87,13 +93,13 @@ def _backward(window: int, saved: typing.Any, gradient: Array) -> tuple[Array, A
         queries, keys = slice(block.start, block.stop), slice(block.first_key, block.stop)
         own = gradient[..., queries, :]
         weights = jnp.exp(_scores(block, window, query, key) - log_sum[..., queries, :])
-        d_weights = jnp.einsum("bgrtk,bgsk->bgrts", own, value[:, :, keys], preferred_element_type=jnp.float32)
+        d_weights = jnp.einsum("bgrtk,bgsk->bgrts", own, value[:, :, keys], preferred_element_type=wide)
         d_scores = weights * (d_weights - mean[..., queries, :]) * query.shape[-1] ** -0.5
         weights, d_scores = weights.astype(value.dtype), d_scores.astype(value.dtype)
         d_query.append(jnp.einsum("bgrts,bgsk->bgrtk", d_scores, key[:, :, keys]))
         for parts, left, right in ((d_key, d_scores, query[..., queries, :]), (d_value, weights, own)):
             # To each block of keys its share, so that no sum runs over keys that a block does not see.
-            total = jnp.einsum("bgrts,bgrtk->bgsk", left, right, preferred_element_type=jnp.float32)
+            total = jnp.einsum("bgrts,bgrtk->bgsk", left, right, preferred_element_type=wide)
             for i, other in enumerate(blocks):
                 if block.first_key <= other.start and other.stop <= block.stop:
                     start = other.start - block.first_key
@@ -109,9 +115,9 @@ _attend.defvjp(_forward, _backward)
 
 
 def _scores(block: _Block, window: int, query_BGRTK: Array, key_BGTK: Array) -> Array:
-    """`float32 [B, G, R, t, s]` of a block's queries and the keys that they may see, the others masked."""
+    """`[B, G, R, t, s]`, at least float32, of a block's queries and the keys that they may see, the others masked."""
     query = query_BGRTK[..., block.start : block.stop, :]
     key = key_BGTK[:, :, block.first_key : block.stop]
-    scores = jnp.einsum("bgrtk,bgsk->bgrts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bgrtk,bgsk->bgrts", query, key, preferred_element_type=_wide(query))
     age = jnp.arange(block.start, block.stop)[:, None] - jnp.arange(block.first_key, block.stop)
     return jnp.where((age >= 0) & (age < window), scores * query.shape[-1] ** -0.5, _MASKED)

@@ -99,7 +99,8 @@ class GymnasiumEnvironment:
             value = self._fit(leaf, spaces.get(observation, leaf.path))
             for _, _, text in leaf.faults(value, np.ones(batch_size, bool)):
                 self._fault(text)
-            outside_B |= leaf.outside(value)
+            if leaf.bounded and not leaf.inside(value):
+                outside_B |= leaf.outside(value)
             values.append(value)
         self.rows_outside += int(outside_B.sum())
         self._last_B = np.asarray(terminated_B | truncated_B)
