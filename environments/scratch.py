@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pathlib
@@ -21,10 +22,16 @@ def make_scratch() -> tuple[str, typing.Callable[[], None]]:
     parent = pathlib.Path(tempfile.gettempdir())
     for folder in parent.glob(f"{_PREFIX}*"):
         _remove_if_left(folder)
-    path = tempfile.mkdtemp(prefix=_PREFIX)
-    # The lock says that the owner lives: the kernel lets go of it however the owner ends.
-    descriptor = os.open(path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    while True:
+        path = tempfile.mkdtemp(prefix=_PREFIX)
+        # The lock says that the owner lives: the kernel lets go of it however the owner ends.
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.path.exists(path):
+                break
+            os.close(descriptor)
+        # Another process took it for one that was left, before it was locked: try again.
 
     def remove() -> None:
         shutil.rmtree(path, ignore_errors=True)

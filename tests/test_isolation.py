@@ -1,6 +1,7 @@
 """Environments in worker processes: the contract, misbehaviour of every kind, and that nothing is left behind."""
 
 import ast
+import concurrent.futures
 import contextlib
 import importlib.util
 import os
@@ -409,3 +410,14 @@ def test_a_worker_of_another_version_is_refused(monkeypatch):
 def test_wrong_limits_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         isolation.Isolation(**wrong)
+
+
+def test_folders_of_processes_that_start_at_the_same_time_are_not_taken_for_left_ones():
+    def make_one(_):
+        path, remove = scratch.make_scratch()
+        there = os.path.isdir(path)
+        remove()
+        return there
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(make_one, range(400)))
