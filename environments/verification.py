@@ -87,13 +87,13 @@ def name_anew(line: catalog.Entry) -> catalog.Entry:
 def reason_of(error: BaseException | str) -> str:
     """The last words of an error in one short line, without folders of this machine."""
     text = error if isinstance(error, str) else (str(error) or type(error).__name__)
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    if "Traceback" in text:
-        # The error itself stands on the first line behind the frames, which are indented.
-        frames = text[text.rindex("Traceback") :].splitlines()[1:]
-        lines = [line.strip() for line in frames if line.strip() and not line.startswith(" ")] or lines
-    text = re.sub(r"(?<![:/\w])(/[\w.+-]+){2,}/", "", lines[0] if lines else "no words")
-    text = re.sub(r"^\S+ cannot be made: ", "", text)
+    lines = [line for line in text.strip().splitlines() if line.strip()] or ["no words"]
+    frames = [i for i, line in enumerate(lines) if re.search(r"line \d+, in ", line)]
+    if frames:  # of a traceback, the error itself: it stands on the first line behind the frames that is not indented
+        lines = [line for line in lines[frames[-1] + 1 :] if not line.startswith(" ")] or lines
+    text = re.sub(r"(?<![:/\w])(/[\w.+-]+){2,}/", "", lines[0].strip())
+    text = re.sub(r" \(fault \d+ since the reset.*$", "", text)
+    text = re.sub(r"^\S+ cannot be made: |^\S+, step \d+ after the reset(, rows \[0\])?: ", "", text)
     return text if len(text) <= _MAX_REASON_CHARS else text[: _MAX_REASON_CHARS - 4] + " ..."
 
 

@@ -52,13 +52,10 @@ def take_stock(library: str, output: pathlib.Path, workers: int, timeout_s: floa
     output.mkdir(parents=True, exist_ok=True)
     path, journal = output / f"{library}.jsonl", output / f"{library}.journal"
     version = registry.version(library)
-    before = (catalog.read(path) if path.exists() else []) + _read_journal(journal)
+    before = [known for known in (catalog.read(path) if path.exists() else ()) if known.verified or not retry]
+    before += _read_journal(journal)
     candidates = {f"{library}/{name}": reason for name, reason in registry.candidates(library).items()}
-    found = {
-        known.id: name_anew(known)
-        for known in before
-        if known.version == version and (known.verified or not retry) and known.id in candidates
-    }
+    found = {known.id: name_anew(known) for known in before if known.version == version and known.id in candidates}
     todo = {id: reason for id, reason in candidates.items() if id not in found}
     lock = threading.Lock()
     with (

@@ -1,7 +1,8 @@
 """The planning problems of rddlrepository in pyRDDLGym: an id is the name of the problem, a dash and the instance.
 
-Fluents come as arrays. A problem may let only so many of its actions happen at a time: then the agent has that many
-choices, each of one action or of none. Preconditions of actions are not enforced, as is pyRDDLGym's own default.
+Fluents come as arrays, objects as their places in their types. A problem may let only so many of its actions happen at
+a time: then the agent has that many choices, each of one action or of none. Preconditions of actions are not enforced,
+as is pyRDDLGym's own default.
 """
 
 import importlib
@@ -27,6 +28,8 @@ class Problem(gymnasium.Env):
         self._problem: typing.Any = pyRDDLGym.make(domain, instance, **options)
         self.max_steps = int(self._problem.horizon)
         self.observation_space = self._problem.observation_space
+        # Values of enumerated types have an @ in front in the type and none in the fluent.
+        self._places = {name.lstrip("@"): place for name, place in self._problem.model.object_to_index.items()}
         self._idle = self._problem.sampler.noop_actions
         fluents = self._problem.action_space.spaces
         ranges = self._problem.model.action_ranges
@@ -52,11 +55,11 @@ class Problem(gymnasium.Env):
             self._problem.seed(seed)
         observation, info = self._problem.reset()
         self._over = self._problem.done
-        return observation, info
+        return self._see(observation), info
 
     def step(self, action):
         if self._over:  # some are over before they begin
-            return self._problem.reset()[0], 0.0, True, False, {}
+            return self._see(self._problem.reset()[0]), 0.0, True, False, {}
         parts = {self._single: action} if self._single else dict(action)
         if self._choices:
             for choice in np.ravel(parts.pop("choice")):
@@ -64,7 +67,20 @@ class Problem(gymnasium.Env):
                     name, place = self._switches[choice]
                     parts.setdefault(name, np.zeros(self._problem.action_space[name].shape, np.int32))[place] = 1
         shaped = {name: np.reshape(value, np.shape(self._idle[name])) for name, value in parts.items()}
-        return self._problem.step(shaped)
+        observation, *rest = self._problem.step(shaped)
+        return (self._see(observation), *rest)
+
+    def _see(self, observation):
+        """The fluents as numbers: an object by its place in its type; 0 where nothing has been observed yet."""
+        seen = {}
+        for name, space in self.observation_space.spaces.items():
+            value = np.asarray(observation[name])
+            if value.dtype == object:
+                value = np.clip(np.zeros(space.shape), space.low, space.high)
+            elif value.dtype.kind == "U":
+                value = np.array([self._places[each.lstrip("@")] for each in value.ravel()])
+            seen[name] = value.astype(space.dtype).reshape(space.shape)
+        return seen
 
     def close(self):
         self._problem.close()
