@@ -91,7 +91,7 @@ def reason_of(error: BaseException | str) -> str:
     frames = [i for i, line in enumerate(lines) if re.search(r"line \d+, in ", line)]
     if frames:  # of a traceback, the error itself: it stands on the first line behind the frames that is not indented
         lines = [line for line in lines[frames[-1] + 1 :] if not line.startswith(" ")] or lines
-    text = re.sub(r"(?<![:/\w])(/[\w.+-]+){2,}/", "", lines[0].strip())
+    text = re.sub(r"(?<![:/\w])(/[\w.+-]+)+/", "", lines[0].strip())
     text = re.sub(r" \(fault \d+ since the reset.*$", "", text)
     text = re.sub(r"^\S+ cannot be made: |^\S+, step \d+ after the reset(, rows \[0\])?: ", "", text)
     return text if len(text) <= _MAX_REASON_CHARS else text[: _MAX_REASON_CHARS - 4] + " ..."

@@ -27,7 +27,7 @@ class Problem(gymnasium.Env):
         options = {"vectorized": True, "enforce_action_count_non_bool": False}
         self._problem: typing.Any = pyRDDLGym.make(domain, instance, **options)
         self.max_steps = int(self._problem.horizon)
-        self.observation_space = self._problem.observation_space
+        self.observation_space: typing.Any = self._problem.observation_space
         # Values of enumerated types have an @ in front in the type and none in the fluent.
         self._places = {name.lstrip("@"): place for name, place in self._problem.model.object_to_index.items()}
         self._idle = self._problem.sampler.noop_actions
