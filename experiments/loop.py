@@ -61,7 +61,14 @@ def follow(
     """
     clock = progress.clock()
     begun = done = newest = int(state.step)
-    signal, evaluated = 0, dict[int, dict[str, typing.Any]]()
+    signal, evaluated, unsaid = 0, dict[int, dict[str, typing.Any]](), dict[str, typing.Any]()
+
+    def tell() -> None:
+        # What the log says is saved is on the disk.
+        if unsaid and not checkpoints.busy:
+            progress.log("pretrain", **unsaid)
+            unsaid.clear()
+
     with progress.bar("pretrain", pace.steps, "step", begun) as advance, interrupts.deferred() as received:
 
         def stop(step: int) -> bool:
@@ -81,14 +88,16 @@ def follow(
                 due = newest % pace.checkpoint_steps == 0 or newest == pace.steps or signal
                 # The newest state is not known to be sound before its own metrics are.
                 if due and newest != checkpoints.latest and bool(state.finite):
+                    checkpoints.wait()
+                    tell()
                     checkpoints.save(state)
-                    progress.log(
-                        "pretrain", step=newest, loss=metrics.loss, excess=metrics.excess_loss, seconds=clock()
-                    )
+                    unsaid = {"step": newest, "loss": metrics.loss, "excess": metrics.excess_loss, "seconds": clock()}
+                tell()
         except training.NotFiniteError as error:
             raise training.TrainingError(f"{error}. {_keep(error, checkpoints, workdir)}") from error
+        checkpoints.wait()
+        tell()
         if signal and done < pace.steps:
-            checkpoints.wait()
             progress.log("interrupted", step=done, signal=signal, seconds=clock())
             raise interrupts.Interrupted(signal)
     return state

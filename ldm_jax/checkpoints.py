@@ -83,6 +83,11 @@ class Checkpoints:
         )
         self._manager.save(int(state.step), args=items, force=True)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is still on its way to the disk."""
+        return self._manager.is_saving_in_progress()
+
     def wait(self) -> None:
         """Returns when all that was saved is on the disk."""
         self._manager.wait_until_finished()
