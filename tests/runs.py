@@ -57,13 +57,18 @@ def make_dataset(path: pathlib.Path, poison: bool = False) -> store.Dataset:
 
 def start(workdir, *flags, devices=1, cache=None):
     """Starts pretraining; the log comes on its standard output."""
+    return start_script("pretrain", workdir, *FLAGS, *flags, devices=devices, cache=cache)
+
+
+def start_script(name, workdir, *flags, devices=1, cache=None):
+    """Starts a script on so many virtual devices; its programs are compiled in haste, and kept in `cache`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {XLA}",
         "JAX_COMPILATION_CACHE_DIR": str(cache or ""),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "experiments.pretrain", f"--workdir={workdir}", *FLAGS, *flags]
+    command = [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir}", *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

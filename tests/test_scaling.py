@@ -1,6 +1,5 @@
 """The scaling law: what was put in is found again, and the script goes on where it was."""
 
-import dataclasses
 import json
 
 import hypothesis
@@ -9,10 +8,9 @@ import pytest
 import runs
 from hypothesis import strategies as st
 
-from experiments import pretrain, scaling, validation
+from experiments import pretrain, scaling
 from ldm_jax import scaling_law
-from ldm_jax.config import SIZES, ConfigError
-from ldm_jax.optimiser import TrainingConfig
+from ldm_jax.config import ConfigError
 
 N, D = (grid.ravel() for grid in np.meshgrid([1e4, 4e4, 2e5, 1e6], [1e5, 4e5, 2e6, 1e7]))
 
@@ -64,23 +62,27 @@ def test_what_cannot_be_fitted_is_refused():
         scaling.Config(pretrain=pretrain.Config(held_out=0))
 
 
-def test_the_script_trains_fits_draws_and_does_nothing_twice(tmp_path, capsys):
+def test_the_script_trains_fits_draws_and_does_nothing_twice(tmp_path):
     runs.make_dataset(tmp_path / "dataset")
-    base = pretrain.Config(
-        model=dataclasses.replace(SIZES["nano"], values=64),
-        training=TrainingConfig(optimiser="adamw", warmup=1),
-        window=16,
-        rows=2,
-        peak_flops=1e11,
-    )
-    config = scaling.Config(sizes="16x1,24x1,32x1", tokens="320,640,1280", batches=2, pretrain=base)
-    found = scaling.run(config, tmp_path)
+    flags = {
+        "sizes": "16x1,24x1,32x1",
+        "tokens": "160,320,640",
+        "batches": 2,
+        "pretrain.model.window": 8,
+        "pretrain.window": 16,
+        "pretrain.rows": 2,
+        "pretrain.training.optimiser": "adamw",
+        "pretrain.peak_flops": 1e11,
+    }
+    command = ["scaling", tmp_path, f"--environments={runs.IDS[0]}", *(f"--config.{k}={v}" for k, v in flags.items())]
+    out, code = runs.finish(runs.start_script(*command))
+    assert code == 0 and "excess loss = " in out, out
+    found = json.loads((tmp_path / "scaling" / "scaling.json").read_text())
     assert len(found["points"]) == 9 and np.isfinite(list(found["law"].values())).all()
-    assert [point["tokens"] for point in found["points"]] == [320] * 3 + [640] * 3 + [1280] * 3
+    assert [point["tokens"] for point in found["points"]] == [160] * 3 + [320] * 3 + [640] * 3
     assert (tmp_path / "scaling" / "scaling.png").stat().st_size > 10_000
-    assert "excess loss = " in capsys.readouterr().out
-    metrics = sorted((tmp_path / "scaling").glob("*/metrics.jsonl"))
-    before = [path.stat().st_mtime_ns for path in metrics]
-    assert scaling.run(config, tmp_path) == found == json.loads((tmp_path / "scaling" / "scaling.json").read_text())
-    assert [path.stat().st_mtime_ns for path in metrics] == before and len(before) == 9
-    assert validation.Config(steps=4).due(4, 4)
+    metrics = {path: path.stat().st_mtime_ns for path in (tmp_path / "scaling").glob("*/metrics.jsonl")}
+    out, code = runs.finish(runs.start_script(*command))
+    assert code == 0 and len(metrics) == 9, out
+    assert json.loads((tmp_path / "scaling" / "scaling.json").read_text()) == found
+    assert {path: path.stat().st_mtime_ns for path in metrics} == metrics
