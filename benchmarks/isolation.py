@@ -151,8 +151,8 @@ def find_image() -> tuple[str | None, str]:
 def main(arguments: typing.Sequence[str] | None = None) -> None:
     """Prints a table, and one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.isolation", description="What isolation costs.")
-    parser.add_argument("--repetitions", type=int, default=25, help="rounds that medians are taken over")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each contender in each round")
+    parser.add_argument("--repetitions", type=int, default=9, help="rounds that medians are taken over")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each contender in each round")
     parser.add_argument("--no-container", action="store_true", help="leave the containers out")
     options = parser.parse_args(arguments)
     effort = (options.repetitions, options.seconds)

@@ -43,15 +43,12 @@ from .timing import compare
 STEPS = 64
 """Of one portion, T."""
 
-WIDTH = 64
-"""Of the network's two hidden layers."""
-
 CASES = {
-    "gymnax/CartPole-v1": (16, 64, 256, 1024),
-    "gymnax/Breakout-MinAtar": (16, 64, 256),
+    "gymnax/CartPole-v1": (16, 256, 1024),
+    "gymnax/Breakout-MinAtar": (16, 256),
     "envpool/CartPole-v1": (8, 64, 256),
-    "envpool/LunarLander-v3": (8, 64, 256),
-    "envpool/Ant-v5": (8, 64),
+    "envpool/LunarLander-v3": (64, 256),
+    "envpool/Ant-v5": (64,),
     "gymnasium/CartPole-v1": (8, 64, 256),
 }
 """Batch sizes, B, by environment."""
@@ -77,12 +74,12 @@ class Policy(typing.NamedTuple):
     act: typing.Callable
 
 
-def make_policy(spec: EnvironmentSpec) -> Policy:
-    """A policy for the spaces of an environment, Box or Discrete."""
+def make_policy(spec: EnvironmentSpec, width: int) -> Policy:
+    """A policy for the spaces of an environment, Box or Discrete, with hidden layers of a width."""
     space = typing.cast(typing.Any, spec.action_space)
     discrete = isinstance(space, gymnasium.spaces.Discrete)
     observation_size = int(np.prod(typing.cast(tuple, spec.observation_space.shape)))
-    sizes = [observation_size, WIDTH, WIDTH, int(space.n) if discrete else space.shape[0]]
+    sizes = [observation_size, width, width, int(space.n) if discrete else space.shape[0]]
     rng = np.random.default_rng(0)
     weights = [rng.normal(0, a**-0.5, (a, b)).astype(np.float32) for a, b in itertools.pairwise(sizes)]
 
@@ -101,9 +98,9 @@ def make_policy(spec: EnvironmentSpec) -> Policy:
 
 
 @contextlib.contextmanager
-def ours(environment: environments.Environment) -> typing.Iterator[Portion]:
+def ours(environment: environments.Environment, width: int) -> typing.Iterator[Portion]:
     """T steps of our loop."""
-    policy = make_policy(environment.spec)
+    policy = make_policy(environment.spec, width)
 
     def step(weights, carry, timestep, key):
         return carry, *policy.act(weights, timestep.observation, key)
@@ -121,10 +118,10 @@ def ours(environment: environments.Environment) -> typing.Iterator[Portion]:
 
 
 @contextlib.contextmanager
-def gymnax_alone(spec: EnvironmentSpec) -> typing.Iterator[Portion]:
+def gymnax_alone(spec: EnvironmentSpec, width: int) -> typing.Iterator[Portion]:
     """T steps of gymnax in a scan."""
     inner, params = gymnax.make(spec.id.partition("/")[2])
-    policy, rows = make_policy(spec), spec.batch_size
+    policy, rows = make_policy(spec, width), spec.batch_size
 
     @jax.jit
     def run(weights, loop):
@@ -151,9 +148,9 @@ def gymnax_alone(spec: EnvironmentSpec) -> typing.Iterator[Portion]:
 
 
 @contextlib.contextmanager
-def vector_alone(spec: EnvironmentSpec, vector: typing.Any) -> typing.Iterator[Portion]:
+def vector_alone(spec: EnvironmentSpec, width: int, vector: typing.Any) -> typing.Iterator[Portion]:
     """T steps of a vector environment of Gymnasium's interface in a Python loop."""
-    policy, rows = make_policy(spec), spec.batch_size
+    policy, rows = make_policy(spec, width), spec.batch_size
 
     @jax.jit
     def act(weights, key, observation):
@@ -179,19 +176,18 @@ def vector_alone(spec: EnvironmentSpec, vector: typing.Any) -> typing.Iterator[P
         yield portion
 
 
-def envpool_alone(spec: EnvironmentSpec) -> contextlib.AbstractContextManager[Portion]:
+def envpool_alone(spec: EnvironmentSpec, width: int) -> contextlib.AbstractContextManager[Portion]:
     """T steps of envpool."""
     rows = spec.batch_size
     threads = min(rows, available_cores())
-    return vector_alone(
-        spec, envpool.make_gymnasium(spec.id.partition("/")[2], num_envs=rows, num_threads=threads, seed=0)
-    )
+    pool = envpool.make_gymnasium(spec.id.partition("/")[2], num_envs=rows, num_threads=threads, seed=0)
+    return vector_alone(spec, width, pool)
 
 
-def gymnasium_alone(spec: EnvironmentSpec) -> contextlib.AbstractContextManager[Portion]:
+def gymnasium_alone(spec: EnvironmentSpec, width: int) -> contextlib.AbstractContextManager[Portion]:
     """T steps of Gymnasium in this process."""
     make = functools.partial(gymnasium.make, spec.id.partition("/")[2], disable_env_checker=True)
-    return vector_alone(spec, gymnasium.vector.SyncVectorEnv([make] * spec.batch_size))
+    return vector_alone(spec, width, gymnasium.vector.SyncVectorEnv([make] * spec.batch_size))
 
 
 ALONE = {"gymnax": gymnax_alone, "envpool": envpool_alone, "gymnasium": gymnasium_alone}
@@ -206,19 +202,19 @@ def make(name: str, rows: int, workers: int = 0) -> environments.Environment:
     return IsolatedEnvironment(program, rows, None, Isolation(workers=workers))
 
 
-def measure(name: str, rows: int, repetitions: int, seconds: float) -> dict[str, typing.Any]:
+def measure(name: str, rows: int, width: int, repetitions: int, seconds: float) -> dict[str, typing.Any]:
     """One line of the table: slots a second, ours and the library's own, and the ratio."""
     environment, library = make(name, rows), name.partition("/")[0]
-    with ours(environment) as our_loop, ALONE[library](environment.spec) as own_loop:
+    with ours(environment, width) as our_loop, ALONE[library](environment.spec, width) as own_loop:
         times = compare({"ours": our_loop, "raw": own_loop}, repetitions, seconds)
     rates = {side: rows * STEPS / times.median(side) for side in ("ours", "raw")}
     return {"environment": name, "rows": rows, **rates, "ratio": times.speed("ours", "raw")}
 
 
-def spread(name: str, rows: int, counts: list[int], repetitions: int, seconds: float) -> dict[str, float]:
+def spread(name: str, rows: int, counts: list[int], width: int, repetitions: int, seconds: float) -> dict[str, float]:
     """Slots a second with each number of workers."""
     with contextlib.ExitStack() as stack:
-        loops = {str(count): stack.enter_context(ours(make(name, rows, count))) for count in counts}
+        loops = {str(count): stack.enter_context(ours(make(name, rows, count), width)) for count in counts}
         times = compare(loops, repetitions, seconds)
     return {count: rows * STEPS / times.median(count) for count in loops}
 
@@ -226,13 +222,14 @@ def spread(name: str, rows: int, counts: list[int], repetitions: int, seconds: f
 def main(arguments: typing.Sequence[str] | None = None) -> None:
     """Prints tables, and one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description="Rates of acting.")
-    parser.add_argument("--repetitions", type=int, default=25, help="rounds that medians are taken over")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of each contender in each round")
+    parser.add_argument("--repetitions", type=int, default=9, help="rounds that medians are taken over")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each contender in each round")
+    parser.add_argument("--width", type=int, default=64, help="of the network's two hidden layers")
     parser.add_argument("--headline-only", action="store_true", help="only what the headline needs")
     options = parser.parse_args(arguments)
-    effort = (options.repetitions, options.seconds)
+    effort = (options.width, options.repetitions, options.seconds)
 
-    print(f"slots a second with a policy in the loop (medians of {options.repetitions} rounds, in turn)\n")
+    print(f"slots a second, acting by a network {options.width} wide (medians of {options.repetitions} rounds)\n")
     print(f"{'environment':>24} {'rows':>5} {'ours':>10} {'library':>10} {'ratio':>6}")
     table = {}
     for name, batch_sizes in CASES.items():
@@ -252,7 +249,8 @@ def main(arguments: typing.Sequence[str] | None = None) -> None:
         print(f"{count:>24} {rate:>16,.0f}")
 
     result = {key: table[place]["ratio"] for key, place in HEADLINE.items()}
-    print("\n" + json.dumps({**result, "headline": HEADLINE, "table": table, "workers": workers, "cores": cores}))
+    result |= {"headline": HEADLINE, "table": table, "workers": workers, "cores": cores, "width": options.width}
+    print("\n" + json.dumps(result))
 
 
 if __name__ == "__main__":

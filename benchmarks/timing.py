@@ -31,7 +31,8 @@ def compare(contenders: Contenders, repetitions: int, seconds: float) -> Times:
       contenders: functions that do one portion of the same work and wait for its end; each is first called once, which
         compiles what there is to compile.
       repetitions: rounds; the order turns from one to the next.
-      seconds: that one contender should take in one round, by calling it several times; at least once.
+      seconds: that one contender should take in one round, by calling it several times; at least once. A tenth of a
+        second is too short where threads wait for one another: it takes the scheduler as long to find places for them.
 
     Returns:
       The times.

@@ -218,7 +218,7 @@ class IsolatedEnvironment:
         self._token = None  # a step that fails leaves no state to go on from
         self._step_count += 1
         command_B = np.full(self.spec.batch_size, STEP, np.uint8)
-        if self._last_B.any():
+        if np.count_nonzero(self._last_B):
             command_B[self._last_B] = RESET
             command_B[self._last_B & self._remake_B] = REMAKE
         return self._advance(command_B)
@@ -257,7 +257,7 @@ class IsolatedEnvironment:
         truncated_B = (arrays["truncated"] & neither_B) | cut_B | (self._elapsed_B >= self.spec.time_limit)
         self._last_B = terminated_B | truncated_B
         values = [arrays[f"observation/{i}"].copy() for i in range(len(self._observation_leaves))]
-        if cut_B.any():
+        if np.count_nonzero(cut_B):
             for value, before in zip(values, self._values, strict=True):
                 value[cut_B] = before[cut_B]
         self._values = values
@@ -321,7 +321,7 @@ class IsolatedEnvironment:
     def _find_faults(self, asked_B: np.ndarray) -> typing.Iterator[Fault]:
         """Looks through the arrays for numbers that no environment may return."""
         finite_B = np.isfinite(self._arrays["reward"])
-        if not finite_B.all():
+        if not offered.every(finite_B):
             rows = np.flatnonzero(~finite_B & asked_B)
             yield from (Fault("nan", (int(row),), "the reward is not finite") for row in rows)
         for i, leaf in enumerate(self._observation_leaves):

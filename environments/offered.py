@@ -55,6 +55,11 @@ def action_space(space: typing.Any) -> gymnasium.Space:
     return _rebuild(space, iter(values))
 
 
+def every(mask: np.ndarray) -> bool:
+    """Whether all of a `bool` array is true; asked at every step, and several times as fast as `mask.all()`."""
+    return np.count_nonzero(mask) == mask.size
+
+
 class Leaf(spaces.Leaf):
     """One leaf of the observations that are offered, with the checks of its values."""
 
@@ -62,7 +67,7 @@ class Leaf(spaces.Leaf):
         """Row, kind and description of each value `[B, ...]` that is no number or no category of the space."""
         if value.dtype.kind == "f":
             finite = np.isfinite(value)
-            if finite.all():
+            if every(finite):
                 return
             bad = ~finite
             kind, expected = "nan", "a finite number"
@@ -87,7 +92,7 @@ class Leaf(spaces.Leaf):
 
     def inside(self, value: np.ndarray) -> bool:
         """Whether all rows of `[B, ...]` are within the bounds."""
-        return bool((value >= self.space.low).all() and (value <= self.space.high).all())
+        return every(value >= self.space.low) and every(value <= self.space.high)
 
     def outside(self, value: np.ndarray) -> np.ndarray:
         """`bool [B]`, the rows with a number outside the declared bounds."""

@@ -16,7 +16,7 @@ import numpy as np
 from ldm_jax import spaces
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
-from .. import taxonomy
+from .. import offered, taxonomy
 from ..cores import available_cores
 from ..interface import EnvironmentFaultError, LibraryMissingError, StaleStateError
 
@@ -67,7 +67,6 @@ _LIMIT_IS_THEIRS = ("jumanji", "minigrid", "mujoco.playground")
 """Families whose simulators themselves use `max_episode_steps`: for an internal limit, a reward, or a schedule."""
 
 _MAX_CATEGORIES = 4096  # a larger `Discrete` observation is a counter, so a number
-_MAX_CHECKED = 4096  # elements; the bounds of larger leaves, images, are not worth checking at every step
 _MAX_THREADS = 16
 
 
@@ -150,8 +149,8 @@ class EnvpoolEnvironment:
         self._elapsed_B += 1
         self._elapsed_B[first_B] = 0
         self._any_overdue = False
-        if self._elapsed_B.max() >= self.spec.time_limit:
-            over_B = self._elapsed_B >= self.spec.time_limit
+        over_B = self._elapsed_B >= self.spec.time_limit
+        if np.count_nonzero(over_B):
             # Only envpool's own ends make it reset a row by itself.
             self._overdue_B = over_B & ~terminated_B & ~truncated_B
             self._any_overdue = bool(self._overdue_B.any())
@@ -160,22 +159,24 @@ class EnvpoolEnvironment:
         reward_B = np.asarray(reward_B, np.float32)
         if reward_B.shape != (self.spec.batch_size,):
             self._fault(f"the reward has shape {list(reward_B.shape)}, expected {[self.spec.batch_size]}")
-        if not np.isfinite(reward_B).all():
+        if not offered.every(np.isfinite(reward_B)):
             rows = np.flatnonzero(~np.isfinite(reward_B))
             self._fault(f"the reward is {reward_B[rows[0]]} in rows {rows[:8].tolist()}")
+        if np.count_nonzero(first_B):
+            reward_B = np.where(first_B, np.float32(0), reward_B)  # MetaWorld rewards a reset
         values, outside = [], []
         for leaf in self._leaves:
             value = leaf.fit(spaces.get(observation, leaf.path))
             if isinstance(value, str):
                 self._fault(value)
-            if leaf.bounded and not leaf.inside(value):
-                outside.append(leaf.outside(value))
+            if leaf.declared.bounded and not leaf.declared.inside(value):
+                outside.append(leaf.declared.outside(value))
             values.append(value)
         if outside:
             self.rows_outside += int(np.any(outside, 0).sum())
         fields: tuple[typing.Any, ...] = (
             spaces.unflatten(self.spec.observation_space, values),
-            np.where(first_B, np.float32(0), reward_B) if first_B.any() else reward_B,  # MetaWorld rewards a reset
+            reward_B,
             terminated_B,
             truncated_B,
             first_B,
@@ -198,13 +199,10 @@ class _Leaf:
     """One leaf of the observation: brings what envpool returned into its space, or says what is wrong with it."""
 
     def __init__(self, spec: EnvironmentSpec, path: tuple[str | int, ...], space: typing.Any):
-        self.path, self.space = path, space
+        self.path, self.space, self.declared = path, space, offered.Leaf(path, space)
         struct = spaces.leaf_shape_dtype(space)
         self._shape, self._dtype = (spec.batch_size, *struct.shape), struct.dtype
         self._name = "the observation" + (f", part {'/'.join(map(str, path))!r}," if path else "")
-        self.bounded = False
-        if isinstance(space, gymnasium.spaces.Box) and space.dtype != np.uint8 and np.prod(space.shape) <= _MAX_CHECKED:
-            self.bounded = bool((np.isfinite(space.low) | np.isfinite(space.high)).any())
 
     def fit(self, value: np.ndarray) -> typing.Any:
         """The value `[B, ...]` in the shape and dtype of its space, or a sentence that says what is wrong with it."""
@@ -215,7 +213,7 @@ class _Leaf:
         value = value.astype(self._dtype, copy=False)
         if self._dtype.kind == "f":
             finite = np.isfinite(value)
-            if finite.all():
+            if offered.every(finite):
                 return value
             wrong = ~finite
         elif isinstance(self.space, gymnasium.spaces.Discrete):
@@ -227,14 +225,6 @@ class _Leaf:
             return value
         rows = np.flatnonzero(wrong.reshape(len(value), -1).any(1))
         return f"{self._name} is {value[wrong][0]} in rows {rows[:8].tolist()}, expected a value of {self.space}"
-
-    def inside(self, value: np.ndarray) -> bool:
-        """Whether all rows are within the bounds."""
-        return bool((value >= self.space.low).all() and (value <= self.space.high).all())
-
-    def outside(self, value: np.ndarray) -> np.ndarray:
-        """`bool [B]`, the rows that are not."""
-        return ((value < self.space.low) | (value > self.space.high)).reshape(len(value), -1).any(1)
 
 
 def candidates() -> dict[str, str]:
