@@ -28,7 +28,7 @@ from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from . import offered
 from .cores import available_cores
-from .interface import EnvironmentFaultError, StaleStateError
+from .interface import EnvironmentFaultError, Token, check_newest
 from .scratch import make_scratch
 from .workers import IDLE, REMAKE, RESET, SEED, STEP, LocalProcess, Process, Worker, WorkerFaultError
 
@@ -141,12 +141,6 @@ class Fault(typing.NamedTuple):
     text: str
 
 
-class Token:
-    """Stands for the simulators' hidden state; `step` accepts the newest one once."""
-
-    __slots__ = ()
-
-
 class IsolatedEnvironment:
     """B parallel environments in worker processes; see `environments.interface.Environment`.
 
@@ -202,11 +196,7 @@ class IsolatedEnvironment:
         return self._advance(np.full(batch_size, SEED, np.uint8))
 
     def step(self, state: Token, action: PyTree) -> tuple[Token, TimeStep]:
-        if self._token is None or state is not self._token:
-            raise StaleStateError(
-                f"{self.spec.id} got a state that was used before or is older than the last reset or close; "
-                "step from the state that the last reset or step returned, and only once"
-            )
+        check_newest(self.spec.id, state, self._token)
         for i, leaf in enumerate(self._action_leaves):
             value, slots = np.asarray(spaces.get(action, leaf.path)), self._arrays[f"action/{i}"]
             if value.shape != slots.shape:
@@ -261,13 +251,7 @@ class IsolatedEnvironment:
             for value, before in zip(values, self._values, strict=True):
                 value[cut_B] = before[cut_B]
         self._values = values
-        wrong = [
-            leaf.outside(value)
-            for leaf, value in zip(self._observation_leaves, values, strict=True)
-            if leaf.bounded and not leaf.inside(value)
-        ]
-        if wrong:
-            self.rows_outside += int(np.any(wrong, 0).sum())
+        self.rows_outside += offered.count_outside(self._observation_leaves, values)
         self._token = Token()
         return self._token, TimeStep(
             spaces.unflatten(self.spec.observation_space, values),

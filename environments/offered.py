@@ -10,7 +10,8 @@ import numpy as np
 
 from ldm_jax import spaces
 
-_MAX_CATEGORIES = 4096  # a larger `Discrete` observation is a counter, so a number
+MAX_CATEGORIES = 4096
+"""A larger `Discrete` observation is a counter, so a number."""
 _MAX_CHECKED = 4096  # elements; the bounds of larger leaves, images, are not worth checking at every step
 
 
@@ -23,7 +24,7 @@ def observation_space(space: typing.Any) -> gymnasium.Space:
     values = []
     for leaf in spaces.leaves(space):
         kind = leaf.space
-        if isinstance(kind, gymnasium.spaces.Discrete) and int(kind.n) > _MAX_CATEGORIES:
+        if isinstance(kind, gymnasium.spaces.Discrete) and int(kind.n) > MAX_CATEGORIES:
             start = int(kind.start)
             kind = _whole(gymnasium.spaces.Box(start, start + int(kind.n) - 1, (), np.int64))
         elif isinstance(kind, gymnasium.spaces.Box):
@@ -48,7 +49,7 @@ def action_space(space: typing.Any) -> gymnasium.Space:
                 kind = _real(kind)
             else:
                 start, high = kind.low.astype(np.int64), kind.high.astype(np.int64)
-                if ((high - start) >= _MAX_CATEGORIES).any() or ((high - start) < 0).any():
+                if ((high - start) >= MAX_CATEGORIES).any() or ((high - start) < 0).any():
                     raise spaces.SpaceError(f"actions have a part {leaf.name!r}, {kind}, of too many whole numbers")
                 kind = gymnasium.spaces.MultiDiscrete(high - start + 1, start=start)
         values.append(kind)
@@ -97,6 +98,16 @@ class Leaf(spaces.Leaf):
     def outside(self, value: np.ndarray) -> np.ndarray:
         """`bool [B]`, the rows with a number outside the declared bounds."""
         return ((value < self.space.low) | (value > self.space.high)).reshape(len(value), -1).any(1)
+
+
+def count_outside(leaves: typing.Iterable[Leaf], values: typing.Iterable[np.ndarray]) -> int:
+    """The number of rows with a number outside the declared bounds in any leaf, `[B, ...]` each."""
+    outside = [
+        leaf.outside(value)
+        for leaf, value in zip(leaves, values, strict=True)
+        if leaf.bounded and not leaf.inside(value)
+    ]
+    return int(np.any(outside, 0).sum()) if outside else 0
 
 
 def _real(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:

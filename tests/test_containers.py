@@ -17,7 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_isolation import LIBRARY, LIMIT_S, OF_A_ROW, OF_A_WORKER, alive, pids, play, program, row, same, soon
+from test_isolation import (
+    LIBRARY,
+    LIMIT_S,
+    OF_A_ROW,
+    OF_A_WORKER,
+    alive,
+    check_killed_workers_are_replaced,
+    pids,
+    play,
+    program,
+    row,
+    same,
+    soon,
+)
 
 import environments
 from data import collect as collecting
@@ -223,17 +236,7 @@ def test_nothing_is_left_of_hosts_that_are_killed_while_their_containers_start(n
 
 def test_containers_killed_between_and_in_the_middle_of_steps_are_replaced(image):
     with make(image, "Slow", 2, call_timeout_s=5.0) as environment:
-        state, _ = environment.reset(jax.random.key(0))
-        containers._podman("kill", names(environment)[0])
-        state, time_step = environment.step(state, np.zeros(2, np.int32))
-        assert time_step.truncated.tolist() == [True, False]
-        state, time_step = environment.step(state, np.zeros(2, np.int32))
-        assert time_step.first.tolist() == [True, False]
-        timer = threading.Timer(0.1, os.kill, (pids(environment)[1], signal.SIGKILL))
-        timer.start()
-        state, time_step = environment.step(state, np.zeros(2, np.int32))
-        assert time_step.truncated.tolist() == [False, True]
-        assert environment.faults == {"crash": 2}
+        check_killed_workers_are_replaced(environment, lambda: containers._podman("kill", names(environment)[0]))
         assert service_of(os.getpid()) is None
     assert soon(lambda: not left_of(os.getpid())), left_of(os.getpid())
 

@@ -321,20 +321,25 @@ def test_nothing_is_left_after_close_and_after_forgetting_to_close():
         assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
+def check_killed_workers_are_replaced(environment, kill_first):
+    """Kills the first of two slow workers between steps, and the second in the middle of one."""
+    state, _ = environment.reset(jax.random.key(0))
+    kill_first()
+    state, time_step = environment.step(state, np.zeros(2, np.int32))
+    assert time_step.truncated.tolist() == [True, False]
+    state, time_step = environment.step(state, np.zeros(2, np.int32))
+    assert time_step.first.tolist() == [True, False]
+    timer = threading.Timer(0.1, os.kill, (pids(environment)[1], signal.SIGKILL))
+    timer.start()
+    state, time_step = environment.step(state, np.zeros(2, np.int32))
+    assert time_step.truncated.tolist() == [False, True]
+    assert environment.faults == {"crash": 2}
+
+
 def test_a_worker_killed_between_and_in_the_middle_of_steps_is_replaced():
     with make("Slow", 2, call_timeout_s=5.0) as environment:
-        state, _ = environment.reset(jax.random.key(0))
-        victim = pids(environment)[0]
-        os.kill(victim, signal.SIGKILL)
-        state, time_step = environment.step(state, np.zeros(2, np.int32))
-        assert time_step.truncated.tolist() == [True, False]
-        state, time_step = environment.step(state, np.zeros(2, np.int32))
-        assert time_step.first.tolist() == [True, False]
-        timer = threading.Timer(0.1, os.kill, (pids(environment)[1], signal.SIGKILL))
-        timer.start()
-        state, time_step = environment.step(state, np.zeros(2, np.int32))
-        assert time_step.truncated.tolist() == [False, True]
-        assert environment.faults == {"crash": 2} and "SIGKILL" in environment.reports[-1].text
+        check_killed_workers_are_replaced(environment, lambda: os.kill(pids(environment)[0], signal.SIGKILL))
+        assert "SIGKILL" in environment.reports[-1].text
 
 
 HOST = """

@@ -18,7 +18,7 @@ from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from .. import offered, taxonomy
 from ..cores import available_cores
-from ..interface import EnvironmentFaultError, LibraryMissingError, StaleStateError
+from ..interface import EnvironmentFaultError, LibraryMissingError, Token, check_newest
 
 LIBRARY = "envpool"
 
@@ -66,14 +66,7 @@ _MISSION_LIMIT = 2304  # BabyAI declares 0: each mission brings its own, at most
 _LIMIT_IS_THEIRS = ("jumanji", "minigrid", "mujoco.playground")
 """Families whose simulators themselves use `max_episode_steps`: for an internal limit, a reward, or a schedule."""
 
-_MAX_CATEGORIES = 4096  # a larger `Discrete` observation is a counter, so a number
 _MAX_THREADS = 16
-
-
-class Token:
-    """Stands for the simulators' hidden state; `step` accepts the newest one once."""
-
-    __slots__ = ()
 
 
 class EnvpoolEnvironment:
@@ -92,6 +85,7 @@ class EnvpoolEnvironment:
         self.rows_outside = 0
         self._name, self._options, self._mask = name, options, mask
         self._leaves = tuple(_Leaf(spec, *leaf) for leaf in spaces.leaves(spec.observation_space))
+        self._declared = tuple(offered.Leaf(*leaf) for leaf in spaces.leaves(spec.observation_space))
         self._pool: typing.Any = None
         self._token: Token | None = None
 
@@ -116,11 +110,7 @@ class EnvpoolEnvironment:
         return self._receive(observation, np.zeros(batch_size, np.float32), no_B, no_B, info)
 
     def step(self, state: Token, action: PyTree) -> tuple[Token, TimeStep]:
-        if self._token is None or state is not self._token:
-            raise StaleStateError(
-                f"{self.spec.id} got a state that was used before or is older than the last reset or close; "
-                "step from the state that the last reset or step returned, and only once"
-            )
+        check_newest(self.spec.id, state, self._token)
         self._token = None  # a step that fails leaves no state to go on from
         self._step_count += 1
         action = np.asarray(action)
@@ -164,16 +154,13 @@ class EnvpoolEnvironment:
             self._fault(f"the reward is {reward_B[rows[0]]} in rows {rows[:8].tolist()}")
         if np.count_nonzero(first_B):
             reward_B = np.where(first_B, np.float32(0), reward_B)  # MetaWorld rewards a reset
-        values, outside = [], []
+        values = []
         for leaf in self._leaves:
             value = leaf.fit(spaces.get(observation, leaf.path))
             if isinstance(value, str):
                 self._fault(value)
-            if leaf.declared.bounded and not leaf.declared.inside(value):
-                outside.append(leaf.declared.outside(value))
             values.append(value)
-        if outside:
-            self.rows_outside += int(np.any(outside, 0).sum())
+        self.rows_outside += offered.count_outside(self._declared, values)
         fields: tuple[typing.Any, ...] = (
             spaces.unflatten(self.spec.observation_space, values),
             reward_B,
@@ -199,7 +186,7 @@ class _Leaf:
     """One leaf of the observation: brings what envpool returned into its space, or says what is wrong with it."""
 
     def __init__(self, spec: EnvironmentSpec, path: tuple[str | int, ...], space: typing.Any):
-        self.path, self.space, self.declared = path, space, offered.Leaf(path, space)
+        self.path, self.space = path, space
         struct = spaces.leaf_shape_dtype(space)
         self._shape, self._dtype = (spec.batch_size, *struct.shape), struct.dtype
         self._name = "the observation" + (f", part {'/'.join(map(str, path))!r}," if path else "")
@@ -337,7 +324,7 @@ def _convert_observation(space: typing.Any, left_out: tuple[str, ...] = (), name
     if isinstance(space, gymnasium.spaces.Dict):
         children = {key: child for key, child in space.items() if key not in left_out}
         return gymnasium.spaces.Dict({key: _convert_observation(child, (), key) for key, child in children.items()})
-    if isinstance(space, gymnasium.spaces.Discrete) and (size := int(space.n)) > _MAX_CATEGORIES:
+    if isinstance(space, gymnasium.spaces.Discrete) and (size := int(space.n)) > offered.MAX_CATEGORIES:
         start = int(space.start)
         return gymnasium.spaces.Box(start, start + size - 1, (), np.int32)
     if name == "mission":

@@ -17,18 +17,12 @@ from ldm_jax import spaces
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from .. import offered, taxonomy
-from ..interface import EnvironmentFaultError, StaleStateError
+from ..interface import EnvironmentFaultError, Token, check_newest
 
 LIBRARY = "gymnasium"
 
 _DEFAULT_LIMITS = types.MappingProxyType({"toy_text": 200, "": 1000})
 """Steps, where an id has none, by the last word of its package: a random CliffWalking walks thousands of steps."""
-
-
-class Token:
-    """Stands for the simulators' hidden state; `step` accepts the newest one once."""
-
-    __slots__ = ()
 
 
 class GymnasiumEnvironment:
@@ -60,11 +54,7 @@ class GymnasiumEnvironment:
         return self._receive(result[0], no_B, no_B, no_B, ~no_B, result[1])
 
     def step(self, state: Token, action: PyTree) -> tuple[Token, TimeStep]:
-        if self._token is None or state is not self._token:
-            raise StaleStateError(
-                f"{self.spec.id} got a state that was used before or is older than the last reset or close; "
-                "step from the state that the last reset or step returned, and only once"
-            )
+        check_newest(self.spec.id, state, self._token)
         self._token = None  # a step that fails leaves no state to go on from
         self._step_count += 1
         values = []
@@ -94,15 +84,13 @@ class GymnasiumEnvironment:
         reward_B = np.asarray(reward_B, np.float32)
         if not np.isfinite(reward_B).all():
             self._fault(f"the reward is {reward_B}, expected finite numbers")
-        outside_B, values = np.zeros(batch_size, bool), []
+        values = []
         for leaf in self._observations:
             value = self._fit(leaf, spaces.get(observation, leaf.path))
             for _, _, text in leaf.faults(value, np.ones(batch_size, bool)):
                 self._fault(text)
-            if leaf.bounded and not leaf.inside(value):
-                outside_B |= leaf.outside(value)
             values.append(value)
-        self.rows_outside += int(outside_B.sum())
+        self.rows_outside += offered.count_outside(self._observations, values)
         self._last_B = np.asarray(terminated_B | truncated_B)
         mask = None
         if self._masked:
