@@ -11,7 +11,6 @@ import functools
 import json
 import logging
 import pathlib
-import re
 import types
 import typing
 
@@ -52,8 +51,8 @@ class IsolatedLibrary:
     def version(self) -> str:
         """The version of the library that its group pins."""
         pins = dict(line.split("==") for line in venvs.pinned(self.recipe.requirements))
-        found = {_normal(name.partition("[")[0]): version for name, version in pins.items()}
-        return found.get(_normal(self.program["distribution"]), "unknown")
+        found = {venvs.normal(name.partition("[")[0]): version for name, version in pins.items()}
+        return found.get(venvs.normal(self.program["distribution"]), "unknown")
 
     @property
     def is_built(self) -> bool:
@@ -184,7 +183,3 @@ def _library(name: str, recipe: venvs.Recipe, fields: dict[str, typing.Any]) -> 
     if missing := {"api", "imports", "distribution", "domain"} - set(program):
         raise ValueError(f"the library {name!r} lacks the fields {', '.join(sorted(missing))}")
     return IsolatedLibrary(name, recipe, types.MappingProxyType(program), domains, include, exclude)
-
-
-def _normal(distribution: str) -> str:
-    return re.sub(r"[-_.]+", "-", distribution).lower()

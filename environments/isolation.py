@@ -30,6 +30,7 @@ from . import offered
 from .cores import available_cores
 from .interface import EnvironmentFaultError, Token, check_newest
 from .scratch import make_scratch
+from .venvs import normal
 from .workers import IDLE, REMAKE, RESET, SEED, STEP, LocalProcess, Process, Worker, WorkerFaultError
 
 KINDS = ("auto", "container", "venv")
@@ -357,10 +358,11 @@ class IsolatedEnvironment:
             action_space = offered.action_space(spaces.from_json(self._declared[1]))
         except (KeyError, TypeError, ValueError) as error:
             raise EnvironmentFaultError(f"{program.id} declares spaces that are not supported: {error}") from error
+        versions = {normal(name): version for name, version in about["versions"].items()}
         return EnvironmentSpec(
             id=program.id,
             library=program.library,
-            version=about["versions"].get(program.distribution, "unknown"),
+            version=versions.get(normal(program.distribution), "unknown"),
             observation_space=observation_space,
             action_space=action_space,
             batch_size=batch_size,

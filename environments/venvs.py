@@ -148,6 +148,11 @@ def pinned(requirements: pathlib.Path) -> tuple[str, ...]:
     return tuple(filter(None, lines))
 
 
+def normal(distribution: str) -> str:
+    """A distribution's name in the one spelling that counts: indexes and what is installed spell it as they like."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
 def _place(recipe: Recipe) -> pathlib.Path:
     return cache_folder() / "venvs" / f"{recipe.name}-{recipe.digest}"
 

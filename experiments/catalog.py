@@ -21,7 +21,15 @@ import typing
 import jax
 from absl import app, flags
 
-from environments import EnvironmentFaultError, LibraryMissingError, UnknownEnvironmentError, catalog, groups, registry
+from environments import (
+    EnvironmentFaultError,
+    LibraryMissingError,
+    UnknownEnvironmentError,
+    catalog,
+    groups,
+    registry,
+    venvs,
+)
 from environments.verification import STEPS, entry, name_anew, verify
 from experiments import catalog_page, progress
 
@@ -52,6 +60,8 @@ def take_stock(library: str, output: pathlib.Path, workers: int, timeout_s: floa
     output.mkdir(parents=True, exist_ok=True)
     path, journal = output / f"{library}.jsonl", output / f"{library}.journal"
     version = registry.version(library)
+    if library in groups.libraries():
+        venvs.build(groups.libraries()[library].recipe)  # ids are tried there, so that no image is built to list them
     before = [known for known in (catalog.read(path) if path.exists() else ()) if known.verified or not retry]
     before += _read_journal(journal)
     candidates = {f"{library}/{name}": reason for name, reason in registry.candidates(library).items()}

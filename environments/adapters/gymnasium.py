@@ -17,7 +17,7 @@ from ldm_jax import spaces
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from .. import offered, taxonomy
-from ..interface import EnvironmentFaultError, Token, check_newest
+from ..interface import EnvironmentFaultError, LibraryMissingError, Token, check_newest
 
 LIBRARY = "gymnasium"
 
@@ -158,7 +158,8 @@ def make(name: str, batch_size: int, time_limit: int | None) -> GymnasiumEnviron
       time_limit: steps; None keeps the registered limit, or takes a default where there is none.
 
     Raises:
-      EnvironmentFaultError: the library cannot make it, or a package that it needs is not installed.
+      EnvironmentFaultError: the library cannot make it.
+      LibraryMissingError: a package that it needs is not installed.
       SpaceError: it declares a space that is not supported.
     """
     registered = gymnasium.registry[name]
@@ -173,6 +174,10 @@ def make(name: str, batch_size: int, time_limit: int | None) -> GymnasiumEnviron
             [make_one] * batch_size, autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP
         )
         _, info = inner.reset(seed=0)
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise LibraryMissingError(
+            f"{LIBRARY}/{name} cannot be made: {error}; what it needs comes with: pip install 'ldm_jax[gymnasium]'"
+        ) from error
     except Exception as error:
         raise EnvironmentFaultError(f"{LIBRARY}/{name} cannot be made: {error}") from error
     action_space = offered.action_space(inner.single_action_space)
