@@ -100,10 +100,11 @@ def rollout(
     for t in range(steps):
         # A clock of NumPy's: one carried on from call to call costs more than the rest of the call.
         carry, action, record = _act(environment, agent, params, carry, np.uint32(t), timestep, key)
-        _keep(seen, t, steps, timestep)  # while the policy computes
-        # On a CPU this waits for the result and copies nothing.
-        action, record = jax.tree.map(np.asarray, (action, record))
-        _keep(done, t, steps, (action, record))
+        _keep(seen, t, steps, jax.tree.leaves(timestep))  # while the policy computes
+        leaves, structure = jax.tree.flatten((action, record))
+        leaves = [np.asarray(leaf) for leaf in leaves]  # on a CPU this waits for the result and copies nothing
+        _keep(done, t, steps, leaves)
+        action, record = jax.tree.unflatten(structure, leaves)
         state, timestep = environment.step(state, action)
     structure = jax.tree.structure(Trajectory(timestep, action, record))
     return (carry, state, timestep), jax.tree.unflatten(structure, seen + done)
@@ -176,9 +177,8 @@ def evaluate(
 _CLOCK = np.uint32(0)
 
 
-def _keep(buffers: list[np.ndarray], t: int, steps: int, tree: PyTree) -> None:
+def _keep(buffers: list[np.ndarray], t: int, steps: int, leaves: list[np.ndarray]) -> None:
     """Writes the leaves of step t into buffers `[T, ...]`, which step 0 makes."""
-    leaves = jax.tree.leaves(tree)
     if t == 0:
         buffers.extend(np.empty((steps, *leaf.shape), leaf.dtype) for leaf in leaves)
     for buffer, leaf in zip(buffers, leaves, strict=True):

@@ -247,12 +247,12 @@ class IsolatedEnvironment:
         terminated_B = arrays["terminated"] & neither_B
         truncated_B = (arrays["truncated"] & neither_B) | cut_B | (self._elapsed_B >= self.spec.time_limit)
         self._last_B = terminated_B | truncated_B
-        values = [arrays[f"observation/{i}"].copy() for i in range(len(self._observation_leaves))]
+        values = [value.copy() for value in self._observed]
         if np.count_nonzero(cut_B):
             for value, before in zip(values, self._values, strict=True):
                 value[cut_B] = before[cut_B]
         self._values = values
-        self.rows_outside += offered.count_outside(self._observation_leaves, values)
+        self.rows_outside += offered.count_outside(self._observations.odd(values))
         self._token = Token()
         return self._token, TimeStep(
             spaces.unflatten(self.spec.observation_space, values),
@@ -309,8 +309,8 @@ class IsolatedEnvironment:
         if not offered.every(finite_B):
             rows = np.flatnonzero(~finite_B & asked_B)
             yield from (Fault("nan", (int(row),), "the reward is not finite") for row in rows)
-        for i, leaf in enumerate(self._observation_leaves):
-            for row, kind, text in leaf.faults(self._arrays[f"observation/{i}"], asked_B):
+        for leaf, value in self._observations.odd(self._observed):
+            for row, kind, text in leaf.faults(value, asked_B):
                 yield Fault(kind, (row,), text)
 
     def _survive(self, fault: Fault) -> None:
@@ -379,7 +379,7 @@ class IsolatedEnvironment:
     def _lay_out(self, choices: int) -> None:
         """Makes the file of arrays and a view of each."""
         batch_size = self.spec.batch_size
-        self._observation_leaves = tuple(offered.Leaf(*leaf) for leaf in spaces.leaves(self.spec.observation_space))
+        self._observations = offered.Observations(self.spec.observation_space, batch_size)
         self._action_leaves = spaces.leaves(self.spec.action_space)
         wanted: dict[str, tuple[tuple[int, ...], typing.Any]] = {
             "command": ((), np.uint8),
@@ -388,7 +388,7 @@ class IsolatedEnvironment:
             "terminated": ((), np.bool_),
             "truncated": ((), np.bool_),
         }
-        for prefix, leaves in (("observation", self._observation_leaves), ("action", self._action_leaves)):
+        for prefix, leaves in (("observation", self._observations.leaves), ("action", self._action_leaves)):
             structs = [spaces.leaf_shape_dtype(leaf.space) for leaf in leaves]
             wanted |= {f"{prefix}/{i}": (struct.shape, struct.dtype) for i, struct in enumerate(structs)}
         if choices:
@@ -406,6 +406,7 @@ class IsolatedEnvironment:
         self._file.truncate(self._size)
         memory = mmap.mmap(self._file.fileno(), self._size)
         self._arrays = {name: np.ndarray(shape, dtype, memory, place) for name, shape, dtype, place in self._layout}
+        self._observed = [self._arrays[f"observation/{i}"] for i in range(len(self._observations.leaves))]
 
 
 def registered(program: Program, isolation: Isolation) -> dict[str, str]:

@@ -83,31 +83,64 @@ class Leaf(spaces.Leaf):
             for row in np.flatnonzero(bad.reshape(len(bad), -1).any(1) & asked_B):
                 yield int(row), kind, f"{what} is {value[row][bad[row]].ravel()[0]}, expected {expected}"
 
+    def outside(self, value: np.ndarray) -> np.ndarray:
+        """`bool [B]`, the rows with a number outside the declared bounds."""
+        if not self._bounded:
+            return np.zeros(len(value), bool)
+        return ((value < self.space.low) | (value > self.space.high)).reshape(len(value), -1).any(1)
+
+    def soundness(self, batch_size: int) -> typing.Callable[[np.ndarray], bool]:
+        """A function that says at once whether a value `[B, ...]` has neither `faults` nor rows `outside`.
+
+        It is asked at every step, so it compares with bounds laid out for the whole batch: NaN is within none.
+        """
+        struct = spaces.leaf_shape_dtype(self.space)
+        shape, dtype = struct.shape, struct.dtype
+        if sizes := spaces.choices(self.space):
+            low = np.broadcast_to(spaces.start(self.space), shape).astype(dtype)
+            high = low + np.array(sizes, dtype).reshape(shape) - 1
+        elif self._bounded:
+            limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+            low, high = (np.clip(side, limits.min, limits.max) for side in (self.space.low, self.space.high))
+        elif dtype.kind == "f":
+            return lambda value: every(np.isfinite(value))
+        else:
+            return lambda value: True
+        low_B, high_B = (np.repeat(side[None], batch_size, 0) for side in (low, high))
+        return lambda value: every(value >= low_B) and every(value <= high_B)
+
     @functools.cached_property
-    def bounded(self) -> bool:
+    def _bounded(self) -> bool:
         """Whether there are bounds that are worth checking at every step."""
         space = self.space
         if not isinstance(space, gymnasium.spaces.Box) or space.dtype == np.uint8:
             return False
         return space.low.size <= _MAX_CHECKED and bool((np.isfinite(space.low) | np.isfinite(space.high)).any())
 
-    def inside(self, value: np.ndarray) -> bool:
-        """Whether all rows of `[B, ...]` are within the bounds."""
-        return every(value >= self.space.low) and every(value <= self.space.high)
 
-    def outside(self, value: np.ndarray) -> np.ndarray:
-        """`bool [B]`, the rows with a number outside the declared bounds."""
-        return ((value < self.space.low) | (value > self.space.high)).reshape(len(value), -1).any(1)
+class Observations:
+    """The leaves of a batch of observations, in canonical order, and what is checked of them at every step.
+
+    Attributes:
+      leaves: of the space that is offered.
+    """
+
+    def __init__(self, space: gymnasium.Space, batch_size: int):
+        self.leaves = tuple(Leaf(*leaf) for leaf in spaces.leaves(space))
+        self._sound = [leaf.soundness(batch_size) for leaf in self.leaves]
+
+    def odd(self, values: typing.Sequence[np.ndarray]) -> list[tuple[Leaf, np.ndarray]]:
+        """The leaves, and of `values` their own `[B, ...]`, that have faults or rows outside their bounds."""
+        return [
+            (leaf, value)
+            for leaf, sound, value in zip(self.leaves, self._sound, values, strict=True)
+            if not sound(value)
+        ]
 
 
-def count_outside(leaves: typing.Iterable[Leaf], values: typing.Iterable[np.ndarray]) -> int:
-    """The number of rows with a number outside the declared bounds in any leaf, `[B, ...]` each."""
-    outside = [
-        leaf.outside(value)
-        for leaf, value in zip(leaves, values, strict=True)
-        if leaf.bounded and not leaf.inside(value)
-    ]
-    return int(np.any(outside, 0).sum()) if outside else 0
+def count_outside(odd: typing.Sequence[tuple[Leaf, np.ndarray]]) -> int:
+    """The number of rows with a number outside the declared bounds in any leaf."""
+    return int(np.any([leaf.outside(value) for leaf, value in odd], 0).sum()) if odd else 0
 
 
 def _real(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:

@@ -356,16 +356,21 @@ def test_envpool_leaves_no_threads_behind():
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
-        (lambda o, r, *rest: (o * np.nan, r, *rest), r"step 1 .*observation is nan in rows \[0, 1, 2\]"),
-        (lambda o, r, *rest: (o, r * [1, np.nan, 1], *rest), r"step 1 .*reward is nan in rows \[1\]"),
-        (lambda o, r, *rest: (o[:, :2], r, *rest), r"step 1 .*shape \[3, 2\], expected \[3, 4\]"),
+        (lambda r, *ends, o: [r, *ends, o * np.nan], r"step 1 .*observation is nan, .* in rows \[0, 1, 2\]"),
+        (lambda r, *ends, o: [r * [1, np.nan, 1], *ends, o], r"step 1 .*reward is nan in rows \[1\]"),
+        (lambda r, *ends, o: [r, *ends, o[:, :2]], r"step 1 .*shape \[3, 2\], expected \[3, 4\]"),
     ],
 )
 def test_faults_of_a_simulator_are_named(fault, text):
     environment = environments.make("envpool/CartPole-v1", 3)
     state, _ = environment.reset(jax.random.key(0))
-    real_step = environment._pool.step
-    environment._pool.step = lambda *arguments: fault(*real_step(*arguments))
+    hear = environment._hear
+
+    def hear_wrongly():
+        *heard, observation = hear()
+        return fault(*heard, o=observation)
+
+    environment._hear = hear_wrongly
     with pytest.raises(environments.EnvironmentFaultError, match=f"envpool/CartPole-v1, {text}"):
         environment.step(state, np.zeros(3, np.int32))
     with pytest.raises(environments.StaleStateError):

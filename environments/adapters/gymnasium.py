@@ -40,7 +40,7 @@ class GymnasiumEnvironment:
         self.spec = spec
         self.rows_outside = 0
         self._inner, self._masked = inner, masked
-        self._observations = tuple(offered.Leaf(*leaf) for leaf in spaces.leaves(spec.observation_space))
+        self._observations = offered.Observations(spec.observation_space, spec.batch_size)
         self._actions = spaces.leaves(inner.single_action_space)
         self._token: Token | None = None
 
@@ -84,13 +84,12 @@ class GymnasiumEnvironment:
         reward_B = np.asarray(reward_B, np.float32)
         if not np.isfinite(reward_B).all():
             self._fault(f"the reward is {reward_B}, expected finite numbers")
-        values = []
-        for leaf in self._observations:
-            value = self._fit(leaf, spaces.get(observation, leaf.path))
+        values = [self._fit(leaf, spaces.get(observation, leaf.path)) for leaf in self._observations.leaves]
+        odd = self._observations.odd(values)
+        for leaf, value in odd:
             for _, _, text in leaf.faults(value, np.ones(batch_size, bool)):
                 self._fault(text)
-            values.append(value)
-        self.rows_outside += offered.count_outside(self._observations, values)
+        self.rows_outside += offered.count_outside(odd)
         self._last_B = np.asarray(terminated_B | truncated_B)
         mask = None
         if self._masked:
