@@ -14,8 +14,9 @@ All of them in turn, in one process, on the same number of rows of 256 steps wit
 only 6N and causal attention count, N being the decoder's matrices. Its last line is one JSON object, for `32m` at the
 top and for the other sizes by name.
 
-On an accelerator, `--sizes=308m --steps=1024 --dtype=bfloat16 --rows=16` compares in that precision; `to_matmul` is
-then the utilisation of what the device reaches in a product, and `--peak_tflops=989` adds `mfu`, of its data sheet.
+On a GPU, `--sizes=308m --steps=1024 --dtype=bfloat16 --attention=cudnn --rows=16` compares in that precision with the
+fused kernels of both; `to_matmul` is then the utilisation of what the device reaches in a product, and
+`--peak_tflops=989` adds `mfu`, of its data sheet.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _example(rows: int, steps: int) -> Example:
 
 def ours(cfg: ModelConfig, rows: int, steps: int, accumulation: int) -> collections.abc.Callable[[], object]:
     """A function that trains by one step and waits for it."""
-    training_cfg = TrainingConfig(optimiser="adamw")
+    training_cfg = TrainingConfig(optimiser="adamw", accumulation=accumulation)
     model = make_model(cfg)
     state = training.init_state(model, training_cfg)
     train_step = training.make_train_step(model, cfg, training_cfg)
@@ -123,7 +124,7 @@ def products(dtype: str) -> dict[str, collections.abc.Callable[[], object]]:
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, typing.Any]:
     """The ratios of one size."""
     rows, steps = arguments.rows, arguments.steps
-    cfg = dataclasses.replace(SIZES[name], window=steps, dtype=arguments.dtype)
+    cfg = dataclasses.replace(SIZES[name], window=steps, dtype=arguments.dtype, attention=arguments.attention)
     contenders = products(arguments.dtype) | {
         "ours": ours(cfg, rows, steps, arguments.accumulation),
         "transformers": llama(cfg, rows, steps, arguments.accumulation),
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=256, help="of a row; the window is as long")
     parser.add_argument("--accumulation", type=int, default=1, help="pieces that a batch is cut into")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--attention", default="blocks", choices=("blocks", "cudnn", "xla"), help="of ours")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--peak_tflops", type=float, default=0.0, help="of the device's data sheet")
     arguments = parser.parse_args()

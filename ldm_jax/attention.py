@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ldm_jax.config import ConfigError
 from ldm_jax.types import Array
 
 _MASKED = -1e30
@@ -39,7 +40,7 @@ def _blocks(time: int, window: int) -> list[_Block]:
     ]
 
 
-def attend(query_BTHK: Array, key_BTGK: Array, value_BTGK: Array, window: int) -> Array:
+def attend(query_BTHK: Array, key_BTGK: Array, value_BTGK: Array, window: int, implementation: str = "blocks") -> Array:
     """Scaled dot-product attention of each step to itself and the `window - 1` steps before it.
 
     Args:
@@ -47,13 +48,19 @@ def attend(query_BTHK: Array, key_BTGK: Array, value_BTGK: Array, window: int) -
       key_BTGK: G key heads, a divisor of H; head h reads group `h // (H // G)`.
       value_BTGK: G value heads.
       window: W, in steps.
+      implementation: `"blocks"`, the one of this file; `"cudnn"` or `"xla"`, those of `jax.nn.dot_product_attention`.
 
     Returns:
       `[B, T, H, K]` in the queries' dtype.
 
+    Raises:
+      ConfigError: `"cudnn"` where there is no such GPU.
+
     Source:
       Dao et al. 2022, FlashAttention, without its running maximum: a block sees all of its keys at once.
     """
+    if implementation != "blocks":
+        return _attend_by_jax(query_BTHK, key_BTGK, value_BTGK, window, implementation)
     batch, time, heads, width = query_BTHK.shape
     groups = key_BTGK.shape[2]
     # Heads before steps: every product below is then one batch of plain matrix products.
@@ -61,6 +68,18 @@ def attend(query_BTHK: Array, key_BTGK: Array, value_BTGK: Array, window: int) -
     key, value = key_BTGK.transpose(0, 2, 1, 3), value_BTGK.transpose(0, 2, 1, 3)
     attended = _attend(window, query, key, value)
     return attended.transpose(0, 3, 1, 2, 4).reshape(query_BTHK.shape)
+
+
+def _attend_by_jax(query: Array, key: Array, value: Array, window: int, implementation: typing.Any) -> Array:
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        raise ConfigError(
+            f"attention is 'cudnn', which needs a CUDA GPU, and the default device is a {jax.default_backend()}: set "
+            "attention=blocks"
+        )
+    attended = jax.nn.dot_product_attention(
+        query, key, value, is_causal=True, local_window_size=(window - 1, 0), implementation=implementation
+    )
+    return checkpoint_name(attended, "attended")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -67,6 +67,8 @@ class ModelConfig:
       dtype: of the computation; parameters are float32.
       remat: what the backward pass recomputes: `"none"`, `"dots"` (all but matrix products and attention, which is
         also the fastest where memory is slow) or `"full"`.
+      attention: what computes it in training: `"blocks"`, blocks inside the causal band, on any device; `"cudnn"`, the
+        fused kernel of CUDA GPUs, in bfloat16; `"xla"`, all pairs of steps and a mask, the plain form to compare with.
       tokens_per_step: 1, or 2 as an ablation: the previous action as a token of its own before the observation's (the
         interleaved encoding of JAT, Gallouedec et al. 2024). It trains, at twice the tokens, and does not act.
     """
@@ -92,6 +94,7 @@ class ModelConfig:
     continuous_slots: int = 32
     dtype: typing.Literal["float32", "bfloat16"] = "float32"
     remat: typing.Literal["none", "dots", "full"] = "dots"
+    attention: typing.Literal["blocks", "cudnn", "xla"] = "blocks"
     tokens_per_step: typing.Literal[1, 2] = 1
 
     def __post_init__(self):
@@ -107,6 +110,10 @@ class ModelConfig:
             raise ConfigError(f"dtype is {self.dtype!r}, expected float32 or bfloat16")
         if self.remat not in ("none", "dots", "full"):
             raise ConfigError(f"remat is {self.remat!r}, expected none, dots or full")
+        if self.attention not in ("blocks", "cudnn", "xla"):
+            raise ConfigError(f"attention is {self.attention!r}, expected blocks, cudnn or xla")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ConfigError(f"attention is 'cudnn' with dtype {self.dtype}: set dtype=bfloat16, or attention=blocks")
         if self.tokens_per_step not in (1, 2):
             raise ConfigError(f"tokens_per_step is {self.tokens_per_step}, expected 1 or 2")
 

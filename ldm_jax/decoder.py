@@ -93,8 +93,8 @@ class Attention(nnx.Module):
         """Attends within a window of steps, from its beginning."""
         query, key, value = self.project(x_BTD)
         position = jnp.arange(x_BTD.shape[1])[None]
-        base = self.cfg.rope_base
-        attended = attend(rotate(query, position, base), rotate(key, position, base), value, self.cfg.window)
+        query, key = (rotate(x, position, self.cfg.rope_base) for x in (query, key))
+        attended = attend(query, key, value, self.cfg.window, self.cfg.attention)
         return self.out(attended.reshape(*x_BTD.shape[:2], -1))
 
     def step(self, x_B1D: Array, keys_BSGK: Array, values_BSGK: Array, length_B: Array) -> tuple[Array, Array, Array]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.attention import attend
+from ldm_jax.config import ConfigError, ModelConfig
 
 
 def plain(query_BTHK, key_BTGK, value_BTGK, window):
@@ -42,6 +43,28 @@ def test_values_and_gradients_are_those_of_the_formula(time, heads, groups, wind
     by_blocks, by_formula = both(query, key, value, gradient)
     for one, other in zip(by_blocks, by_formula, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_the_implementations_of_jax_attend_to_the_same_steps():
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, gradient = (
+        jax.random.normal(k, (2, 100, count, 16)) for k, count in zip(keys, (4, 2, 2, 4), strict=True)
+    )
+    results = []
+    for implementation in ("blocks", "xla"):
+        output, pull = jax.vjp(lambda *args, how=implementation: attend(*args, 40, how), query, key, value)
+        results.append((output, *pull(gradient)))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_the_fused_kernel_of_gpus_says_where_it_cannot_run():
+    x = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
+    with pytest.raises(ConfigError, match=r"needs a CUDA GPU.* set attention=blocks"):
+        attend(x, x, x, 4, "cudnn")
+    with pytest.raises(ConfigError, match="set dtype=bfloat16"):
+        ModelConfig(attention="cudnn")
 
 
 def test_half_precision_keeps_its_dtype_and_its_digits():

@@ -110,6 +110,19 @@ def test_less_is_kept_the_more_is_recomputed():
     assert 1.3 * kept[0] < twice < 2 * kept[0]
 
 
+def test_the_program_of_a_step_does_not_grow_with_depth():
+    bucket, cfg = examples.make_codec("vector").bucket, training.TrainingConfig()
+
+    def operations(layers):
+        deep = dataclasses.replace(NANO, layers=layers)
+        model = make_model(deep)
+        state = jax.eval_shape(lambda: training.init_state(model, cfg))
+        batch = {"rows": footprint.example_shapes(bucket, 2, 16)}
+        return training.make_train_step(model, deep, cfg).lower(state, batch).as_text().count("\n")
+
+    assert operations(9) <= 1.01 * operations(2)
+
+
 def test_the_script_describes_large_models_on_meshes_that_are_not_there():
     command = [sys.executable, "-m", "experiments.describe"]
     done = subprocess.run(
