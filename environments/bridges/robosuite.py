@@ -2,6 +2,7 @@
 
 import gymnasium
 
+_PICTURES = ("has_renderer", "has_offscreen_renderer", "use_camera_obs")
 _HORIZON = 1000  # steps, robosuite's own
 
 
@@ -18,9 +19,9 @@ class Task(gymnasium.Env):
         from robosuite.wrappers.gym_wrapper import GymWrapper
 
         robots = ["Panda"] * (2 if name.startswith("TwoArm") else 1)
-        unseen = dict.fromkeys(("has_renderer", "has_offscreen_renderer", "use_camera_obs"), False)
-        # It would call the end of its time an end of the task.
-        self._inner = GymWrapper(robosuite.make(name, robots, seed=seed, ignore_done=True, hard_reset=False, **unseen))
+        # Without pictures; and it would call the end of its time an end of the task.
+        options = {**dict.fromkeys(_PICTURES, False), "ignore_done": True, "hard_reset": False}
+        self._inner = GymWrapper(robosuite.make(name, robots=robots, seed=seed, **options))
         self.observation_space, self.action_space = self._inner.observation_space, self._inner.action_space
 
     def reset(self, *, seed=None, options=None):
