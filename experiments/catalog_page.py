@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import itertools
+import re
 import statistics
 import typing
 
 from environments.catalog import Entry
 
 _EXAMPLES = 3
-_SPACES_AND_RATES = ("observations", "actions", "steps/s")
+_VARYING = re.compile(r"\[[^\]]*\]?|'[^']*'|`[^`]*`|-?\d[\d.e+-]*")
+"""What differs between reasons of one cause: numbers, what is in brackets, and names in quotes."""
 
 _INTRODUCTION = """\
 # The catalog of environments
@@ -76,26 +79,37 @@ def _library(library: str, entries: list[Entry]) -> tuple[str, ...]:
     return (
         library,
         works[0].version,
-        f"{ids} of {len(entries)}",
+        f"{ids} of {len(entries):,}",
         tasks,
         families,
         ", ".join(_by(works, "domain")),
         _kinds(entry.observation_space for entry in works),
         _kinds(entry.action_space for entry in works),
-        f"{float(f'{statistics.median(entry.steps_per_s for entry in works):.2g}'):,.4g}",
+        f"{float(f'{statistics.median(entry.steps_per_s for entry in works):.2g}'):,.6g}",
         f"`{works[0].adapter.removeprefix('environments.').removeprefix('environments/')}`",
     )
 
 
 def _reasons(entries: typing.Sequence[Entry]) -> list[tuple[str, ...]]:
-    found: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    """One row for each cause in each library: reasons that differ in numbers and names alone are one."""
+    found: dict[tuple[str, str], list[tuple[str, str]]] = collections.defaultdict(list)
     for entry in entries:
         if not entry.verified:
-            found[entry.library, entry.reason.replace(entry.id, "it").replace(entry.name, "it")].append(entry.name)
+            reason = entry.reason.replace(entry.id, "it").replace(entry.name, "it")
+            found[entry.library, _VARYING.sub("", reason)].append((reason, entry.name))
     rows: list[tuple[str, ...]] = []
-    for (library, reason), names in sorted(found.items(), key=lambda item: (item[0][0].lower(), -len(item[1]))):
-        rows.append((library, str(len(names)), reason, ", ".join(names[:_EXAMPLES])))
+    for (library, _), alike in sorted(found.items(), key=lambda item: (item[0][0].lower(), -len(item[1]))):
+        reasons, names = zip(*alike, strict=True)
+        rows.append((library, str(len(names)), _shared(reasons), ", ".join(names[:_EXAMPLES])))
     return rows
+
+
+def _shared(reasons: typing.Sequence[str]) -> str:
+    """The words that reasons share, with dots where they differ."""
+    shared: list[str] = []
+    for words in itertools.zip_longest(*(reason.split() for reason in reasons)):
+        shared += [words[0]] if len(set(words)) == 1 else ["…"][: shared[-1:] != ["…"]]
+    return " ".join(shared)
 
 
 def _kinds(spaces: typing.Iterable[dict[str, typing.Any] | None]) -> str:

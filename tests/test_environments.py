@@ -412,6 +412,12 @@ def test_a_missing_library_names_its_extra(monkeypatch):
             environments.make(f"gymnax/{name}")
 
 
+def test_a_missing_simulator_of_gymnasium_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "Box2D", None)
+    with pytest.raises(environments.LibraryMissingError, match=r"Box2D.*pip install 'ldm_jax\[gymnasium\]'"):
+        environments.make("gymnasium/LunarLander-v3")
+
+
 def test_ids_are_unique_and_can_be_made():
     ids = [id for id in environments.list_ids() if id.partition("/")[0] in registry.BUILT_IN]
     assert len(ids) == len(set(ids)) > 1400

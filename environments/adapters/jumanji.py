@@ -57,7 +57,7 @@ def candidates() -> dict[str, str]:
 
 def domain(name: str) -> str:
     """What the task of an id is about."""
-    return _DOMAINS.get(name, "combinatorial")
+    return _DOMAINS.get(name, "operations research")
 
 
 def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironment:

@@ -37,8 +37,8 @@ _DOMAINS = types.MappingProxyType(
         "go_19x19": "board games",
         "go_9x9": "board games",
         "hex": "board games",
-        "kuhn_poker": "card games",
-        "leduc_holdem": "card games",
+        "kuhn_poker": "games",
+        "leduc_holdem": "games",
         "minatar-asterix": "games",
         "minatar-breakout": "games",
         "minatar-freeway": "games",
@@ -46,7 +46,7 @@ _DOMAINS = types.MappingProxyType(
         "minatar-space_invaders": "games",
         "othello": "board games",
         "shogi": "board games",
-        "sparrow_mahjong": "card games",
+        "sparrow_mahjong": "games",
         "tic_tac_toe": "board games",
     }
 )
