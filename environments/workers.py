@@ -19,7 +19,9 @@ import typing
 import numpy as np
 
 SERVER = pathlib.Path(__file__).parent / "worker" / "server.py"
-PROTOCOL = 1
+PROTOCOL = 2
+HEAD = struct.Struct("<cII")
+"""Of a message: its kind, the length of what follows in bytes, and the number of the question."""
 IDLE, STEP, RESET, SEED, REMAKE = range(5)
 """Commands of a row; see `worker/server.py`."""
 
@@ -139,6 +141,7 @@ class Worker:
             self._log.close()
             raise
         self._socket, self.pid, self.attached = self._process.connection, self._process.pid, False
+        self._question = 0
         self._ready = select.poll()
         self._ready.register(self._socket, select.POLLIN)
         their_end, self._lifeline = os.pipe()
@@ -173,7 +176,7 @@ class Worker:
             raise WorkerFaultError("garbage", "the worker wrote to the socket without being asked" + self._words())
         body = b"" if content is None else json.dumps(content).encode()
         try:
-            self._socket.sendall(kind + struct.pack("<I", len(body)) + body)
+            self._socket.sendall(self._head(kind, body) + body)
         except OSError as error:
             raise self._ended() from error
 
@@ -195,10 +198,12 @@ class Worker:
             if beat is None or int(beat[0]) == seen:
                 raise WorkerFaultError("hang", f"no answer within the limit of {timeout_s:g} s a call" + self._words())
             since, seen = time.monotonic(), int(beat[0])
-        head = self._read(5, timeout_s)
-        kind, (length,) = head[:1], struct.unpack("<I", head[1:])
-        if kind not in (b"S", b"E", b"K", b"F") or length > MAX_MESSAGE_BYTES:
-            raise WorkerFaultError("garbage", f"the worker wrote {head!r}, which begins no message" + self._words())
+        head = self._read(HEAD.size, timeout_s)
+        kind, length, question = HEAD.unpack(head)
+        if kind not in (b"S", b"E", b"K", b"F") or length > MAX_MESSAGE_BYTES or question != self._question:
+            raise WorkerFaultError(
+                "garbage", f"the worker wrote {head!r}, which begins no answer to what it was asked" + self._words()
+            )
         try:
             content = json.loads(self._read(length, timeout_s)) if length else {}
         except ValueError as error:
@@ -227,10 +232,14 @@ class Worker:
         body = json.dumps(content).encode()
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
         try:
-            self._socket.sendmsg([kind + struct.pack("<I", len(body))], rights)
+            self._socket.sendmsg([self._head(kind, body)], rights)
             self._socket.sendall(body)
         except OSError as error:
             raise self._ended() from error
+
+    def _head(self, kind: bytes, body: bytes) -> bytes:
+        self._question = (self._question + 1) % (1 << 32)
+        return HEAD.pack(kind, len(body), self._question)
 
     def _poll(self, timeout_s: float) -> bool:
         return bool(self._ready.poll(timeout_s * 1000))

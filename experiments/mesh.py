@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 
 import jax
 from jax.experimental import multihost_utils
@@ -89,3 +90,10 @@ def make_mesh(config: MeshConfig) -> jax.sharding.Mesh | None:
             f"{math.prod(shape)} devices, there are {devices}: choose three numbers whose product is {devices}"
         )
     return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def device_bytes() -> int:
+    """Memory of one device; devices of the host share what it has."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return stats.get("bytes_limit") or host // jax.local_device_count()

@@ -19,9 +19,9 @@ from data.store import open_dataset
 from data.windows import make_codecs, mix
 from experiments import loop, validation
 from experiments.logs import Meter, RunLog
-from experiments.mesh import HostsConfig, MeshConfig, barrier, connect, make_mesh
+from experiments.mesh import HostsConfig, MeshConfig, barrier, connect, device_bytes, make_mesh
 from experiments.workdir import FREE, WorkdirError, claim, resolved
-from ldm_jax import policy, sharding, training
+from ldm_jax import footprint, policy, sharding, training
 from ldm_jax.acting import Decoding
 from ldm_jax.checkpoints import Checkpoints
 from ldm_jax.config import SIZES, ConfigError, ModelConfig
@@ -99,7 +99,7 @@ def run(
       WorkdirError: the workdir cannot be used.
       StoreError: there is no dataset, or one that is damaged.
       CheckpointError: the checkpoints are of another configuration or other data.
-      TrainingError: the loss or the gradient is not finite.
+      TrainingError: the loss or the gradient is not finite, or a device has not enough memory.
       Interrupted: a signal asked for the end.
     """
     connect(config.hosts)
@@ -116,6 +116,7 @@ def run(
     model = make_model(config.model, mesh)
     # Shapes are enough to restore, and parameters take seconds to make.
     shapes = training.state_shapes(model, config.training, mesh)
+    footprint.check_state_fits(shapes, device_bytes())
     held_out = mix(dataset, codecs, *size, Streams(config.held_out, True), share) if config.held_out else None
     validate = validation.Validation(config.evaluation, model, config.model, codecs, held_out, config.decoding, mesh)
     claim(workdir, "pretrain", config, owns=("checkpoints", "metrics.jsonl", "tensorboard", "policy"))

@@ -14,7 +14,7 @@ import numpy as np
 from ldm_jax import objective, sharding, training
 from ldm_jax.actions import Slots
 from ldm_jax.codec import Bucket, Features, Signature, Targets
-from ldm_jax.config import ModelConfig
+from ldm_jax.config import ConfigError, ModelConfig
 from ldm_jax.model import Inputs, make_model
 from ldm_jax.objective import Example
 from ldm_jax.signature import SIGNATURE
@@ -205,6 +205,25 @@ def measure_memory(
         # Twice the rows keep twice the activations, and the parameters once.
         activations=kept(2) - kept(1),
     )
+
+
+def check_state_fits(state: training.TrainState, device_bytes: int) -> None:
+    """Checks that what training holds between two steps fits a device, before anything is allocated.
+
+    Args:
+      state: shapes, as `training.state_shapes` splits them.
+      device_bytes: memory of one device.
+
+    Raises:
+      ConfigError: parameters, gradients and the optimiser's state alone are larger.
+    """
+    needed = 2 * _bytes(state.params) + _bytes(state.optimiser)
+    if needed > device_bytes:
+        raise ConfigError(
+            f"parameters, gradients and the optimiser's state take {needed / 1e9:.1f} GB on each device, which has "
+            f"{device_bytes / 1e9:.1f} GB: split them over more devices along fsdp, or choose a smaller size "
+            "(experiments.describe tells what each takes)"
+        )
 
 
 def _bytes(shapes: PyTree) -> int:

@@ -204,7 +204,21 @@ def train(
 
     Raises:
       NotFiniteError: the loss or the gradient is not finite.
+      TrainingError: a device has not enough memory for a step.
     """
+    try:
+        yield from _train(train_step, state, batches, steps, mesh, stop)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(
+            "a device has not enough memory for a step: train on fewer rows at once (rows, or more pieces by "
+            "accumulation), keep less (remat='full'), or split the model over more devices along fsdp; "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _train(train_step, state, batches, steps, mesh, stop):
     start = int(state.step)
     pending: tuple[int, dict[str, Example], StepMetrics] | None = None
     for number, batch in zip(range(start, steps), batches, strict=False):

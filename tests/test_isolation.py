@@ -199,7 +199,7 @@ OF_A_WORKER = {
     "Orphan": ("crash", "ended by SIGKILL"),
     "Hang": ("hang", "no answer within the limit of 0.5 s"),
     "Sleep": ("hang", "no answer within the limit of 0.5 s"),
-    "Garbage": ("garbage", "begins no message"),
+    "Garbage": ("garbage", "begins no answer"),
     "Forged": ("garbage", "expected an object"),
     "HangUp": ("crash", "closed the connection|exited|ended"),
 }
@@ -241,12 +241,12 @@ def test_faulty_rows_restart_and_the_run_goes_on(name, caplog):
         assert all(same(one, other) for one, other in zip(seen, again, strict=True))
 
 
-def test_a_second_answer_is_noticed_at_the_next_step():
+def test_an_answer_to_another_question_is_noticed_at_once():
     with make("Twice") as environment:
-        seen = play(environment, [[0, 3, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
+        seen = play(environment, [[0, 3, 0, 0], [1, 1, 1, 1]])
         assert environment.faults == {"garbage": 1}
-    assert seen[2].truncated.tolist() == [True, True, False, False]
-    assert seen[3].first.tolist() == [True, True, False, False]
+    assert seen[1].truncated.tolist() == [True, True, False, False]
+    assert seen[2].first.tolist() == [True, True, False, False]
 
 
 def test_a_worker_that_leaks_is_replaced():
@@ -397,6 +397,7 @@ SERVER = load_server()
 def test_host_and_worker_speak_the_same_protocol():
     names = ("PROTOCOL", "IDLE", "STEP", "RESET", "SEED", "REMAKE")
     assert [getattr(SERVER, name) for name in names] == [getattr(workers, name) for name in names]
+    assert SERVER.HEAD.format == workers.HEAD.format
 
 
 def test_the_server_is_written_for_python_3_7():
@@ -405,7 +406,7 @@ def test_the_server_is_written_for_python_3_7():
 
 def test_a_worker_of_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(workers, "PROTOCOL", 99)
-    with pytest.raises(environments.EnvironmentFaultError, match="got the protocol 99, expected 1"):
+    with pytest.raises(environments.EnvironmentFaultError, match="got the protocol 99, expected 2"):
         IsolatedEnvironment(program("Steady"), 1, None, Isolation())
 
 

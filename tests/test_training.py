@@ -13,13 +13,14 @@ import warnings
 
 import examples
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import scipy.stats
 
 import ldm_jax
-from ldm_jax import acting, checkpoints, objective, policy, replay, training
+from ldm_jax import acting, checkpoints, footprint, objective, policy, replay, training
 from ldm_jax.actions import Slots
 from ldm_jax.codec import Targets
 from ldm_jax.config import SIZES, ConfigError
@@ -103,6 +104,19 @@ def test_the_seed_decides_the_parameters(optimiser):
     assert equal(*runs)
     other = training.init_state(MODEL, dataclasses.replace(cfg, seed=1))
     assert not equal(runs[0].params, other.params)
+
+
+def test_too_little_memory_names_the_ways_out():
+    state = training.state_shapes(make_model(SIZES["308m"]), dataclasses.replace(CONFIG, optimiser="adamw"))
+    footprint.check_state_fits(state, 8 << 30)
+    with pytest.raises(ConfigError, match=r"take 5\.7 GB on each device, which has 4\.3 GB: split them .* along fsdp"):
+        footprint.check_state_fits(state, 4 << 30)
+
+    def greedy_step(state, batch):
+        return jnp.zeros(1 << 56, jnp.uint8), None
+
+    with pytest.raises(training.TrainingError, match=r"not enough memory for a step: .*accumulation.*remat='full'"):
+        list(training.train(greedy_step, state._replace(step=np.int32(0)), [{}], 1))
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_stops_the_run(train_step, tmp_path):

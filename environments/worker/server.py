@@ -42,7 +42,9 @@ import typing
 
 import numpy as np
 
-PROTOCOL = 1
+PROTOCOL = 2
+HEAD = struct.Struct("<cII")
+"""Of a message: its kind, the length of what follows in bytes, and the number of the question."""
 IDLE, STEP, RESET, SEED, REMAKE = range(5)
 """Commands of a row; SEED resets under the row's seed, REMAKE makes the environment anew before that."""
 
@@ -69,35 +71,40 @@ class WrongError(Exception):
 # Messages
 
 
-def receive(connection):
-    """One message and the descriptors that came with it; ends the process at the end of the connection."""
-    head = b""
-    descriptors: typing.List[int] = []
-    while len(head) < 5:
-        size = array.array("i").itemsize
-        data, ancillary, _, _ = connection.recvmsg(5 - len(head), socket.CMSG_SPACE(4 * size))
-        if not data:
-            leave()
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                received = array.array("i")
-                received.frombytes(content[: len(content) - len(content) % size])
-                descriptors.extend(received)
-        head += data
-    length = struct.unpack("<I", head[1:])[0]
-    body = b""
-    while len(body) < length:
-        data = connection.recv(length - len(body))
-        if not data:
-            leave()
-        body += data
-    return head[:1], json.loads(body.decode()) if body else {}, descriptors
+class Connection:
+    """The worker's end of the socket: an answer carries the number of its question, so that none is taken for it."""
 
+    def __init__(self, end):
+        self._socket, self._question = end, 0
 
-def send(connection, kind, content=None):
-    """Sends one message."""
-    body = b"" if content is None else json.dumps(content).encode()
-    connection.sendall(kind + struct.pack("<I", len(body)) + body)
+    def receive(self):
+        """One message and the descriptors that came with it; ends the process at the end of the connection."""
+        head = b""
+        descriptors: typing.List[int] = []
+        while len(head) < HEAD.size:
+            size = array.array("i").itemsize
+            data, ancillary, _, _ = self._socket.recvmsg(HEAD.size - len(head), socket.CMSG_SPACE(4 * size))
+            if not data:
+                leave()
+            for level, kind, content in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    received = array.array("i")
+                    received.frombytes(content[: len(content) - len(content) % size])
+                    descriptors.extend(received)
+            head += data
+        kind, length, self._question = HEAD.unpack(head)
+        body = b""
+        while len(body) < length:
+            data = self._socket.recv(length - len(body))
+            if not data:
+                leave()
+            body += data
+        return kind, json.loads(body.decode()) if body else {}, descriptors
+
+    def send(self, kind, content=None):
+        """Sends one message, the answer to the last one received."""
+        body = b"" if content is None else json.dumps(content).encode()
+        self._socket.sendall(HEAD.pack(kind, len(body), self._question) + body)
 
 
 def leave():
@@ -502,7 +509,7 @@ def mask_of(library, environment):
 
 def greet(connection):
     """Makes the first environment and says what it is."""
-    kind, content, descriptors = receive(connection)
+    kind, content, descriptors = connection.receive()
     lifeline, log = descriptors
     die_with_host(lifeline)
     for standard in (1, 2):  # what libraries print must not get lost, nor reach the socket
@@ -510,14 +517,14 @@ def greet(connection):
     os.close(log)
     if kind != b"H" or content.get("protocol") != PROTOCOL:
         text = f"got the protocol {content.get('protocol')}, expected {PROTOCOL}: host and worker differ in version"
-        send(connection, b"E", {"reason": "protocol", "text": text})
+        connection.send(b"E", {"reason": "protocol", "text": text})
         leave()
     try:
         random.seed(0)  # some make what they declare by chance
         np.random.seed(0)
         about = {"protocol": PROTOCOL, "python": platform.python_version(), "versions": versions()}
         if not content["job"]["name"]:
-            send(connection, b"S", {**about, "ids": list_registry(content["job"])})
+            connection.send(b"S", {**about, "ids": list_registry(content["job"])})
             leave()
         library = Library(content["job"])
         environment = library.make()
@@ -529,12 +536,12 @@ def greet(connection):
             "mask": mask_of(library, environment),
         }
     except RefusedError as error:
-        send(connection, b"E", {"reason": "refused", "text": str(error)})
+        connection.send(b"E", {"reason": "refused", "text": str(error)})
         leave()
     except Exception:
-        send(connection, b"E", {"reason": "failed", "text": tail(traceback.format_exc())})
+        connection.send(b"E", {"reason": "failed", "text": tail(traceback.format_exc())})
         leave()
-    send(connection, b"S", spec)
+    connection.send(b"S", spec)
     return library, environment
 
 
@@ -550,23 +557,24 @@ def resident_bytes():
 def main(where):
     """Serves until the host goes."""
     if where.isdigit():
-        connection = socket.socket(fileno=int(where))
+        end = socket.socket(fileno=int(where))
     else:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(where)
+        end = socket.socket(socket.AF_UNIX)
+        end.connect(where)
+    connection = Connection(end)
     library, environment = greet(connection)
     rows: typing.Any = None
     calls = 0
     while True:
-        kind, content, descriptors = receive(connection)
+        kind, content, descriptors = connection.receive()
         if kind == b"A":
             rows = Rows(library, environment, content, descriptors[0])
-            send(connection, b"K")
+            connection.send(b"K")
             continue
         if kind == b"Q":
             for row in rows.range if rows else ():
                 rows.drop(row)
-            send(connection, b"K")
+            connection.send(b"K")
             leave()
         faults = rows.obey()
         calls += 1
@@ -576,7 +584,7 @@ def main(where):
             if resident_bytes() > library.job["memory_limit"]:
                 text = f"the worker holds {resident_bytes() >> 20} MB, more than its limit"
                 faults = [*faults, [-1, "memory", text]]
-        send(connection, b"F", {"faults": faults}) if faults else send(connection, b"K")
+        connection.send(b"F", {"faults": faults}) if faults else connection.send(b"K")
 
 
 if __name__ == "__main__":

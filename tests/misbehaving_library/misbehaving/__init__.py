@@ -1,11 +1,13 @@
 """Environments that behave until they are told not to: action 3 makes trouble of the kind that the id names."""
 
+import gc
 import importlib
 import mmap
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -170,19 +172,20 @@ class Garbage(Steady):
 
 
 class Forged(Steady):
-    """Writes to the socket what looks like a message."""
+    """Writes to the socket what looks like the answer that is waited for."""
 
     def trouble(self):
+        (question,) = [thing._question for thing in gc.get_objects() if type(thing).__name__ == "Connection"]
         for descriptor in _sockets():
-            os.write(descriptor, b"F\x05\x00\x00\x00[1,2]")
+            os.write(descriptor, struct.pack("<cII", b"F", 5, question) + b"[1,2]")
 
 
 class Twice(Steady):
-    """Answers twice."""
+    """Answers twice, first to a question that nobody asked."""
 
     def trouble(self):
         for descriptor in _sockets():
-            os.write(descriptor, b"K\x00\x00\x00\x00")
+            os.write(descriptor, b"K" + bytes(8))
 
 
 class HangUp(Steady):
