@@ -1,6 +1,7 @@
 """How fast a training step is: against transformers' Llama, the machine's own matrix product, and two tokens per step.
 
-All of them in turn, in one process, on the same number of rows of 256 steps with full causal attention (W = 256):
+All of them in turn, in one process, on the same 32 rows of 256 steps, in four pieces whose gradients are summed, with
+full causal attention (W = 256):
 
   ours: the whole step, with encoders, head, loss, clipping and AdamW;
   transformers: `LlamaForCausalLM` of the same width, layers, heads and feed-forward in PyTorch, its whole step, with a
@@ -165,9 +166,9 @@ def _print(name: str, cfg: ModelConfig, times: Times, gflops: dict[str, float], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="micro,32m", help="comma-separated; the last one tops the JSON")
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=32, help="of a step, over all pieces")
     parser.add_argument("--steps", type=int, default=256, help="of a row; the window is as long")
-    parser.add_argument("--accumulation", type=int, default=1, help="pieces that a batch is cut into")
+    parser.add_argument("--accumulation", type=int, default=4, help="pieces that a batch is cut into, on both sides")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--attention", default="blocks", choices=("blocks", "cudnn", "xla"), help="of ours")
     parser.add_argument("--repetitions", type=int, default=5)
