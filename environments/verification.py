@@ -81,6 +81,7 @@ def name_anew(line: catalog.Entry) -> catalog.Entry:
         family=taxonomy.family(line.library, line.name),
         domain=registry.domain(line.library, line.name) or line.domain,
         adapter=registry.place(line.library),
+        reason=reason_of(line.reason) if line.reason else "",
     )
 
 
@@ -94,6 +95,7 @@ def reason_of(error: BaseException | str) -> str:
     text = re.sub(r"(?<![:/\w])(/[\w.+-]+)+/", "", lines[0].strip())
     text = re.sub(r" \(fault \d+ since the reset.*$", "", text)
     text = re.sub(r"^(.*\bhang: [^;]*); its last words: .*$", r"\1", text)  # they are of something else, long before
+    text = re.sub(r"^\S+(?= declares spaces)", "it", text)
     text = re.sub(r"^\S+ cannot be made: |^\S+, step \d+ after the reset(, rows \[0\])?: ", "", text)
     return text if len(text) <= _MAX_REASON_CHARS else text[: _MAX_REASON_CHARS - 4] + " ..."
 

@@ -65,7 +65,11 @@ def take_stock(library: str, output: pathlib.Path, workers: int, timeout_s: floa
     before = [known for known in (catalog.read(path) if path.exists() else ()) if known.verified or not retry]
     before += _read_journal(journal)
     candidates = {f"{library}/{name}": reason for name, reason in registry.candidates(library).items()}
-    found = {known.id: name_anew(known) for known in before if known.version == version and known.id in candidates}
+    found = {
+        known.id: name_anew(known)
+        for known in before
+        if known.version == version and candidates.get(known.id) in ("", known.reason)
+    }
     todo = {id: reason for id, reason in candidates.items() if id not in found}
     lock = threading.Lock()
     with (

@@ -29,7 +29,7 @@ def choose(libraries: list[str]) -> list[str]:
     """The first and the last id of each library that work."""
     chosen: list[str] = []
     for library in libraries:
-        ids = environments.list_ids(library)
+        ids = [entry.id for entry in catalog.entries(library).values() if entry.verified]
         chosen += dict.fromkeys([ids[0], ids[-1]]) if ids else []
     return chosen
 
