@@ -88,9 +88,9 @@ def test_a_reason_is_the_fault_itself_and_no_place_on_a_machine():
 
 _TRACEBACK = """it, step 3 after the reset, rows [0]: exception: ... ps/worker/server.py", line 420, in obey
     obey(row, command)
-  File "/home/somebody/venvs/x/lib/python3.11/site-packages/x/core.py", line 7, in step
+  File "/srv/somebody/venvs/x/lib/python3.11/site-packages/x/core.py", line 7, in step
     raise RangeError("p is 1.2")
-x.core.RangeError: p is 1.2, see /home/somebody/x/table.csv
+x.core.RangeError: p is 1.2, see /srv/somebody/x/table.csv
 It was 0.7 before. (fault 1 since the reset, expected at most 0; since it was made: 1 exception)"""
 
 
