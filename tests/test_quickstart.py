@@ -138,13 +138,17 @@ def test_a_run_never_killed_gives_the_same(killed, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_the_example_of_the_readme_runs(killed, capsys):
+def test_the_examples_of_the_readme_run(killed, capsys):
     workdir, _, _ = killed
     readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert code.count("runs/quickstart/policy") == 1 and len(code.splitlines()) <= 20
-    exec(code.replace("runs/quickstart/policy", str(workdir / "policy")), {})
+    acting, choosing = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert acting.count("runs/quickstart/policy") == 1 and len(acting.splitlines()) <= 20
+    names = {}
+    exec(acting.replace("runs/quickstart/policy", str(workdir / "policy")), names)
     assert re.search(r"mean return .*: \d", capsys.readouterr().out)
+    exec(choosing, names)
+    assert "nasim/Tiny-v0" in names["attacks"]
+    assert names["dungeons"] and all(id.startswith("minihack/") for id in names["dungeons"])
 
 
 def test_another_configuration_is_refused(killed):
