@@ -34,7 +34,7 @@ def measure(size: str, layers: int, rows: int, repetitions: int) -> dict[str, ty
     cfg = dataclasses.replace(SIZES[size], layers=layers)
     training_cfg = TrainingConfig(optimiser="adamw")
     model = make_model(cfg)
-    state = jax.eval_shape(lambda: training.init_state(model, training_cfg))
+    state = training.state_shapes(model, training_cfg)
     batch = {BUCKET.name: footprint.example_shapes(BUCKET, rows, cfg.window)}
     seconds = []
     for _ in range(repetitions):

@@ -116,7 +116,7 @@ def test_the_program_of_a_step_does_not_grow_with_depth():
     def operations(layers):
         deep = dataclasses.replace(NANO, layers=layers)
         model = make_model(deep)
-        state = jax.eval_shape(lambda: training.init_state(model, cfg))
+        state = training.state_shapes(model, cfg)
         batch = {"rows": footprint.example_shapes(bucket, 2, 16)}
         return training.make_train_step(model, deep, cfg).lower(state, batch).as_text().count("\n")
 

@@ -134,7 +134,7 @@ class EnvpoolEnvironment:
         self._step_count = 0
         self._start_B = np.zeros(batch_size, np.int64)
         self._due = self.spec.time_limit
-        self._last_B, self._any_last = np.ones(batch_size, bool), True
+        self._last_B = np.ones(batch_size, bool)
         no_B = np.zeros(batch_size, bool)
         return self._receive([np.zeros(batch_size, np.float32), no_B, no_B, *rest])
 
@@ -178,8 +178,8 @@ class EnvpoolEnvironment:
         """Makes a time step of what envpool returned and keeps the books."""
         reward_B, terminated_B, truncated_B, *rest = heard
         mask = rest.pop(0) if self._about.masked else None
-        first_B, any_first = self._last_B, self._any_last
-        if any_first:
+        first_B = self._last_B
+        if any_first := np.count_nonzero(first_B):
             self._start_B[first_B] = self._step_count
         self._any_overdue = False
         if self._step_count >= self._due:
@@ -191,7 +191,6 @@ class EnvpoolEnvironment:
             going_on = self._start_B[~over_B]
             self._due = self.spec.time_limit + (going_on.min() if len(going_on) else self._step_count)
         self._last_B = terminated_B | truncated_B
-        self._any_last = bool(np.count_nonzero(self._last_B))
         reward_B = np.asarray(reward_B, np.float32)
         if reward_B.shape != (self.spec.batch_size,):
             self._fault(f"the reward has shape {list(reward_B.shape)}, expected {[self.spec.batch_size]}")
