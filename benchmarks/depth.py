@@ -20,11 +20,12 @@ import typing
 
 import jax
 
-from ldm_jax import footprint, training
-from ldm_jax.codec import Bucket
-from ldm_jax.config import SIZES
-from ldm_jax.model import make_model
-from ldm_jax.training import TrainingConfig
+from ldm_jax import training
+from ldm_jax.encoding.buckets import Bucket
+from ldm_jax.model.config import SIZES
+from ldm_jax.model.network import make_model
+from ldm_jax.training import cost
+from ldm_jax.training.optimizer import TrainingConfig
 
 BUCKET = Bucket(numeric=8, categorical=0, grids=(), texts=(), choice_slots=1, choices=8, continuous_slots=0)
 
@@ -32,10 +33,10 @@ BUCKET = Bucket(numeric=8, categorical=0, grids=(), texts=(), choice_slots=1, ch
 def measure(size: str, layers: int, rows: int, repetitions: int) -> dict[str, typing.Any]:
     """Compiles the step of a depth several times, and runs it never."""
     cfg = dataclasses.replace(SIZES[size], layers=layers)
-    training_cfg = TrainingConfig(optimiser="adamw")
+    training_cfg = TrainingConfig(optimizer="adamw")
     model = make_model(cfg)
     state = training.state_shapes(model, training_cfg)
-    batch = {BUCKET.name: footprint.example_shapes(BUCKET, rows, cfg.window)}
+    batch = {BUCKET.name: cost.example_shapes(BUCKET, rows, cfg.window)}
     seconds = []
     for _ in range(repetitions):
         jax.clear_caches()

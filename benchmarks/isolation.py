@@ -27,10 +27,10 @@ import gymnasium
 import jax
 import numpy as np
 
-from environments import containers, groups
 from environments.cores import available_cores
-from environments.isolation import IsolatedEnvironment, Isolation, Program
-from environments.workers import IDLE
+from environments.isolation import containers, groups
+from environments.isolation.environment import IsolatedEnvironment, Isolation, Program
+from environments.isolation.host import IDLE
 
 from .timing import Times, compare
 

@@ -1,4 +1,4 @@
-"""What the one interface costs with a policy in the loop: `data.rollout` against each library's own loop.
+"""What the one interface costs with a policy in the loop: `ldm_jax.rollout` against each library's own loop.
 
 Both sides act by the same jitted network and keep the same of every step: observation, action, its log-probability,
 reward, terminated, truncated (ours keeps `first` too, clips actions to their space, and checks what the simulator
@@ -33,9 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import environments
-from data import rollout as acting
+import ldm_jax
 from environments.cores import available_cores
-from environments.isolation import IsolatedEnvironment, Isolation, Program
+from environments.isolation.environment import IsolatedEnvironment, Isolation, Program
+from ldm_jax import rollout
 from ldm_jax.types import Agent, EnvironmentSpec
 
 from .timing import compare
@@ -98,7 +99,7 @@ def make_policy(spec: EnvironmentSpec, width: int) -> Policy:
 
 
 @contextlib.contextmanager
-def ours(environment: environments.Environment, width: int) -> typing.Iterator[Portion]:
+def ours(environment: ldm_jax.Environment, width: int) -> typing.Iterator[Portion]:
     """T steps of our loop."""
     policy = make_policy(environment.spec, width)
 
@@ -107,11 +108,11 @@ def ours(environment: environments.Environment, width: int) -> typing.Iterator[P
 
     agent = Agent(lambda batch_size: (), step)
     with contextlib.closing(environment):
-        loop = acting.start(environment, agent, jax.random.key(0))
+        loop = rollout.start(environment, agent, jax.random.key(0))
 
         def portion():
             nonlocal loop
-            loop, trajectory = acting.rollout(environment, agent, policy.weights, *loop, jax.random.key(1), STEPS)
+            loop, trajectory = rollout.rollout(environment, agent, policy.weights, loop, jax.random.key(1), STEPS)
             jax.block_until_ready(trajectory)
 
         yield portion
@@ -193,7 +194,7 @@ def gymnasium_alone(spec: EnvironmentSpec, width: int) -> contextlib.AbstractCon
 ALONE = {"gymnax": gymnax_alone, "envpool": envpool_alone, "gymnasium": gymnasium_alone}
 
 
-def make(name: str, rows: int, workers: int = 0) -> environments.Environment:
+def make(name: str, rows: int, workers: int = 0) -> ldm_jax.Environment:
     """B environments behind our interface; those of Gymnasium in worker processes of this interpreter."""
     library, _, own = name.partition("/")
     if library != "gymnasium":

@@ -16,7 +16,7 @@ only 6N and causal attention count, N being the decoder's matrices. Its last lin
 top and for the other sizes by name.
 
 On a GPU, `--sizes=308m --steps=1024 --dtype=bfloat16 --attention=cudnn --rows=16` compares in that precision with the
-fused kernels of both; `to_matmul` is then the utilisation of what the device reaches in a product, and
+fused kernels of both; `to_matmul` is then the utilization of what the device reaches in a product, and
 `--peak_tflops=989` adds `mfu`, of its data sheet.
 """
 
@@ -36,12 +36,13 @@ import torch
 import transformers
 
 from environments.cores import available_cores
-from ldm_jax import footprint, training
-from ldm_jax.codec import Bucket
-from ldm_jax.config import SIZES, ModelConfig
-from ldm_jax.model import make_model
-from ldm_jax.objective import Example
-from ldm_jax.training import TrainingConfig
+from ldm_jax import training
+from ldm_jax.encoding.buckets import Bucket
+from ldm_jax.model.config import SIZES, ModelConfig
+from ldm_jax.model.network import make_model
+from ldm_jax.training import cost
+from ldm_jax.training.loss import Example
+from ldm_jax.training.optimizer import TrainingConfig
 
 from .timing import Times, compare
 
@@ -59,12 +60,12 @@ def _example(rows: int, steps: int) -> Example:
             return rng.uniform(0.1, 1, leaf.shape).astype(leaf.dtype)
         return np.ones(leaf.shape, leaf.dtype)
 
-    return jax.tree.map(fill, footprint.example_shapes(BUCKET, rows, steps))
+    return jax.tree.map(fill, cost.example_shapes(BUCKET, rows, steps))
 
 
 def ours(cfg: ModelConfig, rows: int, steps: int, accumulation: int) -> collections.abc.Callable[[], object]:
     """A function that trains by one step and waits for it."""
-    training_cfg = TrainingConfig(optimiser="adamw", accumulation=accumulation)
+    training_cfg = TrainingConfig(optimizer="adamw", accumulation=accumulation)
     model = make_model(cfg)
     state = training.init_state(model, training_cfg)
     train_step = training.make_train_step(model, cfg, training_cfg)
@@ -93,17 +94,17 @@ def llama(cfg: ModelConfig, rows: int, steps: int, accumulation: int) -> collect
         attn_implementation="sdpa",
     )
     model = transformers.LlamaForCausalLM(config).to(device).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(0, BUCKET.choices, (rows, steps), device=device)
 
     def step() -> object:
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         for piece in tokens.chunk(accumulation):
             with torch.autocast(device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
                 loss = model(input_ids=piece, labels=piece, use_cache=False).loss / accumulation
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         return loss.item()
 
     return step
@@ -133,7 +134,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, typing.Any]:
     }
     times = compare(contenders, arguments.repetitions, seconds=0.0)
     tokens = rows * steps
-    work = {"ours": tokens * footprint.flops_per_token(cfg, steps).training}
+    work = {"ours": tokens * cost.flops_per_token(cfg, steps).training}
     work |= {f"{library} {size}": 2.0 * size**3 for library in ("jax", "torch") for size in PRODUCTS}
     gflops = {key: value / times.median(key) / 1e9 for key, value in work.items()}
     best = max((key for key in work if key != "ours"), key=gflops.__getitem__)
@@ -155,7 +156,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, typing.Any]:
 
 
 def _print(name: str, cfg: ModelConfig, times: Times, gflops: dict[str, float], tokens: int) -> None:
-    backbone = footprint.backbone_parameters(cfg)
+    backbone = cost.backbone_parameters(cfg)
     print(f"\n{name}: N = {backbone:,}, {tokens:,} transitions a step, {cfg.dtype}")
     for key in times.seconds:
         median = times.median(key)

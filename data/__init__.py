@@ -1,1 +1,5 @@
 """Reference policies, collection, the trajectory store and the training mixture."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,19 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from environments.interface import Environment, EnvironmentFaultError
 from ldm_jax import spaces
-from ldm_jax.actions import ActionLayout, Distribution, action_layout, denormalise, to_slots
 from ldm_jax.cards import Statistics
-from ldm_jax.observations import numeric_vector, observation_layout
+from ldm_jax.encoding.actions import (
+    NOT_ALLOWED,
+    NOT_ALLOWED_FLOAT16,
+    ActionLayout,
+    Distribution,
+    action_layout,
+    denormalize,
+    to_slots,
+)
+from ldm_jax.encoding.observations import numeric_vector, observation_layout
+from ldm_jax.encoding.transition import Transition, to_leaves, transition_schema
+from ldm_jax.environment import Environment, EnvironmentFaultError
+from ldm_jax.rollout import rollout, start
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from .references.policy import ReferencePolicy
-from .rollout import rollout, start
-from .store import Episodes
-
-NEVER = -3e4
-"""Log-probability that stands for "not allowed" in the stored logits; about half of the lowest that float16 holds."""
+from .store import EpisodeIndex
 
 # Levels rise a little faster than linearly, so that at least half of all steps are random whatever the luck.
 _NOISE_SLOPE = 1.05
@@ -38,7 +44,7 @@ _HOLDS = (1, 4, 16)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class CollectConfig:
     """How much is collected in one environment.
 
     Attributes:
@@ -73,7 +79,7 @@ class Collected(typing.NamedTuple):
     """
 
     leaves: dict[str, np.ndarray]
-    episodes: Episodes
+    episodes: EpisodeIndex
     statistics: Statistics
     random: float
     agreement: float
@@ -85,14 +91,12 @@ class _Record(typing.NamedTuple):
     random: Array
 
 
-def affordable_streams(spec: EnvironmentSpec, config: Config) -> int:
+def affordable_streams(spec: EnvironmentSpec, config: CollectConfig) -> int:
     """The number of streams whose arrays fit into `config.max_bytes`, at least 2 and at most `config.streams`."""
-    layout = action_layout(spec.action_space)
-    structs = [spaces.leaf_shape_dtype(leaf.space) for leaf in spaces.leaves(spec.observation_space)]
-    structs += 2 * [spaces.leaf_shape_dtype(leaf.space) for leaf in spaces.leaves(spec.action_space)]
-    # float16 logits and a mask for each choice, float32 mean and scale for each number, reward and four flags
-    step = sum(math.prod(s.shape) * s.dtype.itemsize for s in structs) + 3 * layout.flat_choices + 8 * layout.continuous
-    return max(2, min(config.streams, config.max_bytes // ((step + 8) * config.steps)))
+    # Whether there is a mask shows at the first step only: a byte for each choice is assumed.
+    schema = transition_schema(spec.observation_space, spec.action_space, masked=True)
+    step = sum(math.prod(struct.shape) * struct.dtype.itemsize for struct in schema.values())
+    return max(2, min(config.streams, config.max_bytes // (step * config.steps)))
 
 
 def noise_levels(streams: int) -> np.ndarray:
@@ -104,16 +108,12 @@ def collect(
     environment: Environment,
     reference: ReferencePolicy,
     seed: int,
-    config: Config,
+    config: CollectConfig,
     progress: typing.Callable[[int], typing.Any] = lambda steps: None,
 ) -> Collected:
     """Collects B streams of T steps; the same seed gives the same data (bitwise, where the environment is jittable).
 
-    The leaves are `observation/<leaf>`, `reward`, `terminated`, `truncated`, `first`, `action_mask` where there is one,
-    `action/<leaf>` (executed) and `reference_action/<leaf>` (the label), both clipped to the space, `reference/logits`
-    (float16 log-probabilities over the flat choices, `NEVER` where not allowed), `reference/mean` and
-    `reference/scale` (in the action's units), and `label_mask`, false on the last step of an episode, whose action is
-    ignored.
+    The leaves are those of `ldm_jax.encoding.transition`.
 
     Args:
       environment: with `spec.batch_size` = B streams, see `affordable_streams`.
@@ -132,25 +132,19 @@ def collect(
     environment_key, agent_key = jax.random.split(jax.random.key(seed))
     levels = noise_levels(spec.batch_size)
     agent = _noisy(reference.agent, spec, levels)
-    carry, state, timestep = start(environment, agent, environment_key)
+    loop = start(environment, agent, environment_key)
     leaves: dict[str, np.ndarray] = {}
     random = outside = 0
     for begin in range(0, config.steps, config.block):
         # The last block may run past the end: one block length is one compiled program.
-        (carry, state, timestep), block = rollout(
-            environment,
-            agent,
-            reference.params,
-            carry,
-            state,
-            timestep,
-            jax.random.fold_in(agent_key, begin),
-            config.block,
-        )
+        block_key = jax.random.fold_in(agent_key, begin)
+        loop, block = rollout(environment, agent, reference.params, loop, block_key, config.block)
         block = jax.tree.map(lambda x, keep=config.steps - begin: np.asarray(x[:keep]), block)
         outside += _check(spec, block.timestep, begin)
         random += int(block.record.random.sum())
-        for name, value in _named(spec, block.timestep, block.action, block.record):
+        record = block.record
+        transition = Transition(block.timestep, block.action, record.label, record.distribution, ~block.timestep.last)
+        for name, value in to_leaves(spec.observation_space, spec.action_space, transition).items():
             if name not in leaves:
                 leaves[name] = np.empty((config.steps, *value.shape[1:]), value.dtype)
             leaves[name][begin : begin + len(value)] = value
@@ -161,7 +155,7 @@ def collect(
     )
 
 
-def index_episodes(leaves: dict[str, np.ndarray], seed: int, levels: np.ndarray) -> Episodes:
+def index_episodes(leaves: dict[str, np.ndarray], seed: int, levels: np.ndarray) -> EpisodeIndex:
     """Finds the episodes in `[T, B]` leaves, stream by stream; the last of each stream may be unfinished."""
     stream, begin = np.nonzero(leaves["first"].T)
     steps = len(leaves["first"])
@@ -170,7 +164,7 @@ def index_episodes(leaves: dict[str, np.ndarray], seed: int, levels: np.ndarray)
     end = np.where(np.append(stream[1:] != stream[:-1], True), steps, after)
     # sums over [start, end) as differences of running sums, in float64
     total = np.concatenate([np.zeros((1, len(levels))), np.cumsum(leaves["reward"], 0, np.float64)])
-    return Episodes(
+    return EpisodeIndex(
         start=begin.astype(np.int64),
         length=(end - begin).astype(np.int64),
         return_=total[end, stream] - total[begin, stream],
@@ -181,9 +175,9 @@ def index_episodes(leaves: dict[str, np.ndarray], seed: int, levels: np.ndarray)
 
 
 def measure(spec: EnvironmentSpec, leaves: dict[str, np.ndarray], outside: int = 0) -> Statistics:
-    """Measures what standardises an environment's data.
+    """Measures what standardizes an environment's data.
 
-    A deviation is floored at a thousandth of the range seen (below it, standardising would blow up a rare jump) and at
+    A deviation is floored at a thousandth of the range seen (below it, standardizing would blow up a rare jump) and at
     1e-5 of the mean (what float32 resolves). A number that never changes has deviation 1: its scale is not known.
 
     Args:
@@ -207,7 +201,7 @@ def measure(spec: EnvironmentSpec, leaves: dict[str, np.ndarray], outside: int =
     executed = _continuous(actions, spec, leaves).reshape(steps, actions.continuous)
     return Statistics(
         observation_mean=tuple(mean.tolist()),
-        observation_deviation=tuple(deviation.tolist()),
+        observation_std=tuple(deviation.tolist()),
         reward_scale=max(float(np.sqrt((reward**2).mean())), 1e-6) if reward.size else 1.0,
         action_low=tuple(executed.min(0).tolist()),
         action_high=tuple(executed.max(0).tolist()),
@@ -243,13 +237,13 @@ def _noisy(reference: Agent, spec: EnvironmentSpec, levels: np.ndarray) -> Agent
 
 
 def _storable(layout: ActionLayout, distribution: Distribution) -> Distribution:
-    """Log-probabilities in float16: normalised slot by slot, so that none overflows."""
+    """Log-probabilities in float16: normalized slot by slot, so that none overflows."""
     rows, offset = [distribution.logits[..., :0]], 0
     for size in layout.sizes:
-        logits = jnp.maximum(distribution.logits[..., offset : offset + size], -1e9)
+        logits = jnp.maximum(distribution.logits[..., offset : offset + size], NOT_ALLOWED)
         rows.append(jax.nn.log_softmax(logits.astype(jnp.float32)))
         offset += size
-    logits = jnp.maximum(jnp.concatenate(rows, -1), NEVER).astype(jnp.float16)
+    logits = jnp.maximum(jnp.concatenate(rows, -1), NOT_ALLOWED_FLOAT16).astype(jnp.float16)
     return Distribution(logits, distribution.mean.astype(jnp.float32), distribution.scale.astype(jnp.float32))
 
 
@@ -258,28 +252,6 @@ def _choose(choose: Array, chosen: PyTree, other: PyTree) -> PyTree:
         return jnp.where(choose.reshape(choose.shape + (1,) * (jnp.ndim(a) - 1)), a, b)
 
     return jax.tree.map(choose_leaf, chosen, other)
-
-
-def _named(
-    spec: EnvironmentSpec, timestep: TimeStep, action: PyTree, record: _Record
-) -> typing.Iterator[tuple[str, typing.Any]]:
-    for leaf in spaces.leaves(spec.observation_space):
-        yield f"observation/{leaf.name}", spaces.get(timestep.observation, leaf.path)
-    yield "reward", timestep.reward
-    yield "terminated", timestep.terminated
-    yield "truncated", timestep.truncated
-    yield "first", timestep.first
-    if timestep.action_mask is not None:
-        yield "action_mask", timestep.action_mask
-    for leaf in spaces.leaves(spec.action_space):
-        yield f"action/{leaf.name}", spaces.get(action, leaf.path)
-        yield f"reference_action/{leaf.name}", spaces.get(record.label, leaf.path)
-    if record.distribution.logits.shape[-1]:
-        yield "reference/logits", record.distribution.logits
-    if record.distribution.mean.shape[-1]:
-        yield "reference/mean", record.distribution.mean
-        yield "reference/scale", record.distribution.scale
-    yield "label_mask", ~timestep.last
 
 
 def _check(spec: EnvironmentSpec, timestep: TimeStep, begin: int) -> int:
@@ -311,7 +283,7 @@ def _observation(spec: EnvironmentSpec, leaves: dict[str, np.ndarray]) -> PyTree
 def _continuous(layout: ActionLayout, spec: EnvironmentSpec, leaves: dict[str, np.ndarray]) -> np.ndarray:
     values = [leaves[f"action/{leaf.name}"] for leaf in spaces.leaves(spec.action_space)]
     slots = to_slots(layout, spaces.unflatten(spec.action_space, values))
-    return np.asarray(denormalise(layout, slots.continuous))
+    return np.asarray(denormalize(layout, slots.continuous))
 
 
 def _agreement(leaves: dict[str, np.ndarray]) -> float:

@@ -14,6 +14,8 @@ import urllib.parse
 
 import numpy as np
 
+from ldm_jax.errors import LdmError
+
 FORMAT = "ldm_jax trajectories"
 SCHEMA_VERSION = 1
 EPISODES = "episodes.npy"
@@ -33,11 +35,11 @@ DTYPES = (
 Json = dict[str, typing.Any]
 
 
-class StoreError(ValueError):
+class StoreError(LdmError, ValueError):
     """A dataset that is missing, foreign, damaged, of another schema version, or cannot be written."""
 
 
-class Episodes(typing.NamedTuple):
+class EpisodeIndex(typing.NamedTuple):
     """The episodes of a part, as arrays `[E]` of equal length.
 
     Attributes:
@@ -57,7 +59,7 @@ class Episodes(typing.NamedTuple):
     stream: np.ndarray
 
 
-EPISODE_DTYPE = np.dtype(list(zip(Episodes._fields, ("<i8", "<i8", "<f8", "<i8", "<f4", "<i4"), strict=True)))
+EPISODE_DTYPE = np.dtype(list(zip(EpisodeIndex._fields, ("<i8", "<i8", "<f8", "<i8", "<f4", "<i4"), strict=True)))
 
 
 class ArrayRecord(typing.NamedTuple):
@@ -255,7 +257,7 @@ def check_leaves(id: str, leaves: dict[str, np.ndarray], groups: Groups) -> None
             )
 
 
-def encode_episodes(id: str, episodes: Episodes, steps: int, streams: int) -> bytes:
+def encode_episodes(id: str, episodes: EpisodeIndex, steps: int, streams: int) -> bytes:
     """The episode index as the bytes of a .npy file of records.
 
     Args:
@@ -275,19 +277,19 @@ def encode_episodes(id: str, episodes: Episodes, steps: int, streams: int) -> by
     if len({*shapes}) != 1 or len(shapes[0]) != 1:
         raise StoreError(f"the episode index of {id} has columns of the shapes {shapes}, expected [E] for all")
     records = np.zeros(shapes[0], EPISODE_DTYPE)
-    for field, column in zip(Episodes._fields, columns, strict=True):
+    for field, column in zip(EpisodeIndex._fields, columns, strict=True):
         records[field] = column
     start, length, stream = records["start"], records["length"], records["stream"]
     bad = (start < 0) | (length < 0) | (start + length > steps) | (stream < 0) | (stream >= streams)
     if bad.any():
-        got = Episodes(*records[bad.argmax()].item())
+        got = EpisodeIndex(*records[bad.argmax()].item())
         raise StoreError(f"episode {bad.argmax()} of {id} is {got}, outside {steps} steps of {streams} streams")
     buffer = io.BytesIO()
     np.save(buffer, records, allow_pickle=False)
     return buffer.getvalue()
 
 
-def decode_episodes(data: bytes) -> Episodes:
+def decode_episodes(data: bytes) -> EpisodeIndex:
     """Reads what `encode_episodes` wrote."""
     records = np.load(io.BytesIO(data), allow_pickle=False)
-    return Episodes(*(np.ascontiguousarray(records[field]) for field in Episodes._fields))
+    return EpisodeIndex(*(np.ascontiguousarray(records[field]) for field in EpisodeIndex._fields))

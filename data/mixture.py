@@ -13,6 +13,7 @@ import typing
 import jax
 import numpy as np
 
+from ldm_jax.errors import LdmError
 from ldm_jax.types import PyTree
 
 from .store import Dataset, Part, Request, read_many
@@ -21,7 +22,7 @@ LENGTH = 1 << 62
 """What a source without an end says its length is."""
 
 
-class MixtureError(ValueError):
+class MixtureError(LdmError, ValueError):
     """A mixture that cannot be drawn: weights, lengths, or windows that do not stack."""
 
 
@@ -197,7 +198,7 @@ class WindowSource:
         return f"WindowSource({len(self.ids)} environments, {self.window_length} steps, {self.fingerprint})"
 
 
-class Bucket(typing.NamedTuple):
+class BucketRows(typing.NamedTuple):
     """A source and the number of its rows in every global batch."""
 
     source: WindowSource
@@ -220,7 +221,7 @@ class Mixture:
       MixtureError: there is no bucket, or rows that the hosts cannot share equally.
     """
 
-    buckets: collections.abc.Mapping[str, Bucket]
+    buckets: collections.abc.Mapping[str, BucketRows]
     process_index: int = 0
     process_count: int = 1
 

@@ -24,6 +24,7 @@ import random
 import re
 import secrets
 import socket
+import sys
 import time
 import typing
 
@@ -33,7 +34,7 @@ import tensorstore as ts
 from ldm_jax.cards import EnvironmentCard
 
 from . import manifest
-from .manifest import ArrayRecord, Episodes, GroupRecord, Groups, PartRecord, StoreError
+from .manifest import ArrayRecord, EpisodeIndex, GroupRecord, Groups, PartRecord, StoreError
 
 MANIFEST = "manifest.json"
 CACHE_BYTES = 1 << 30
@@ -71,7 +72,7 @@ class Part:
         return next(iter(self.record.leaves.values())).metadata["shape"][1]
 
     @functools.cached_property
-    def episodes(self) -> Episodes:
+    def episodes(self) -> EpisodeIndex:
         """The episode index, read at the first use.
 
         Raises:
@@ -235,7 +236,7 @@ def create_dataset(url: str | os.PathLike[str]) -> Dataset:
 
 
 def append_part(
-    dataset: Dataset, card: EnvironmentCard, leaves: collections.abc.Mapping[str, np.ndarray], episodes: Episodes
+    dataset: Dataset, card: EnvironmentCard, leaves: collections.abc.Mapping[str, np.ndarray], episodes: EpisodeIndex
 ) -> Dataset:
     """Writes a new part of the group of `card.id`, made if need be, and then shows it in the manifest.
 
@@ -474,9 +475,32 @@ def _is_empty(kvstore: ts.KvStore) -> bool:
 def _write(url: str, kvstore: ts.KvStore, key: str, data: bytes, generation: bytes | None = None) -> bool:
     """Writes a file whole; with `generation` only if the file is still that one, and says whether it was."""
     try:
+        _cut_leftover(kvstore, key)
         return bool(kvstore.write(key, data, if_equal=generation).result().generation)
     except (ValueError, OSError) as error:
         raise _unwritable(url, key, error) from error
+
+
+def _cut_leftover(kvstore: ts.KvStore, key: str) -> None:
+    """Empties the lock file of a key if a writer that died has left it.
+
+    TensorStore writes into the lock file and renames it, but does not cut it first: what a dead writer left would stay
+    as the end of a shorter file. Only on Linux is its lock one that can be asked for here.
+    """
+    spec = kvstore.spec().to_json()
+    if spec["driver"] != "file" or sys.platform != "linux":
+        return
+    import fcntl
+
+    lock = os.path.join(spec["path"], f"{key}.__lock")
+    try:
+        with open(lock, "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A writer that lived has renamed it by now: it is then the file itself.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                file.truncate(0)
+    except (FileNotFoundError, BlockingIOError):
+        return
 
 
 def _under(folder: str) -> ts.KvStore.KeyRange:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import spaces
+from ldm_jax.environment import Environment, StaleStateError
 from ldm_jax.types import Array, PyTree, TimeStep
 
 from . import registry
-from .interface import Environment, StaleStateError
 
 Make = typing.Callable[..., Environment]
 Choose = typing.Callable[[int, TimeStep], PyTree]

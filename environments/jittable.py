@@ -57,7 +57,7 @@ class Rows(typing.NamedTuple):
 
 
 class JittableEnvironment:
-    """B parallel environments with next-step reset and a time limit; see `environments.interface.Environment`.
+    """B parallel environments with next-step reset and a time limit; see `ldm_jax.environment.Environment`.
 
     Attributes:
       spec: what is known before stepping.

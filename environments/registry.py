@@ -28,12 +28,14 @@ import types
 import typing
 import warnings
 
-from . import catalog, groups
-from .interface import Environment, EnvironmentFaultError, LibraryMissingError
-from .taxonomy import first_match
+from ldm_jax.environment import Environment, EnvironmentFaultError, LibraryMissingError
+
+from .catalog import entries
+from .catalog.taxonomy import first_match
+from .isolation import groups
 
 if typing.TYPE_CHECKING:
-    from .isolation import Isolation
+    from .isolation.environment import Isolation
 
 ENTRY_POINT_GROUP = "ldm_jax.environments"
 
@@ -95,7 +97,7 @@ def make_candidate(id: str) -> Environment:
     Raises:
       Exception: whatever the library raises.
     """
-    from .isolation import Isolation
+    from .isolation.environment import Isolation
 
     library, _, name = id.partition("/")
     adapter = _adapter(library)
@@ -136,10 +138,10 @@ def list_ids(
     """
     ids = []
     for known in [library] if library is not None else _libraries():
-        if entries := catalog.entries(known):
+        if listed := entries.entries(known):
             ids += [
                 entry.id
-                for entry in entries.values()
+                for entry in listed.values()
                 if all(
                     wanted in (None, value)
                     for wanted, value in ((domain, entry.domain), (action, entry.action), (verified, entry.verified))
@@ -181,7 +183,7 @@ def place(library: str) -> str:
 
 
 def _check_offered(library: str, name: str, adapter: typing.Any) -> None:
-    known = catalog.entries(library)
+    known = entries.entries(library)
     if name in known:
         if not known[name].verified:
             raise UnknownEnvironmentError(f"{library}/{name} is not offered: {known[name].reason}")
@@ -219,7 +221,7 @@ def _make(
         except ModuleNotFoundError as error:
             raise _missing(library, error) from error
     if isinstance(isolation, str):
-        from .isolation import Isolation
+        from .isolation.environment import Isolation
 
         isolation = Isolation(isolation)
     return adapter.make(name, batch_size, time_limit, isolation)

@@ -12,17 +12,18 @@ import jax
 import numpy as np
 
 from ldm_jax import spaces
+from ldm_jax.environment import Environment
 from ldm_jax.types import PyTree
 
-from . import catalog, registry, taxonomy
-from .interface import Environment
+from . import registry
+from .catalog import entries, taxonomy
 
 STEPS = 100
 _MAX_REASON_CHARS = 240
 _WARM_UP = 2  # steps; compilation is no part of the rate
 
 
-def verify(id: str, seed: int = 0) -> catalog.Entry:
+def verify(id: str, seed: int = 0) -> entries.Entry:
     """Makes one environment, resets it, steps it 100 times at random, and resets it again; checks all that it returns.
 
     Whatever goes wrong becomes the reason. What the catalog says of the id so far makes no difference.
@@ -45,7 +46,7 @@ def verify(id: str, seed: int = 0) -> catalog.Entry:
 
 def entry(
     id: str, environment: Environment | None = None, *, reason: str = "", steps_per_s: float = 0.0
-) -> catalog.Entry:
+) -> entries.Entry:
     """The line about an id, from what is known of it.
 
     Args:
@@ -56,7 +57,7 @@ def entry(
     """
     library, _, name = id.partition("/")
     spec = None if environment is None else environment.spec
-    return catalog.Entry(
+    return entries.Entry(
         id=id,
         library=library,
         version=registry.version(library) if spec is None else spec.version,
@@ -73,7 +74,7 @@ def entry(
     )
 
 
-def name_anew(line: catalog.Entry) -> catalog.Entry:
+def name_anew(line: entries.Entry) -> entries.Entry:
     """A line with what rules say taken from the rules of today; what was seen stays."""
     return dataclasses.replace(
         line,

@@ -14,13 +14,13 @@ import environments as registry
 from data import collect
 from data.references import ScoredReference, load_reference
 from data.store import Dataset, append_part, create_dataset, remove_group
-from experiments import progress
-from experiments.workdir import claim, listed, seed_of
+from experiments.harness import progress
+from experiments.harness.workdir import claim, listed, seed_of
 from ldm_jax.cards import EnvironmentCard
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class CollectStageConfig:
     """What is collected.
 
     Attributes:
@@ -29,10 +29,10 @@ class Config:
     """
 
     seed: int = 0
-    data: collect.Config = dataclasses.field(default_factory=collect.Config)
+    data: collect.CollectConfig = dataclasses.field(default_factory=collect.CollectConfig)
 
 
-def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> None:
+def run(config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> None:
     """Collects in every environment whose reference was admitted.
 
     Args:
@@ -69,12 +69,12 @@ def _is_done(dataset: Dataset, id: str, scored: ScoredReference) -> bool:
     return card.reference == scored.policy.reference and card.reference_returns == scored.reference_returns
 
 
-def _streams(config: Config, scored: ScoredReference) -> int:
+def _streams(config: CollectStageConfig, scored: ScoredReference) -> int:
     return collect.affordable_streams(scored.policy.spec, config.data)
 
 
 def _collect(
-    config: Config, dataset: Dataset, scored: ScoredReference, advance: typing.Callable[[int], None]
+    config: CollectStageConfig, dataset: Dataset, scored: ScoredReference, advance: typing.Callable[[int], None]
 ) -> Dataset:
     spec, streams, clock = scored.policy.spec, _streams(config, scored), progress.clock()
     environment = registry.make(spec.id, streams)
@@ -107,6 +107,6 @@ def _collect(
 
 
 if __name__ == "__main__":
-    from experiments.flags import launch
+    from experiments.harness.flags import launch
 
-    launch(run, {"default": Config()})
+    launch(run, {"default": CollectStageConfig()})

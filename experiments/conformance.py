@@ -16,9 +16,10 @@ import numpy as np
 from absl import app, flags
 
 import environments
-from environments import catalog
+import ldm_jax
+from environments.catalog import entries
 from environments.verification import reason_of
-from experiments import progress
+from experiments.harness import progress
 
 _ROWS = 8
 _STEPS = (12, 40)  # of each of the kit's longer runs
@@ -29,16 +30,16 @@ def choose(libraries: list[str]) -> list[str]:
     """The first and the last id of each library that work."""
     chosen: list[str] = []
     for library in libraries:
-        ids = [entry.id for entry in catalog.entries(library).values() if entry.verified]
+        ids = [entry.id for entry in entries.entries(library).values() if entry.verified]
         chosen += dict.fromkeys([ids[0], ids[-1]]) if ids else []
     return chosen
 
 
 def check(id: str, isolation: str) -> str:
     """What law an id breaks; empty where it keeps them all."""
-    entry = catalog.entries(id.partition("/")[0])[id.partition("/")[2]]
+    entry = entries.entries(id.partition("/")[0])[id.partition("/")[2]]
 
-    def make(batch_size: int, time_limit: int | None) -> environments.Environment:
+    def make(batch_size: int, time_limit: int | None) -> ldm_jax.Environment:
         kind = isolation if entry.isolated else "auto"
         return environments.make(id, batch_size, time_limit=time_limit, isolation=kind)
 
@@ -81,7 +82,7 @@ def launch() -> None:
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"got {argv[1:]}, expected flags only")
-        ids = choose(libraries.value or catalog.libraries())
+        ids = choose(libraries.value or entries.libraries())
         broken = []
         with (
             progress.bar("kit", len(ids), "id") as advance,

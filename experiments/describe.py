@@ -1,6 +1,6 @@
 """Describes a model without making it: `python -m experiments.describe --size=308m --mesh=fsdp=8`.
 
-Prints parameters by part, memory per device for each policy of rematerialisation, and arithmetic per token. All of it
+Prints parameters by part, memory per device for each policy of rematerialization, and arithmetic per token. All of it
 is told from shapes, so that it takes a laptop a few seconds for any size and any mesh.
 """
 
@@ -16,25 +16,26 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from experiments.mesh import MeshConfig
-from ldm_jax import footprint
-from ldm_jax.codec import Bucket, bucket_for
-from ldm_jax.config import SIZES, ConfigError, ModelConfig
+from experiments.harness.mesh import MeshConfig
+from ldm_jax.encoding.buckets import Bucket, bucket_for
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import SIZES, ModelConfig
 from ldm_jax.sharding import AXES
 from ldm_jax.spaces import SpaceError
-from ldm_jax.training import TrainingConfig
+from ldm_jax.training import cost
+from ldm_jax.training.optimizer import TrainingConfig
 
 _REMATS: tuple[typing.Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class DescribeConfig:
     """What is described.
 
     Attributes:
       name: of the size, for the first line.
       model: shapes of the model.
-      training: its optimiser.
+      training: its optimizer.
       mesh: the devices, which need not be there.
       rows: of one step, over all devices.
       steps: T of a row.
@@ -50,19 +51,19 @@ class Config:
     bucket: Bucket
 
 
-def describe(config: Config) -> str:
+def describe(config: DescribeConfig) -> str:
     """The description, some lines of text.
 
     Raises:
       ConfigError: the model or the rows do not divide over the mesh, or the bucket does not fit the model.
     """
     cfg, mesh = config.model, jax.sharding.AbstractMesh(dataclasses.astuple(config.mesh), AXES)
-    counts, tokens = footprint.count_parts(cfg), config.steps * cfg.tokens_per_step
+    counts, tokens = cost.count_parts(cfg), config.steps * cfg.tokens_per_step
     total = sum(counts.values())
-    flops = footprint.flops_per_token(cfg, tokens)
-    outside = footprint.bucket_flops(cfg, config.bucket, config.rows, config.steps) / cfg.tokens_per_step
+    flops = cost.flops_per_token(cfg, tokens)
+    outside = cost.bucket_flops(cfg, config.bucket, config.rows, config.steps) / cfg.tokens_per_step
     memory = {
-        remat: footprint.measure_memory(
+        remat: cost.estimate_memory(
             dataclasses.replace(cfg, remat=remat), config.training, {config.bucket: config.rows}, config.steps, mesh
         )
         for remat in _REMATS
@@ -75,7 +76,7 @@ def describe(config: Config) -> str:
         "parameters",
         *(f"  {part:28}{count:15,}{count / total:8.1%}" for part, count in counts.items()),
         f"  {'all':28}{total:15,}",
-        f"  {'N, matrices of the decoder':28}{footprint.backbone_parameters(cfg):15,}",
+        f"  {'N, matrices of the decoder':28}{cost.backbone_parameters(cfg):15,}",
         "",
         f"MFLOP per token, rows of {tokens:,} tokens",
         f"  {'':28}{'forward':>15}{'training':>15}",
@@ -89,11 +90,11 @@ def describe(config: Config) -> str:
         ),
         f"  encoders and head are those of the bucket {config.bucket.name}; what is recomputed does not count",
         "",
-        f"MB per device, {devices}, {config.rows} rows of {config.steps:,} steps, {config.training.optimiser}",
+        f"MB per device, {devices}, {config.rows} rows of {config.steps:,} steps, {config.training.optimizer}",
         f"  {'remat':28}" + "".join(f"{remat:>15}" for remat in _REMATS),
         *(
             f"  {field:28}" + "".join(f"{getattr(memory[remat], field) / 1e6:15,.1f}" for remat in _REMATS)
-            for field in footprint.Memory._fields
+            for field in cost.MemoryEstimate._fields
         ),
         f"  {'all':28}" + "".join(f"{sum(memory[remat]) / 1e6:15,.1f}" for remat in _REMATS),
     ]
@@ -137,10 +138,10 @@ def main(argv: list[str]) -> None:
             actions["continuous"] = gymnasium.spaces.Box(-1, 1, (values.continuous,), np.float32)
         if values.choices:
             actions["choices"] = gymnasium.spaces.Discrete(values.choices)
-        config = Config(
+        config = DescribeConfig(
             name=values.size,
             model=cfg,
-            training=TrainingConfig(optimiser=values.optimiser),
+            training=TrainingConfig(optimizer=values.optimizer),
             mesh=parse_mesh(values.mesh),
             rows=values.rows,
             steps=values.steps or 2 * cfg.window,
@@ -158,7 +159,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", 0, "time steps of a row; 0: twice what attention sees", lower_bound=0)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the computation; default: that of the size")
     flags.DEFINE_integer("tokens_per_step", None, "default: that of the size")
-    flags.DEFINE_enum("optimiser", "adamw", ["adamw", "muon"], "whose state is counted")
+    flags.DEFINE_enum("optimizer", "adamw", ["adamw", "muon"], "whose state is counted")
     flags.DEFINE_integer("numbers", 32, "numbers of an observation", lower_bound=0)
     flags.DEFINE_integer("continuous", 8, "continuous slots of an action", lower_bound=0)
     flags.DEFINE_integer("choices", 0, "choices of a categorical slot beside; 0: there is none", lower_bound=0)

@@ -18,18 +18,18 @@ import numpy as np
 
 import environments as registry
 from data.references import load_reference
-from data.rollout import evaluate
-from experiments import progress
+from experiments.harness import progress
+from experiments.harness.workdir import claim, key_of, listed, write
 from experiments.report.page import write_report
-from experiments.targets import PUBLIC_TARGETS
-from experiments.workdir import claim, key_of, listed, write
+from experiments.report.targets import PUBLIC_TARGETS
 from ldm_jax import policy as policies
-from ldm_jax import scores, summary
-from ldm_jax.model import count_parameters
+from ldm_jax.evaluation import aggregates, scores
+from ldm_jax.model.network import count_parameters
+from ldm_jax.rollout import evaluate
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class EvaluateConfig:
     """How the policy is evaluated; its decoding is the one it was saved with, the same in all environments.
 
     Attributes:
@@ -47,7 +47,7 @@ class Config:
             raise ValueError(f"got {self.rows} rows x {self.episodes} episodes, expected at least 2 rows x 1")
 
 
-def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
+def run(config: EvaluateConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
     """Evaluates in all environments the policy knows, scores it and writes the report.
 
     Args:
@@ -80,11 +80,11 @@ def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (
             scores.score(id, scored.policy.spec.domain, *reference, returns, PUBLIC_TARGETS.get(id), config.seed)
         )
     parameters = count_parameters(policy.params)
-    found = summary.to_json(results, parameters, policy.decoding, config.seed)
+    found = aggregates.to_json(results, parameters, policy.decoding, config.seed)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     details = {"Evaluation seed": config.seed, "Policy": digest, "ldm_jax": importlib.metadata.version("ldm_jax")}
     page = write_report(workdir / "report", found, rows, "One policy, many environments", details)
-    print(f"{summary.table(found)}\n\nreport: {page}")
+    print(f"{aggregates.table(found)}\n\nreport: {page}")
     return found
 
 
@@ -105,7 +105,7 @@ def _kept(path: pathlib.Path, digest: str) -> np.ndarray | None:
 
 
 def _evaluate(
-    config: Config,
+    config: EvaluateConfig,
     policy: policies.Policy,
     digest: str,
     id: str,
@@ -127,6 +127,6 @@ def _evaluate(
 
 
 if __name__ == "__main__":
-    from experiments.flags import launch
+    from experiments.harness.flags import launch
 
-    launch(run, {"default": Config()})
+    launch(run, {"default": EvaluateConfig()})

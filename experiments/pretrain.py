@@ -2,8 +2,9 @@
 
 Writes `checkpoints/`, `metrics.jsonl` (one row per logged step), the same as `tensorboard/`, and at the end `policy/`.
 Killed and started again with the same flags, it goes on from the last checkpoint bit for bit as if it had never
-stopped. SIGTERM and SIGINT save a checkpoint first; the exit code is then 143 or 130 (see `experiments.interrupts`). A
-loss or gradient that is not finite ends it with code 1, and `experiments.replay` says what was not.
+stopped. SIGTERM and SIGINT save a checkpoint first; the exit code is then 143 or 130 (see
+`experiments.harness.signals`). A loss or gradient that is not finite ends it with code 1, and `experiments.diagnose`
+says what was not.
 """
 
 from __future__ import annotations
@@ -14,25 +15,27 @@ import typing
 
 import jax
 
+from data.batches import make_codecs, mix
 from data.mixture import Streams
 from data.store import open_dataset
-from data.windows import make_codecs, mix
-from experiments import loop, validation
-from experiments.logs import Meter, RunLog
-from experiments.mesh import HostsConfig, MeshConfig, barrier, connect, device_bytes, make_mesh
-from experiments.workdir import FREE, WorkdirError, claim, resolved
-from ldm_jax import footprint, policy, sharding, training
+from experiments.harness import training_loop, validation
+from experiments.harness.mesh import HostsConfig, MeshConfig, barrier, connect, device_bytes, make_mesh
+from experiments.harness.metrics_log import Meter, RunLog
+from experiments.harness.workdir import FREE, WorkdirError, claim, resolved
+from ldm_jax import policy, sharding, training
 from ldm_jax.acting import Decoding
-from ldm_jax.checkpoints import Checkpoints
-from ldm_jax.config import SIZES, ConfigError, ModelConfig
-from ldm_jax.model import make_model
-from ldm_jax.optimiser import TrainingConfig
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import SIZES, ModelConfig
+from ldm_jax.model.network import make_model
+from ldm_jax.training import cost
+from ldm_jax.training.checkpoints import Checkpoints
+from ldm_jax.training.optimizer import TrainingConfig
 
 _free: typing.Any = {FREE: True}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class PretrainConfig:
     """What is trained, on how much.
 
     Attributes:
@@ -42,8 +45,8 @@ class Config:
       rows: windows per environment in a batch, on average.
       held_out: each so-many-th stream of the data is kept from training, for the held-out loss; 0 for none.
       checkpoint_steps: steps between two checkpoints.
-      keep: how many of the newest checkpoints stay.
-      keep_every: checkpoints of steps that this divides stay too; 0 for none.
+      max_to_keep: how many of the newest checkpoints stay.
+      keep_period: checkpoints of steps that this divides stay too; 0 for none.
       log_steps: steps between two rows of metrics.
       decoding: how the saved policy takes its actions.
       evaluation: what is evaluated on the way.
@@ -58,11 +61,13 @@ class Config:
     rows: int = 4
     held_out: int = 16
     checkpoint_steps: int = 100
-    keep: int = dataclasses.field(default=2, metadata=_free)
-    keep_every: int = dataclasses.field(default=0, metadata=_free)
+    max_to_keep: int = dataclasses.field(default=2, metadata=_free)
+    keep_period: int = dataclasses.field(default=0, metadata=_free)
     log_steps: int = 10
     decoding: Decoding = "greedy"
-    evaluation: validation.Config = dataclasses.field(default_factory=validation.Config, metadata=_free)
+    evaluation: validation.ValidationConfig = dataclasses.field(
+        default_factory=validation.ValidationConfig, metadata=_free
+    )
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata=_free)
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig, metadata=_free)
     peak_flops: float = dataclasses.field(default=0.0, metadata=_free)
@@ -73,19 +78,19 @@ class Config:
                 f"window is {self.window} steps, expected at least {2 * self.model.window}, twice what attention sees: "
                 "else the model is asked for more history than it was trained on"
             )
-        for name in ("rows", "checkpoint_steps", "keep", "log_steps"):
+        for name in ("rows", "checkpoint_steps", "max_to_keep", "log_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.held_out < 0 or self.held_out == 1:
             raise ConfigError(f"held_out is {self.held_out}, expected 2 or more, or 0 for none")
-        if self.keep_every % self.checkpoint_steps:
+        if self.keep_period % self.checkpoint_steps:
             raise ConfigError(
-                f"keep_every is {self.keep_every}, expected a multiple of checkpoint_steps, {self.checkpoint_steps}"
+                f"keep_period is {self.keep_period}, expected a multiple of checkpoint_steps, {self.checkpoint_steps}"
             )
 
 
 def run(
-    config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (), data: pathlib.Path | None = None
+    config: PretrainConfig, workdir: pathlib.Path, environments: tuple[str, ...] = (), data: pathlib.Path | None = None
 ) -> None:
     """Trains up to the last step, from the newest checkpoint if there is one, and saves the policy.
 
@@ -116,22 +121,27 @@ def run(
     model = make_model(config.model, mesh)
     # Shapes are enough to restore, and parameters take seconds to make.
     shapes = training.state_shapes(model, config.training, mesh)
-    footprint.check_state_fits(shapes, device_bytes())
+    cost.check_state_fits(shapes, device_bytes())
     held_out = mix(dataset, codecs, *size, Streams(config.held_out, True), share) if config.held_out else None
     validate = validation.Validation(config.evaluation, model, config.model, codecs, held_out, config.decoding, mesh)
     claim(workdir, "pretrain", config, owns=("checkpoints", "metrics.jsonl", "tensorboard", "policy"))
     barrier("claimed")
     configuration = {"pretrain": resolved(config), "environments": list(ids), "data": mixture.fingerprint}
-    with validate, Checkpoints(workdir / "checkpoints", configuration, config.keep, config.keep_every) as checkpoints:
+    with (
+        validate,
+        Checkpoints(workdir / "checkpoints", configuration, config.max_to_keep, config.keep_period) as checkpoints,
+    ):
         state = checkpoints.restore(shapes) or training.init_state(model, config.training, mesh)
         begun = int(state.step)
         if begun < config.training.steps:
             train_step = training.make_train_step(model, config.model, config.training, mesh)
             domains = [codec.card.domain for codec in codecs]
             meter = Meter(config.model, config.window, sum(rows.values()), ids, domains, config.peak_flops)
-            pace = loop.Pace(config.training.steps, config.checkpoint_steps, config.log_steps)
+            pace = training_loop.Pace(config.training.steps, config.checkpoint_steps, config.log_steps)
             with RunLog(workdir, begun) as log:
-                state = loop.follow(train_step, state, mixture, pace, meter, log, validate, checkpoints, workdir, mesh)
+                state = training_loop.follow(
+                    train_step, state, mixture, pace, meter, log, validate, checkpoints, workdir, mesh
+                )
         params = validate.whole(state.params)
     if jax.process_index() == 0 and (begun < config.training.steps or not (workdir / "policy").exists()):
         cards = {codec.card.id: codec.card for codec in codecs}
@@ -140,8 +150,12 @@ def run(
 
 
 if __name__ == "__main__":
-    from experiments.flags import launch
+    from experiments.harness.flags import launch
 
     launch(
-        run, {"micro": Config(), **{size: Config(model=SIZES[size], window=2 * SIZES[size].window) for size in SIZES}}
+        run,
+        {
+            "micro": PretrainConfig(),
+            **{size: PretrainConfig(model=SIZES[size], window=2 * SIZES[size].window) for size in SIZES},
+        },
     )

@@ -12,9 +12,9 @@ import typing
 
 from data import collect as collecting
 from experiments import collect, evaluate, pretrain, references
-from experiments.workdir import check_ids, claim
-from ldm_jax.config import SIZES
-from ldm_jax.training import TrainingConfig
+from experiments.harness.workdir import check_ids, claim
+from ldm_jax.model.config import SIZES
+from ldm_jax.training.optimizer import TrainingConfig
 
 ENVIRONMENTS = (
     "gymnax/CartPole-v1",
@@ -35,7 +35,7 @@ ENVIRONMENTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class QuickstartConfig:
     """The four stages.
 
     Attributes:
@@ -47,25 +47,25 @@ class Config:
     """
 
     environments: tuple[str, ...] = ENVIRONMENTS
-    references: references.Config = dataclasses.field(default_factory=references.Config)
-    collect: collect.Config = dataclasses.field(default_factory=collect.Config)
-    pretrain: pretrain.Config = dataclasses.field(default_factory=pretrain.Config)
-    evaluate: evaluate.Config = dataclasses.field(default_factory=evaluate.Config)
+    references: references.ReferencesConfig = dataclasses.field(default_factory=references.ReferencesConfig)
+    collect: collect.CollectStageConfig = dataclasses.field(default_factory=collect.CollectStageConfig)
+    pretrain: pretrain.PretrainConfig = dataclasses.field(default_factory=pretrain.PretrainConfig)
+    evaluate: evaluate.EvaluateConfig = dataclasses.field(default_factory=evaluate.EvaluateConfig)
 
 
-SMOKE = Config(
+SMOKE = QuickstartConfig(
     environments=("gymnax/Catch-bsuite", "gymnax/CartPole-v1", "envpool/FrozenLake-v1"),
-    references=references.Config(budget=0.2, rows=32, episodes=2),
-    collect=collect.Config(data=collecting.Config(streams=16, steps=256)),
-    pretrain=pretrain.Config(
+    references=references.ReferencesConfig(budget=0.2, rows=32, episodes=2),
+    collect=collect.CollectStageConfig(data=collecting.CollectConfig(streams=16, steps=256)),
+    pretrain=pretrain.PretrainConfig(
         model=SIZES["nano"], training=TrainingConfig(steps=60, warmup=5), window=16, checkpoint_steps=20
     ),
-    evaluate=evaluate.Config(rows=50, episodes=2),
+    evaluate=evaluate.EvaluateConfig(rows=50, episodes=2),
 )
 """Small enough for a test: it shows that all parts fit, not what they can do."""
 
 
-def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
+def run(config: QuickstartConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
     """Runs all stages.
 
     Args:
@@ -90,6 +90,6 @@ def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (
 
 
 if __name__ == "__main__":
-    from experiments.flags import launch
+    from experiments.harness.flags import launch
 
-    launch(run, {"full": Config(), "smoke": SMOKE})
+    launch(run, {"full": QuickstartConfig(), "smoke": SMOKE})

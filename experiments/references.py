@@ -16,12 +16,12 @@ import typing
 
 import environments as registry
 from data.references import Recipe, load_reference, recipe, save_reference, score_reference, train_reference
-from experiments import progress
-from experiments.workdir import FREE, WorkdirError, check_ids, claim, seed_of
+from experiments.harness import progress
+from experiments.harness.workdir import FREE, WorkdirError, check_ids, claim, seed_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ReferencesConfig:
     """How references are made.
 
     Attributes:
@@ -54,7 +54,7 @@ class Unit(typing.NamedTuple):
     directory: pathlib.Path
 
 
-def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...]) -> None:
+def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> None:
     """Makes the references that are missing.
 
     Args:
@@ -87,7 +87,7 @@ def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...]) ->
                 progress.log("reference", **facts)
 
 
-def _recipe(config: Config, id: str) -> Recipe:
+def _recipe(config: ReferencesConfig, id: str) -> Recipe:
     environment = registry.make(id)
     chosen = recipe(environment.spec)
     environment.close()
@@ -95,7 +95,7 @@ def _recipe(config: Config, id: str) -> Recipe:
     return dataclasses.replace(chosen, config=dataclasses.replace(chosen.config, budget_steps=budget))
 
 
-def _make(config: Config, unit: Unit, advance: typing.Callable[[int], None]) -> dict[str, typing.Any]:
+def _make(config: ReferencesConfig, unit: Unit, advance: typing.Callable[[int], None]) -> dict[str, typing.Any]:
     clock, seed = progress.clock(), seed_of(config.seed, "references", unit.id)
     policy = train_reference(registry.make, unit.id, unit.recipe, seed, progress.up_to(advance))
     trained_s = clock()
@@ -114,14 +114,14 @@ def _make(config: Config, unit: Unit, advance: typing.Callable[[int], None]) -> 
 
 
 def _run_here(
-    config: Config, units: list[Unit], advance: typing.Callable[[int], None]
+    config: ReferencesConfig, units: list[Unit], advance: typing.Callable[[int], None]
 ) -> typing.Iterator[dict[str, typing.Any]]:
     for unit in units:
         yield _make(config, unit, advance)
 
 
 def _run_in_processes(
-    config: Config, units: list[Unit], advance: typing.Callable[[int], None]
+    config: ReferencesConfig, units: list[Unit], advance: typing.Callable[[int], None]
 ) -> typing.Iterator[dict[str, typing.Any]]:
     context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
     steps = context.Queue()
@@ -154,11 +154,11 @@ def _begin_worker(steps: multiprocessing.Queue, parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _make_in_worker(config: Config, unit: Unit) -> dict[str, typing.Any]:
+def _make_in_worker(config: ReferencesConfig, unit: Unit) -> dict[str, typing.Any]:
     return _make(config, unit, _worker["steps"].put)
 
 
 if __name__ == "__main__":
-    from experiments.flags import launch
+    from experiments.harness.flags import launch
 
-    launch(run, {"default": Config()})
+    launch(run, {"default": ReferencesConfig()})

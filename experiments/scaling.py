@@ -16,16 +16,18 @@ import typing
 import numpy as np
 
 from data.store import open_dataset
-from experiments import pretrain, progress, validation
+from experiments import pretrain
+from experiments.harness import progress, validation
+from experiments.harness.workdir import claim, write
 from experiments.report import figures
-from experiments.workdir import claim, write
-from ldm_jax import scaling_law
-from ldm_jax.config import SIZES, ConfigError, ModelConfig
-from ldm_jax.footprint import backbone_parameters
+from ldm_jax.errors import ConfigError
+from ldm_jax.evaluation import scaling_law
+from ldm_jax.model.config import SIZES, ModelConfig
+from ldm_jax.training.cost import backbone_parameters
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ScalingConfig:
     """Which runs.
 
     Attributes:
@@ -38,7 +40,7 @@ class Config:
     sizes: str = "32x1,48x2,64x3,96x4,128x4"
     tokens: str = "1e5,3e5,1e6,3e6"
     batches: int = 32
-    pretrain: pretrain.Config = dataclasses.field(default_factory=pretrain.Config)
+    pretrain: pretrain.PretrainConfig = dataclasses.field(default_factory=pretrain.PretrainConfig)
 
     def __post_init__(self):
         if not self.pretrain.held_out:
@@ -71,7 +73,7 @@ def shape(name: str, base: ModelConfig) -> ModelConfig:
     return dataclasses.replace(base, width=width, layers=layers, heads=heads, kv_heads=heads, feed_forward=2 * width)
 
 
-def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
+def run(config: ScalingConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
     """Trains what is missing, and fits.
 
     Args:
@@ -101,7 +103,7 @@ def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (
                 "size": name,
                 "parameters": backbone_parameters(model),
                 "tokens": last["tokens"],
-                **{f"held_out_{key}": last["held_out"][key] for key in ("loss", "excess_loss", "accuracy")},
+                **{f"held_out_{key}": last["held_out"][key] for key in ("loss", "kl", "accuracy")},
             }
             points.append(point)
             progress.log("scaling", **point)
@@ -112,17 +114,17 @@ def run(config: Config, workdir: pathlib.Path, environments: tuple[str, ...] = (
     return found
 
 
-def _one(config: Config, model: ModelConfig, budget: float, environments: int) -> pretrain.Config:
+def _one(config: ScalingConfig, model: ModelConfig, budget: float, environments: int) -> pretrain.PretrainConfig:
     base = config.pretrain
     window = max(base.window, 2 * model.window)
     steps = max(2, math.ceil(budget / (base.rows * environments * window)))
     cfg = dataclasses.replace(base.training, steps=steps, warmup=min(base.training.warmup, steps // 5))
-    evaluated = validation.Config(steps=steps, batches=config.batches)
+    evaluated = validation.ValidationConfig(steps=steps, batches=config.batches)
     return dataclasses.replace(base, model=model, window=window, training=cfg, evaluation=evaluated)
 
 
 def _fit(points: list[dict[str, typing.Any]]) -> dict[str, typing.Any]:
-    columns = [np.array([point[key] for point in points]) for key in ("parameters", "tokens", "held_out_excess_loss")]
+    columns = [np.array([point[key] for point in points]) for key in ("parameters", "tokens", "held_out_kl")]
     law = scaling_law.fit(*columns)
     others = scaling_law.leave_one_out(*columns) if len(points) > 6 else [law]
     spread = {
@@ -137,9 +139,7 @@ def _table(found: dict[str, typing.Any]) -> str:
     lines = [f"{'size':>10} {'N':>12} {'D':>12} {'held-out excess':>16} {'law':>8}"]
     for point in found["points"]:
         n, d = point["parameters"], point["tokens"]
-        lines.append(
-            f"{point['size']:>10} {n:12,} {d:12,} {point['held_out_excess_loss']:16.4f} {law.predict(n, d):8.4f}"
-        )
+        lines.append(f"{point['size']:>10} {n:12,} {d:12,} {point['held_out_kl']:16.4f} {law.predict(n, d):8.4f}")
     spread = {name: f"{low:.3g} to {high:.3g}" for name, (low, high) in found["leave_one_out"].items()}
     return "\n".join(
         [
@@ -152,6 +152,6 @@ def _table(found: dict[str, typing.Any]) -> str:
 
 
 if __name__ == "__main__":
-    from experiments.flags import launch
+    from experiments.harness.flags import launch
 
-    launch(run, {"cpu": Config(), "published": Config("32m,70m,308m,736m", "1e9,3e9,1e10,3e10")})
+    launch(run, {"cpu": ScalingConfig(), "published": ScalingConfig("32m,70m,308m,736m", "1e9,3e9,1e10,3e10")})

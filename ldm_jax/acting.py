@@ -7,12 +7,13 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.actions import Slots
-from ldm_jax.codec import Codec
-from ldm_jax.config import ConfigError, ModelConfig
-from ldm_jax.decoder import Cache
-from ldm_jax.heads import Predictions, bin_centres
-from ldm_jax.model import Inputs, Model, Params
+from ldm_jax.encoding.actions import Slots
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import ModelConfig
+from ldm_jax.model.decoder import Cache
+from ldm_jax.model.heads import Predictions, bin_centers
+from ldm_jax.model.network import Inputs, Model, Params
 from ldm_jax.spaces import zeros
 from ldm_jax.types import Agent, Array, PyTree, TimeStep
 
@@ -21,7 +22,7 @@ Decoding = typing.Literal["greedy", "mode", "sample"]
 the most likely choice and bin, `sample` draws both."""
 
 
-class Memory(typing.NamedTuple):
+class AgentState(typing.NamedTuple):
     """What the agent remembers of its rows; a pytree.
 
     Attributes:
@@ -45,7 +46,7 @@ def decode(cfg: ModelConfig, predictions: Predictions, decoding: Decoding, key: 
     Returns:
       Slots `[..., K]` and `[..., C]`, the continuous ones within -1..1.
     """
-    centres = jnp.asarray(bin_centres(cfg))
+    centers = jnp.asarray(bin_centers(cfg))
     choice_key, bin_key = jax.random.split(key)
     if predictions.choices.shape[-1] == 0:
         choices = jnp.zeros(predictions.choices.shape[:-1], jnp.int32)
@@ -54,11 +55,11 @@ def decode(cfg: ModelConfig, predictions: Predictions, decoding: Decoding, key: 
     else:
         choices = predictions.choices.argmax(-1)
     if decoding == "greedy":
-        numbers = jax.nn.softmax(predictions.bins, -1) @ centres
+        numbers = jax.nn.softmax(predictions.bins, -1) @ centers
     elif decoding == "mode":
-        numbers = centres[predictions.bins.argmax(-1)]
+        numbers = centers[predictions.bins.argmax(-1)]
     else:
-        numbers = centres[jax.random.categorical(bin_key, predictions.bins)]
+        numbers = centers[jax.random.categorical(bin_key, predictions.bins)]
     return Slots(choices.astype(jnp.int32), jnp.clip(numbers, -1.0, 1.0))
 
 
@@ -88,11 +89,13 @@ def make_agent(model: Model, cfg: ModelConfig, codec: Codec, decoding: Decoding)
         )
     cfg.check_fits(codec.bucket, codec.card.id)
 
-    def init(batch_size: int) -> Memory:
+    def init(batch_size: int) -> AgentState:
         previous = jax.tree.map(jnp.asarray, zeros(codec.card.action_space, (batch_size,)))
-        return Memory(model.init_cache(batch_size), previous)
+        return AgentState(model.init_cache(batch_size), previous)
 
-    def step(params: Params, memory: Memory, timestep: TimeStep, key: Array) -> tuple[Memory, PyTree, tuple[()]]:
+    def step(
+        params: Params, memory: AgentState, timestep: TimeStep, key: Array
+    ) -> tuple[AgentState, PyTree, tuple[()]]:
         timestep = jax.tree.map(jnp.asarray, timestep)
         features = codec.features(timestep, memory.previous_action, memory.cache.length > 0)
         rows = timestep.reward.shape[0]
@@ -104,12 +107,12 @@ def make_agent(model: Model, cfg: ModelConfig, codec: Codec, decoding: Decoding)
         assert cache is not None  # one was given
         now = jax.tree.map(lambda leaf: leaf[:, 0], predictions["rows"])
         action = codec.action(decode(cfg, now, decoding, key))
-        return Memory(cache, action), action, ()
+        return AgentState(cache, action), action, ()
 
     return Agent(init, step)
 
 
-def forget(memory: Memory, rows: Array) -> Memory:
+def forget(memory: AgentState, rows: Array) -> AgentState:
     """Empties the context of some rows.
 
     Args:

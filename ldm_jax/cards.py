@@ -10,10 +10,11 @@ import gymnasium
 import numpy as np
 
 from ldm_jax import spaces
+from ldm_jax.errors import LdmError
 from ldm_jax.types import EnvironmentSpec
 
 
-class CardError(ValueError):
+class CardError(LdmError, ValueError):
     """A card that lacks a field or holds a wrong one."""
 
 
@@ -47,14 +48,14 @@ class Returns:
         return float(self.array.mean())
 
     @property
-    def standard_deviation(self) -> float:
+    def std(self) -> float:
         """Of one episode's return."""
         return float(self.array.std(ddof=1)) if self.episodes > 1 else 0.0
 
     @property
     def standard_error(self) -> float:
         """Of the mean."""
-        return self.standard_deviation / self.episodes**0.5
+        return self.std / self.episodes**0.5
 
     @property
     def episodes(self) -> int:
@@ -64,11 +65,11 @@ class Returns:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What was measured on an environment's data; what standardises it.
+    """What was measured on an environment's data; what standardizes it.
 
     Attributes:
       observation_mean: of each number of the numeric observation vector, in canonical order.
-      observation_deviation: the same, standard deviation, floored.
+      observation_std: the same, standard deviation, floored.
       reward_scale: a typical size of a reward that is not 0; positive.
       action_low: of each continuous action slot, the range that was executed, in the space's own units.
       action_high: the same.
@@ -77,7 +78,7 @@ class Statistics:
     """
 
     observation_mean: tuple[float, ...]
-    observation_deviation: tuple[float, ...]
+    observation_std: tuple[float, ...]
     reward_scale: float
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
@@ -85,8 +86,8 @@ class Statistics:
     outside: int = 0
 
     def __post_init__(self):
-        if any(not deviation > 0 for deviation in self.observation_deviation):
-            raise CardError("observation_deviation must be positive: floor it")
+        if any(not deviation > 0 for deviation in self.observation_std):
+            raise CardError("observation_std must be positive: floor it")
         if not self.reward_scale > 0:
             raise CardError(f"reward_scale is {self.reward_scale}, expected a positive number")
 
@@ -159,7 +160,7 @@ class EnvironmentCard:
             fields[name] = dataclasses.asdict(fields[name])
         for name in ("random_returns", "reference_returns"):
             returns = fields[name]
-            summary = ("mean", "standard_deviation", "standard_error", "episodes")
+            summary = ("mean", "std", "standard_error", "episodes")
             fields[name] = {key: getattr(returns, key) for key in summary} | {"values": returns.values}
         return fields
 

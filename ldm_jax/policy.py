@@ -13,17 +13,19 @@ import typing
 
 import jax
 
-from ldm_jax import acting, checkpoints
+from ldm_jax import acting
 from ldm_jax.cards import EnvironmentCard
-from ldm_jax.codec import Codec
-from ldm_jax.config import ConfigError, ModelConfig
-from ldm_jax.model import Model, Params, make_model
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.errors import ConfigError, LdmError
+from ldm_jax.model.config import ModelConfig
+from ldm_jax.model.network import Model, Params, make_model
+from ldm_jax.training import checkpoints
 from ldm_jax.types import Agent
 
 _SCHEMA = 1
 
 
-class PolicyError(ValueError):
+class PolicyError(LdmError, ValueError):
     """A folder that holds no policy, or an environment that the policy does not know."""
 
 

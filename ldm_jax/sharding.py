@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ldm_jax.config import ConfigError
+from ldm_jax.errors import ConfigError
 from ldm_jax.types import Array, PyTree
 
 AXES = ("data", "fsdp", "tensor")
@@ -58,7 +58,7 @@ def partition(path: str) -> PartitionSpec:
 def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     """Shardings of parameters, or of anything that holds arrays of their shapes under their paths.
 
-    Optimiser states do, so moments are split as the parameters they belong to.
+    Optimizer states do, so moments are split as the parameters they belong to.
 
     Args:
       mesh: with the axes `AXES`.
@@ -74,7 +74,7 @@ def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     def shard(path: tuple[typing.Any, ...], leaf: typing.Any) -> NamedSharding:
         name = _name(path)
         spec = partition(name)
-        if len(spec) > leaf.ndim:  # a scalar that an optimiser keeps under the parameter's path
+        if len(spec) > leaf.ndim:  # a scalar that an optimizer keeps under the parameter's path
             spec = PartitionSpec()
         for axis, (size, mesh_axis) in enumerate(zip(leaf.shape, spec, strict=False)):
             if mesh_axis is not None and size % mesh.shape[mesh_axis]:

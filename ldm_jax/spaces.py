@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import typing
+import urllib.parse
 
 import gymnasium
 import jax
@@ -15,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from gymnasium import spaces
 
+from ldm_jax.errors import LdmError
 from ldm_jax.types import Array, PyTree
 
 UNBOUNDED = 1e6
 """Bounds beyond this count as unbounded: some libraries write 3.4e38 where they mean infinity."""
 
 
-class SpaceError(ValueError):
+class SpaceError(LdmError, ValueError):
     """A space that is not supported, or a value that does not belong to its space."""
 
 
@@ -33,8 +35,17 @@ class Leaf(typing.NamedTuple):
 
     @property
     def name(self) -> str:
-        """The path as one word, `/` between keys; `value` for a space that is its own leaf."""
-        return "/".join(map(str, self.path)) or "value"
+        """The path as one word, `/` between keys; `value` for a space that is its own leaf.
+
+        Each key is percent-encoded, so that different paths of a space have different names, which files can have too.
+        """
+        return "/".join(map(_word, self.path)) if self.path else "value"
+
+
+def _word(key: str | int) -> str:
+    word = urllib.parse.quote(str(key), safe="")
+    # A key without characters, and folders' own names.
+    return "%" if not word else word.replace(".", "%2E") if not word.strip(".") else word
 
 
 def leaves(space: gymnasium.Space) -> tuple[Leaf, ...]:
@@ -44,6 +55,8 @@ def leaves(space: gymnasium.Space) -> tuple[Leaf, ...]:
       SpaceError: a kind of space that is not supported.
     """
     if isinstance(space, spaces.Dict):
+        if odd := [key for key in space if not isinstance(key, str)]:
+            raise SpaceError(f"got a Dict space with the key {odd[0]!r}, expected text keys; rename it in the adapter")
         children: list[tuple[str | int, gymnasium.Space]] = [(key, space[key]) for key in sorted(space)]
     elif isinstance(space, spaces.Tuple):
         children = list(enumerate(space))

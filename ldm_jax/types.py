@@ -12,8 +12,10 @@ import dataclasses
 import typing
 
 import gymnasium
+import jax
+import numpy as np
 
-Array = typing.Any
+Array = jax.Array | np.ndarray
 """A `jax.Array` or a `numpy.ndarray`: pure functions take either and answer in kind."""
 PyTree = typing.Any
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from environments import containers
+from environments.isolation import containers
 
 
 def need():

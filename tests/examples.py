@@ -5,11 +5,11 @@ import numpy as np
 from gymnasium import spaces as gs
 
 from ldm_jax import cards, spaces
-from ldm_jax.actions import action_layout
-from ldm_jax.codec import Codec
-from ldm_jax.model import Inputs
-from ldm_jax.objective import Example
-from ldm_jax.observations import observation_layout
+from ldm_jax.encoding.actions import action_layout
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.encoding.observations import observation_layout
+from ldm_jax.model.network import Inputs
+from ldm_jax.training.loss import Example
 from ldm_jax.types import TimeStep
 
 SPACES = {

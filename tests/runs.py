@@ -23,7 +23,7 @@ FLAGS = (
     "--config.model.layers=1",
     "--config.training.steps=24",
     "--config.training.warmup=2",
-    "--config.training.optimiser=adamw",
+    "--config.training.optimizer=adamw",
     "--config.rows=2",
     "--config.checkpoint_steps=4",
     "--config.log_steps=20",
@@ -37,7 +37,9 @@ def make_dataset(path: pathlib.Path, poison: bool = False) -> store.Dataset:
     dataset = store.create_dataset(path)
     for id in IDS:
         environment = environments.make(id, STREAMS)
-        collected = collect.collect(environment, _reference(CASES[id], environment), 7, collect.Config(STREAMS, STEPS))
+        collected = collect.collect(
+            environment, _reference(CASES[id], environment), 7, collect.CollectConfig(STREAMS, STEPS)
+        )
         environment.close()
         leaves = dict(collected.leaves)
         if poison and id == IDS[0]:

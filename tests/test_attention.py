@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.attention import attend
-from ldm_jax.config import ConfigError, ModelConfig
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import ModelConfig
+from ldm_jax.model.kernels import attend
 
 
 def plain(query_BTHK, key_BTGK, value_BTGK, window):

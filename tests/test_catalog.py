@@ -20,11 +20,14 @@ import numpy as np
 import pytest
 
 import environments
-from environments import catalog, groups, registry, taxonomy, venvs, verification
-from experiments import catalog_page
+import ldm_jax
+from environments import registry, verification
+from environments.catalog import entries, taxonomy
+from environments.isolation import groups, venvs
+from experiments.report import catalog_page
 from ldm_jax import spaces
 
-LINES = [line for library in catalog.libraries() for line in catalog.entries(library).values()]
+LINES = [line for library in entries.libraries() for line in entries.entries(library).values()]
 WORKS = [line for line in LINES if line.verified]
 FAILS = [line for line in LINES if not line.verified]
 LIBRARIES = sorted({line.library for line in WORKS})
@@ -47,25 +50,25 @@ def test_the_catalog_reaches_as_far_as_it_says():
 def test_every_library_of_this_package_is_in_the_catalog_and_works():
     assert set(LIBRARIES) == {*registry.BUILT_IN, *groups.libraries()}
     for library in groups.libraries().values():
-        assert {line.version for line in catalog.entries(library.name).values()} == {library.version}
+        assert {line.version for line in entries.entries(library.name).values()} == {library.version}
 
 
 def test_lines_stand_in_the_file_of_their_library_in_order():
-    for path in catalog.FOLDER.glob("*.jsonl"):
-        lines = catalog.read(path)
+    for path in entries.FOLDER.glob("*.jsonl"):
+        lines = entries.read(path)
         assert [line.id for line in lines] == sorted(f"{path.stem}/{line.name}" for line in lines)
         assert all(line.library == path.stem for line in lines)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_lines_follow_the_rules_of_today(library):
-    for line in catalog.entries(library).values():
+    for line in entries.entries(library).values():
         assert line == verification.name_anew(line)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_what_works_is_known_in_full(library):
-    for line in catalog.entries(library).values():
+    for line in entries.entries(library).values():
         if not line.verified:
             continue
         assert line.time_limit > 0 and line.steps_per_s > 0 and line.domain and line.version != "unknown"
@@ -124,7 +127,7 @@ def test_questions_are_answered_without_importing_or_building_anything(tmp_path)
     program = """
         import sys
         import environments
-        from environments import catalog
+        from environments.catalog import entries as catalog
 
         def expected(**wanted):
             lines = [line for name in catalog.libraries() for line in catalog.read(catalog.FOLDER / f"{name}.jsonl")]
@@ -171,7 +174,7 @@ def _step_through(id, seed):
     isolation = "venv" if id.partition("/")[0] in groups.libraries() else "auto"
     environment = environments.make(id, 2, isolation=isolation)
     spec = environment.spec
-    generator, line = np.random.default_rng(seed), catalog.entries(spec.library)[id.partition("/")[2]]
+    generator, line = np.random.default_rng(seed), entries.entries(spec.library)[id.partition("/")[2]]
     declared = (spaces.from_json(line.observation_space), spaces.from_json(line.action_space))
     assert (spec.id, spec.domain, spec.time_limit) == (id, line.domain, line.time_limit)
     assert (spec.observation_space, spec.action_space) == declared
@@ -202,7 +205,7 @@ def test_ids_drawn_anew_every_day_step_through_make():
     for id in ids:
         try:
             _step_through(id, seed)
-        except environments.LibraryMissingError as error:  # a part of a library that its extra or the system brings
+        except ldm_jax.LibraryMissingError as error:  # a part of a library that its extra or the system brings
             assert "pip install" in str(error) or "apt-get install" in str(error), id
         except Exception as error:
             error.add_note(f"drawn on {datetime.date.today()}: {id}")
@@ -220,7 +223,7 @@ def test_ids_of_groups_drawn_anew_every_day_build_what_they_need_and_step():
 
 
 def _take_stock(output):
-    command = [sys.executable, "-m", "experiments.catalog", "--libraries=gymnasium", "--workers=1"]
+    command = [sys.executable, "-m", "experiments.verify_catalog", "--libraries=gymnasium", "--workers=1"]
     return subprocess.Popen([*command, f"--output={output}"], start_new_session=True, stderr=subprocess.DEVNULL)
 
 
@@ -240,7 +243,7 @@ def test_killed_at_any_time_the_census_repeats_nothing(tmp_path):
     lines = [json.dumps(marked.get(line["id"], line)) for line in found]
     journal.write_text("\n".join(lines) + "\n" + lines[0][:40])
     assert _take_stock(output).wait() == 0
-    whole = {line.id: line for line in catalog.read(output / "gymnasium.jsonl")}
+    whole = {line.id: line for line in entries.read(output / "gymnasium.jsonl")}
     assert set(whole) == {f"gymnasium/{name}" for name in registry.candidates("gymnasium")}
     assert marked and all(whole[id].steps_per_s == line["steps_per_s"] for id, line in marked.items())
     assert not any(line.steps_per_s > 123455 for id, line in whole.items() if id not in marked)
@@ -265,16 +268,16 @@ def _wait_until_nobody_is_left(group):
 
 def test_what_failed_is_tried_again_when_asked_and_what_is_refused_today_is_refused(tmp_path):
     path = tmp_path / "gymnasium.jsonl"
-    shutil.copy(catalog.FOLDER / "gymnasium.jsonl", path)
-    lines = catalog.read(path)
+    shutil.copy(entries.FOLDER / "gymnasium.jsonl", path)
+    lines = entries.read(path)
     broken = verification.entry("gymnasium/CartPole-v1", reason="it did not reset and step in time")
     refused = next(line for line in lines if line.name == "GymV21Environment-v0")
     allowed = dataclasses.replace(refused, verified=True, reason="")
     changed = {broken.id: broken, allowed.id: allowed}
-    catalog.write(path, [changed.get(line.id, line) for line in lines])
-    command = [sys.executable, "-m", "experiments.catalog", "--libraries=gymnasium", "--workers=1", "--retry"]
+    entries.write(path, [changed.get(line.id, line) for line in lines])
+    command = [sys.executable, "-m", "experiments.verify_catalog", "--libraries=gymnasium", "--workers=1", "--retry"]
     subprocess.run([*command, f"--output={tmp_path}"], check=True, stderr=subprocess.DEVNULL)
-    after = {line.id: line for line in catalog.read(path)}
+    after = {line.id: line for line in entries.read(path)}
     assert after[broken.id].verified and set(after) == {line.id for line in lines}
     assert after[refused.id] == refused
     kept = [line for line in lines if line.verified and line.id != broken.id]

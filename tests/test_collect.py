@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 
 import environments
-from data.collect import NEVER, Config, affordable_streams, collect, noise_levels
+import ldm_jax
+from data.collect import CollectConfig, affordable_streams, collect, noise_levels
 from data.references.policy import ReferencePolicy
-from environments import EnvironmentFaultError
-from ldm_jax.actions import Distribution
 from ldm_jax.cards import Reference
+from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, Distribution
+from ldm_jax.environment import EnvironmentFaultError
 from ldm_jax.spaces import leaf_shape_dtype
 from ldm_jax.types import Agent
 
 STREAMS, STEPS = 24, 200
-CONFIG = Config(streams=STREAMS, steps=STEPS, block=64)
+CONFIG = CollectConfig(streams=STREAMS, steps=STEPS, block=64)
 
 
 def _push_pole(observation):
@@ -99,7 +100,7 @@ def test_every_state_has_the_label_of_the_reference(case):
         assert np.abs(mean).max() > space.high.max(), "the case should try the clipping"
     else:
         logits = leaves["reference/logits"]
-        assert logits.dtype == np.float16 and np.isfinite(logits).all() and logits.min() >= NEVER
+        assert logits.dtype == np.float16 and np.isfinite(logits).all() and logits.min() >= NOT_ALLOWED_FLOAT16
         assert (logits.argmax(-1) == label).all()
     np.testing.assert_allclose(leaves["reference_action/value"], label, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(leaves["label_mask"], ~(leaves["terminated"] | leaves["truncated"]))
@@ -153,7 +154,7 @@ def test_statistics_are_those_of_the_data(case):
     if isinstance(environment.spec.observation_space, gymnasium.spaces.Box):
         numbers = leaves["observation/value"].reshape(STEPS * STREAMS, -1).astype(np.float64)
         np.testing.assert_allclose(statistics.observation_mean, numbers.mean(0), atol=1e-9)
-        np.testing.assert_allclose(statistics.observation_deviation, numbers.std(0), rtol=1e-9)
+        np.testing.assert_allclose(statistics.observation_std, numbers.std(0), rtol=1e-9)
     if isinstance(environment.spec.action_space, gymnasium.spaces.Box):
         action = leaves["action/value"].reshape(STEPS * STREAMS, -1)
         np.testing.assert_allclose(statistics.action_low, action.min(0), rtol=1e-6)
@@ -164,7 +165,7 @@ def test_statistics_are_those_of_the_data(case):
 class _Broken:
     """A real environment that lies from its 41st step on."""
 
-    inner: environments.Environment
+    inner: ldm_jax.Environment
     lie: str
 
     @property
@@ -199,7 +200,7 @@ def test_lies_are_refused(lie, words):
 def test_large_observations_get_fewer_streams():
     spec = environments.make("gymnax/CartPole-v1", 2).spec
     images = dataclasses.replace(spec, observation_space=gymnasium.spaces.Box(0, 255, (4, 84, 84), np.uint8))
-    config = Config()
+    config = CollectConfig()
     assert affordable_streams(spec, config) == config.streams
     assert 2 <= affordable_streams(images, config) < 64
     assert affordable_streams(images, config) * config.steps * 4 * 84 * 84 < config.max_bytes
@@ -208,4 +209,4 @@ def test_large_observations_get_fewer_streams():
 @pytest.mark.parametrize("field", ["streams", "steps", "block", "max_bytes"])
 def test_config_refuses_nothing_to_do(field):
     with pytest.raises(ValueError, match=field):
-        Config(**{field: 0})
+        CollectConfig(**{field: 0})

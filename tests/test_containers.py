@@ -36,11 +36,11 @@ import environments
 from data import collect as collecting
 from data.references import ReferencePolicy, ScoredReference
 from data.store import create_dataset
-from environments import containers, groups, scratch, venvs
-from environments.isolation import IsolatedEnvironment, Isolation
+from environments.isolation import containers, groups, scratch, venvs
+from environments.isolation.environment import IsolatedEnvironment, Isolation
 from experiments import collect
 from ldm_jax import cards
-from ldm_jax.actions import Distribution
+from ldm_jax.encoding.actions import Distribution
 from ldm_jax.types import Agent
 
 # By the version of Python: a library whose image has it, and the interface that the misbehaving one then speaks.
@@ -303,6 +303,6 @@ def test_the_card_of_data_that_were_collected_in_a_container_names_its_image(tmp
         Agent(lambda rows: (), go_right), (), cards.Reference("scripted", "greedy", 0, 0), environment.spec, ()
     )
     scored = ScoredReference(policy, cards.Returns(((0.0,),)), cards.Returns(((1.0,),)))
-    config = collect.Config(data=collecting.Config(streams=4, steps=32, block=32))
+    config = collect.CollectStageConfig(data=collecting.CollectConfig(streams=4, steps=32, block=32))
     dataset = collect._collect(config, create_dataset(tmp_path / "dataset"), scored, lambda steps: None)
     assert dataset.card(id).image_digest == environment.spec.image_digest == containers.digest(new_image["image"])

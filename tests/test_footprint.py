@@ -11,10 +11,12 @@ import jax
 import pytest
 
 from experiments import describe
-from experiments.mesh import MeshConfig, make_mesh
-from ldm_jax import footprint, training
-from ldm_jax.config import SIZES, ConfigError
-from ldm_jax.model import count_parameters, make_model
+from experiments.harness.mesh import MeshConfig, make_mesh
+from ldm_jax import training
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import SIZES
+from ldm_jax.model.network import count_parameters, make_model
+from ldm_jax.training import cost
 
 NANO = dataclasses.replace(SIZES["nano"], values=64)
 _ON_EIGHT_DEVICES = f"""
@@ -36,11 +38,11 @@ def compare_devices():
     cfg, device = training.TrainingConfig(), jax.devices()[3]
     bucket = examples.make_codec("vector").bucket
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    told = footprint.measure_memory(NANO, cfg, {bucket: 8}, 6, mesh)
+    told = cost.estimate_memory(NANO, cfg, {bucket: 8}, 6, mesh)
     state = training.init_state(make_model(NANO), cfg, mesh)
     assert told.parameters == told.gradients == nbytes(state.params, device)
-    assert told.optimiser == nbytes(state.optimiser, device)
-    assert told.parameters < footprint.measure_memory(NANO, cfg, {bucket: 8}, 6).parameters
+    assert told.optimizer == nbytes(state.optimizer, device)
+    assert told.parameters < cost.estimate_memory(NANO, cfg, {bucket: 8}, 6).parameters
 
 
 def test_memory_is_what_lies_on_each_of_eight_devices():
@@ -51,7 +53,7 @@ def test_memory_is_what_lies_on_each_of_eight_devices():
 @pytest.mark.parametrize("size", ["nano", "micro"])
 def test_parts_add_up_to_the_parameters_that_are_made(size):
     params = jax.jit(make_model(SIZES[size]).init)(jax.random.key(0))
-    counts = footprint.count_parts(SIZES[size])
+    counts = cost.count_parts(SIZES[size])
     assert sum(counts.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
     assert counts["decoder"] == count_parameters(params["decoder"])
     assert counts["tokens/grid"] == count_parameters(params["tokens"]["grid"])
@@ -61,7 +63,7 @@ def test_parts_add_up_to_the_parameters_that_are_made(size):
 def test_the_backbone_is_the_decoder_s_matrices(size):
     shapes = jax.eval_shape(make_model(SIZES[size]).init, jax.random.key(0))["decoder"]
     matrices = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes) if path[-1].key == "kernel"]
-    assert footprint.backbone_parameters(SIZES[size]) == count_parameters(matrices)
+    assert cost.backbone_parameters(SIZES[size]) == count_parameters(matrices)
 
 
 @pytest.mark.parametrize("change", [{}, {"kv_heads": 1}, {"tokens_per_step": 2}])
@@ -73,19 +75,19 @@ def test_arithmetic_is_what_the_model_s_products_do(change):
     def forward(cfg):
         model = make_model(cfg)
         params = jax.eval_shape(model.init, jax.random.key(0))
-        inputs = footprint.example_shapes(bucket, 3, steps).inputs
-        return footprint.count_matrix_flops(model.apply, params, {"rows": inputs})
+        inputs = cost.example_shapes(bucket, 3, steps).inputs
+        return cost.count_matrix_flops(model.apply, params, {"rows": inputs})
 
     layer = (forward(dataclasses.replace(cfg, layers=3)) - forward(cfg)) / (3 * tokens)
     one = dataclasses.replace(cfg, layers=1)
     # Masked products are done as well, so attention does at least what the mask lets through and at most all pairs.
-    told = footprint.flops_per_token(one, tokens)
-    assert told.matrices == 2 * footprint.backbone_parameters(one)
+    told = cost.flops_per_token(one, tokens)
+    assert told.matrices == 2 * cost.backbone_parameters(one)
     assert told.attention == 4 * cfg.width * (tokens + 1) / 2
     assert told.forward <= layer <= told.matrices + 4 * cfg.width * tokens
     outside = forward(cfg) / (3 * steps) - cfg.layers * layer * cfg.tokens_per_step
-    assert footprint.bucket_flops(cfg, bucket, 3, steps) == pytest.approx(outside)
-    assert footprint.flops_per_token(one, 10 * tokens).attention == pytest.approx(
+    assert cost.bucket_flops(cfg, bucket, 3, steps) == pytest.approx(outside)
+    assert cost.flops_per_token(one, 10 * tokens).attention == pytest.approx(
         4 * cfg.width * (tokens - 0.05 * (tokens - 1))
     )
 
@@ -94,19 +96,19 @@ def test_arithmetic_is_what_the_model_s_products_do(change):
 def test_shapes_of_a_bucket_are_those_of_its_windows(name):
     codec = examples.make_codec(name)
     real = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), examples.random_example(codec, 2, 3, seed=0))
-    told = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), footprint.example_shapes(codec.bucket, 2, 3))
+    told = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), cost.example_shapes(codec.bucket, 2, 3))
     assert real == told
 
 
 def test_less_is_kept_the_more_is_recomputed():
     bucket, cfg = examples.make_codec("vector").bucket, training.TrainingConfig()
     kept = [
-        footprint.measure_memory(dataclasses.replace(NANO, remat=remat), cfg, {bucket: 2}, 16).activations
+        cost.estimate_memory(dataclasses.replace(NANO, remat=remat), cfg, {bucket: 2}, 16).activations
         for remat in ("none", "dots", "full")
     ]
     assert kept[0] > kept[1] > kept[2] > 2 * 16 * NANO.layers * NANO.width * 4
     deep = dataclasses.replace(NANO, remat="none", layers=4)
-    twice = footprint.measure_memory(deep, cfg, {bucket: 2}, 16).activations
+    twice = cost.estimate_memory(deep, cfg, {bucket: 2}, 16).activations
     assert 1.3 * kept[0] < twice < 2 * kept[0]
 
 
@@ -117,7 +119,7 @@ def test_the_program_of_a_step_does_not_grow_with_depth():
         deep = dataclasses.replace(NANO, layers=layers)
         model = make_model(deep)
         state = training.state_shapes(model, cfg)
-        batch = {"rows": footprint.example_shapes(bucket, 2, 16)}
+        batch = {"rows": cost.example_shapes(bucket, 2, 16)}
         return training.make_train_step(model, deep, cfg).lower(state, batch).as_text().count("\n")
 
     assert operations(9) <= 1.01 * operations(2)
@@ -139,6 +141,6 @@ def test_bad_meshes_name_the_way_out(mesh, rows, message):
     bucket = examples.make_codec("vector").bucket
     with pytest.raises(ConfigError, match=message):
         describe.describe(
-            describe.Config("nano", NANO, training.TrainingConfig(), describe.parse_mesh(mesh), rows, 8, bucket)
+            describe.DescribeConfig("nano", NANO, training.TrainingConfig(), describe.parse_mesh(mesh), rows, 8, bucket)
         )
     assert describe.parse_mesh(["1", "2", "4"]) == MeshConfig(1, 2, 4)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax import objective
-from ldm_jax.config import SIZES
-from ldm_jax.model import make_model
+from ldm_jax.model.config import SIZES
+from ldm_jax.model.network import make_model
+from ldm_jax.training.loss import imitation_loss
 
 NANO = dataclasses.replace(SIZES["nano"], values=64, kv_heads=1)
 STEP = 3e-4
@@ -25,7 +25,7 @@ def test_the_gradient_is_that_of_float64_and_of_finite_differences(monkeypatch):
     batch = {"rows": examples.random_example(examples.make_codec("mixed"), 2, 3 * NANO.window, seed=0)}
     model = make_model(NANO)
     params = examples.random_params(model)
-    loss, gradient = jax.jit(jax.value_and_grad(lambda p: objective.loss(model, NANO, p, batch)[0]))(params)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda p: imitation_loss(model, NANO, p, batch)[0]))(params)
     assert loss.dtype == np.float32
 
     with jax.enable_x64(True), monkeypatch.context() as patch:
@@ -33,7 +33,7 @@ def test_the_gradient_is_that_of_float64_and_of_finite_differences(monkeypatch):
         patch.setattr(jnp, "float32", jnp.float64)
         patch.setattr(jnp, "dtype", lambda kind: np.dtype(np.float64 if kind == "float32" else kind))
         exact_model = make_model(NANO)
-        exact = jax.jit(jax.value_and_grad(lambda p: objective.loss(exact_model, NANO, p, widen(batch))[0]))
+        exact = jax.jit(jax.value_and_grad(lambda p: imitation_loss(exact_model, NANO, p, widen(batch))[0]))
         wide = widen(params)
         exact_loss, exact_gradient = jax.device_get(exact(wide))
         assert exact_loss.dtype == np.float64

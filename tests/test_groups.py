@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 
 import environments
-from environments import catalog, containers, groups, registry, venvs, verification
-from environments.isolation import Isolation
+import ldm_jax
+from environments import registry, verification
+from environments.catalog import entries
+from environments.isolation import containers, groups, venvs
+from environments.isolation.environment import Isolation
 
 GROUPS = sorted(groups.IMAGES.glob("*/group.json"))
 HERE = ".".join(map(str, sys.version_info[:2]))
@@ -54,7 +57,7 @@ def group(tmp_path, cache, monkeypatch):
     # What pip would install is borrowed from the environment that runs the tests.
     monkeypatch.setattr(venvs, "_install", lambda *arguments: _borrow(library, *arguments))
     (tmp_path / "catalog").mkdir()
-    monkeypatch.setattr(catalog, "FOLDER", tmp_path / "catalog")
+    monkeypatch.setattr(entries, "FOLDER", tmp_path / "catalog")
     yield folder
     groups.libraries.cache_clear()
 
@@ -62,7 +65,7 @@ def group(tmp_path, cache, monkeypatch):
 def _write_catalog():
     """A line for one id that works and one for one that does not."""
     works, crashes = verification.entry("corridor/Steady-v0"), verification.entry("corridor/Crash-v0", reason="it died")
-    catalog.write(catalog.FOLDER / "corridor.jsonl", [works, crashes])
+    entries.write(entries.FOLDER / "corridor.jsonl", [works, crashes])
 
 
 def _borrow(library, recipe, base, folder, log, count):
@@ -151,10 +154,10 @@ def test_interpreters_are_found_on_the_path_and_in_the_folders_of_version_manage
     for patch in (9, 10):
         put(tmp_path / "pyenv" / "versions" / f"3.98.{patch}" / "bin" / "python3.98", "3.98")
     assert venvs.find_python("3.98", "this test").endswith("3.98.10/bin/python3.98")
-    with pytest.raises(environments.LibraryMissingError, match=r"Python 3.97 is needed for this test.*apt-get install"):
+    with pytest.raises(ldm_jax.LibraryMissingError, match=r"Python 3.97 is needed for this test.*apt-get install"):
         venvs.find_python("3.97", "this test")
     put(tmp_path / "bin" / "python3.97", "3.8")
-    with pytest.raises(environments.LibraryMissingError, match=r"not usable: .*/python3.97 \(another version\)"):
+    with pytest.raises(ldm_jax.LibraryMissingError, match=r"not usable: .*/python3.97 \(another version\)"):
         venvs.find_python("3.97", "this test")
 
 
@@ -165,7 +168,7 @@ def test_an_environment_is_built_once_and_made_like_any_other(group, cache, capl
     assert not any(id.startswith("corridor/") for id in environments.list_ids())
     environment = environments.make("corridor/Steady-v0", 2, isolation=Isolation(workers=1))
     assert "building the virtual environment corridor" in caplog.text
-    assert isinstance(environment, environments.Environment)
+    assert isinstance(environment, ldm_jax.Environment)
     state, _ = environment.reset(jax.random.key(0))
     environment.step(state, np.zeros(2, np.int32))
     environment.close()
@@ -213,7 +216,7 @@ def test_what_is_not_in_the_catalog_is_asked_from_the_library(group, cache, capl
     assert not any("CartPole" in id for id in found), "ids of other packages in the same registry"
     assert found == [id for id in environments.list_ids() if id.startswith("corridor/")]
     assert registry.candidates("corridor")["Crash-v0"] == "it crashes"
-    with pytest.raises(environments.EnvironmentFaultError, match="has no environment 'Stedy-v0'"):
+    with pytest.raises(ldm_jax.EnvironmentFaultError, match="has no environment 'Stedy-v0'"):
         environments.make("corridor/Stedy-v0")
 
 
@@ -233,7 +236,7 @@ def test_names_and_kinds_of_isolation_are_checked_before_anything_is_built(group
 
 
 def test_where_there_is_no_podman_auto_is_a_virtual_environment_and_container_says_what_is_missing(group, cache):
-    with pytest.raises(environments.LibraryMissingError, match="corridor cannot run in a container: this test"):
+    with pytest.raises(ldm_jax.LibraryMissingError, match="corridor cannot run in a container: this test"):
         environments.make("corridor/Steady-v0", isolation="container")
     environments.make("corridor/Steady-v0").close()
     assert groups.libraries()["corridor"].is_built
@@ -247,7 +250,7 @@ def test_a_build_that_fails_leaves_nothing_but_its_log(tmp_path, cache, caplog):
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
         for name, value in environment.items():
             patch.setenv(name, value)
-        with pytest.raises(environments.LibraryMissingError, match=r"(?s)apt-get install libmissing0.*no-such-package"):
+        with pytest.raises(ldm_jax.LibraryMissingError, match=r"(?s)apt-get install libmissing0.*no-such-package"):
             venvs.build(recipe)
     assert [path.suffix for path in (cache / "venvs").iterdir()].count(".log") == 1
     assert not [path for path in (cache / "venvs").iterdir() if path.is_dir()]

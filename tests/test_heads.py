@@ -11,16 +11,15 @@ import scipy.special
 import scipy.stats
 from flax import nnx
 
-from ldm_jax import objective
-from ldm_jax.config import SIZES
-from ldm_jax.heads import Head, bin_edges
-from ldm_jax.model import Inputs, make_model
-from ldm_jax.objective import Example
+from ldm_jax.model.config import SIZES
+from ldm_jax.model.heads import Head, bin_edges
+from ldm_jax.model.network import Inputs, make_model
+from ldm_jax.training.loss import Example, imitation_loss
 
 NANO = dataclasses.replace(SIZES["nano"], values=64)
 MODEL = make_model(NANO)
 APPLY = jax.jit(MODEL.apply)
-LOSS = jax.jit(functools.partial(objective.loss, MODEL, NANO))
+LOSS = jax.jit(functools.partial(imitation_loss, MODEL, NANO))
 
 
 @pytest.fixture(scope="module")

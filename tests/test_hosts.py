@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import runs
 
+from data.batches import make_codecs, mix
 from data.mixture import Streams
 from data.store import open_dataset
-from data.windows import make_codecs, mix
-from ldm_jax import checkpoints, policy
-from ldm_jax.config import SIZES
+from ldm_jax import policy
+from ldm_jax.model.config import SIZES
+from ldm_jax.training import checkpoints
 
 STEPS = 60
 FLAGS = (f"--config.training.steps={STEPS}", "--config.log_steps=2")

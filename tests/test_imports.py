@@ -19,12 +19,12 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 HOMES = {
     "tensorstore": {"data/store.py"},
     "grain": {"data/mixture.py"},
-    "orbax": {"ldm_jax/checkpoints.py"},
-    "podman": {"environments/containers.py"},
-    "flax": {"ldm_jax/model.py", "ldm_jax/tokens.py", "ldm_jax/heads.py", "ldm_jax/layers.py", "ldm_jax/decoder.py"},
+    "orbax": {"ldm_jax/training/checkpoints.py"},
+    "podman": {"environments/isolation/containers.py"},
+    "flax": {f"ldm_jax/model/{name}.py" for name in ("layers", "encoders", "decoder", "heads", "network")},
     "absl": {"experiments/"},
     "ml_collections": {"experiments/"},
-    "tensorboardX": {"experiments/logs.py"},
+    "tensorboardX": {"experiments/harness/metrics_log.py"},
     "tqdm": {"experiments/"},
     "matplotlib": {"experiments/report/"},
 }
@@ -34,7 +34,19 @@ LIBRARIES = ("gymnax", "envpool", "jumanji", "pgx", "navix", "xminigrid", "brax"
 HEAVY = ("tensorstore", "grain", "orbax", "matplotlib", "absl.flags", "tqdm", "pandas", "podman", *LIBRARIES)
 IMPORTERS = ("importlib.import_module", "import_module", "__import__")
 # Each folder, and the folders it may import.
-MAY_IMPORT = {"ldm_jax": {"ldm_jax"}, "environments": {"ldm_jax", "environments"}, "data": set(PACKAGES[:3])}
+MAY_IMPORT = {"ldm_jax": {"ldm_jax"}, "environments": {"ldm_jax", "environments"}, "data": {"ldm_jax", "data"}}
+# The rooms of the core, modules and folders, floor by floor: each imports itself and what is on the floors below.
+FLOORS = (
+    {"types", "errors"},
+    {"environment", "spaces", "files"},
+    {"cards", "sharding", "rollout"},
+    {"encoding"},
+    {"model"},
+    {"training", "evaluation"},
+    {"acting"},
+    {"policy"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 class Import:
@@ -98,6 +110,10 @@ def imports(path):
 ALL = [item for path in SOURCES for item in imports(path)]
 
 
+def test_every_home_exists():
+    assert not [home for homes in HOMES.values() for home in homes if not (ROOT / home).exists()]
+
+
 def within(path, homes):
     return any(path == home or (home.endswith("/") and path.startswith(home)) for home in homes)
 
@@ -114,8 +130,33 @@ def test_data_goes_down_the_list_of_folders_and_never_back_up(package):
     assert not wrong
 
 
-def test_environments_import_only_the_types_and_spaces_of_the_core():
-    allowed = ("ldm_jax.types", "ldm_jax.spaces")
+def room(module):
+    """Of a module of the core: `ldm_jax.encoding.codec` is in `encoding`."""
+    return module.split(".")[1]
+
+
+def test_every_module_of_the_core_has_a_floor():
+    entries = (ROOT / "ldm_jax").iterdir()
+    rooms = {path.stem for path in entries if path.suffix == ".py" or (path / "__init__.py").exists()} - {"__init__"}
+    assert rooms == set(FLOOR)
+
+
+def test_rooms_of_the_core_import_only_rooms_below_them():
+    inside = [
+        item for item in ALL if item.top == "ldm_jax" and re.match(r"ldm_jax/(\w+/|(?!__init__)\w+\.py)", item.path)
+    ]
+    assert len(inside) > 100
+    wrong = []
+    for item in inside:
+        own, other = room(item.path.removesuffix(".py").replace("/", ".")), room(item.module)
+        # A name of the package itself, such as `from ldm_jax import Policy`, would bring all of it.
+        if other not in FLOOR or (own != other and FLOOR[other] >= FLOOR[own]):
+            wrong.append(item)
+    assert not wrong
+
+
+def test_environments_import_only_the_contract_of_the_core():
+    allowed = tuple(f"ldm_jax.{room}" for room in ("types", "errors", "environment", "spaces", "files"))
     wrong = [
         item
         for item in ALL
@@ -152,7 +193,7 @@ def test_every_adapter_is_known_to_this_test():
 
 def test_the_program_in_other_interpreters_imports_the_standard_library_and_numpy_alone():
     allowed = {*sys.stdlib_module_names, "numpy", "pkg_resources"}  # the last one where Python is 3.7
-    found = [item for item in ALL if item.path.startswith("environments/worker/")]
+    found = [item for item in ALL if item.path.startswith("environments/isolation/worker/")]
     assert found and not [item for item in found if item.top not in allowed]
 
 

@@ -21,8 +21,11 @@ import pytest
 from spaces_strategies import any_spaces
 
 import environments
-from environments import isolation, scratch, workers
-from environments.isolation import IsolatedEnvironment, Isolation, Program
+import ldm_jax
+from environments.isolation import environment as isolation
+from environments.isolation import host as workers
+from environments.isolation import scratch
+from environments.isolation.environment import IsolatedEnvironment, Isolation, Program
 from ldm_jax import spaces
 
 LIBRARY = pathlib.Path(__file__).parent / "misbehaving_library"
@@ -169,14 +172,14 @@ def test_spaces_are_described_in_the_form_of_the_core(space):
 def test_what_cannot_be_offered_is_refused_with_a_reason(name, text):
     before = len(os.listdir("/proc/self/fd"))
     limit = 2.0 if name == "HangsWhenMade" else 60.0
-    with pytest.raises(environments.EnvironmentFaultError, match=text):
+    with pytest.raises(ldm_jax.EnvironmentFaultError, match=text):
         IsolatedEnvironment(program(name), 1, None, Isolation(start_timeout_s=limit))
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_an_interpreter_that_is_missing_is_named():
     options = program("Steady").__dict__ | {"python": "/no/such/python"}
-    with pytest.raises(environments.EnvironmentFaultError, match="/no/such/python cannot be started"):
+    with pytest.raises(ldm_jax.EnvironmentFaultError, match="/no/such/python cannot be started"):
         IsolatedEnvironment(Program(**options), 1, None, Isolation())
 
 
@@ -279,16 +282,16 @@ def test_resets_that_fail_are_tried_again_under_another_seed():
 def test_too_many_faults_end_the_run_with_a_report():
     with make("NeverStarts", max_faults=5) as environment:
         with pytest.raises(
-            environments.EnvironmentFaultError, match=r"(?s)NeverStarts-v0, step 0 .*never.*expected at most 5"
+            ldm_jax.EnvironmentFaultError, match=r"(?s)NeverStarts-v0, step 0 .*never.*expected at most 5"
         ):
             environment.reset(jax.random.key(0))
         assert not pids(environment)
     with make("Raise", max_faults=1) as environment:
         state, _ = environment.reset(jax.random.key(0))
         state, _ = environment.step(state, np.array([3, 0, 0, 0]))
-        with pytest.raises(environments.EnvironmentFaultError, match=r"since it was made: 2 exception"):
+        with pytest.raises(ldm_jax.EnvironmentFaultError, match=r"since it was made: 2 exception"):
             environment.step(state, np.array([0, 3, 0, 0]))
-        with pytest.raises(environments.StaleStateError):
+        with pytest.raises(ldm_jax.StaleStateError):
             environment.step(state, np.array([0, 0, 0, 0]))
         assert len(play(environment, [[0, 0, 0, 0]])) == 2  # a reset starts afresh
 
@@ -406,7 +409,7 @@ def test_the_server_is_written_for_python_3_7():
 
 def test_a_worker_of_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(workers, "PROTOCOL", 99)
-    with pytest.raises(environments.EnvironmentFaultError, match="got the protocol 99, expected 2"):
+    with pytest.raises(ldm_jax.EnvironmentFaultError, match="got the protocol 99, expected 2"):
         IsolatedEnvironment(program("Steady"), 1, None, Isolation())
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ldm_jax.config import SIZES, ConfigError
-from ldm_jax.decoder import Decoder, Norm
-from ldm_jax.llama import from_llama, llama_config, to_llama
-from ldm_jax.model import make_model
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import SIZES
+from ldm_jax.model.decoder import Decoder
+from ldm_jax.model.layers import Norm
+from ldm_jax.model.llama import from_llama, llama_config, to_llama
+from ldm_jax.model.network import make_model
 
 torch = pytest.importorskip("torch", reason="the extra `peers` is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra `peers` is not installed")

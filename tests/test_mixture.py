@@ -13,7 +13,7 @@ from test_store import ID, append, card
 
 from data import mixture as mixture_module
 from data import store
-from data.mixture import Bucket, Mixture, MixtureError, WindowSource
+from data.mixture import BucketRows, Mixture, MixtureError, WindowSource
 
 LENGTH = 16
 PARTS = {"x/a": [(40, 3), (16, 2), (90, 1)], "x/b": [(64, 4)], "x/c": [(33, 2), (10, 5)]}
@@ -27,7 +27,7 @@ def write(url: str) -> store.Dataset:
             step, stream = np.meshgrid(np.arange(steps), np.arange(streams), indexing="ij")
             where = np.stack([np.full_like(step, number), np.full_like(step, part), stream, step], -1)
             leaves = {"where": where.astype(np.int32), "reward": np.random.default_rng(part).random((steps, streams))}
-            episodes = store.Episodes(*[np.zeros(0)] * 6)
+            episodes = store.EpisodeIndex(*[np.zeros(0)] * 6)
             dataset = store.append_part(dataset, card(id), leaves, episodes)
     return dataset
 
@@ -47,8 +47,8 @@ def source(dataset, ids=("x/a", "x/b", "x/c"), weights=(1, 2, 3), length=LENGTH,
 
 def mixture(dataset, seed=0, **hosts) -> Mixture:
     buckets = {
-        "small": Bucket(source(dataset, ("x/a", "x/b"), (1, 1), seed=seed), 4),
-        "large": Bucket(source(dataset, ("x/c",), (1,), seed=seed), 8),
+        "small": BucketRows(source(dataset, ("x/a", "x/b"), (1, 1), seed=seed), 4),
+        "large": BucketRows(source(dataset, ("x/c",), (1,), seed=seed), 8),
     }
     return Mixture(buckets, **hosts)
 
@@ -170,7 +170,7 @@ def test_the_fingerprint_changes_with_what_is_drawn(dataset):
     assert mixture(dataset).fingerprint == mixture(write(f"memory://{uuid.uuid4()}")).fingerprint
     assert mixture(dataset).fingerprint == mixture(dataset, process_index=1, process_count=2).fingerprint
     sources = [source(dataset), source(dataset, seed=1), source(dataset, weights=(1, 1, 1)), source(dataset, length=9)]
-    fingerprints = {Mixture({"all": Bucket(one, rows)}).fingerprint for one in sources for rows in (1, 2)}
+    fingerprints = {Mixture({"all": BucketRows(one, rows)}).fingerprint for one in sources for rows in (1, 2)}
     assert len(fingerprints) == 8
     assert source(dataset).fingerprint in repr(source(dataset))
 
@@ -219,7 +219,7 @@ def test_what_cannot_be_drawn_is_refused(dataset):
 def test_rows_that_do_not_stack_are_named(dataset):
     ragged = source(dataset, transform=lambda index, leaves, seed: leaves["where"][: 1 + index])
     with pytest.raises(MixtureError, match="the rows of bucket 'b' differ in structure or shape"):
-        next(Mixture({"b": Bucket(ragged, 8)}).batches())
+        next(Mixture({"b": BucketRows(ragged, 8)}).batches())
 
 
 def test_a_damaged_part_stops_the_iterator_with_its_name(tmp_path):
@@ -227,6 +227,6 @@ def test_a_damaged_part_stops_the_iterator_with_its_name(tmp_path):
     for path in (tmp_path / ID / "part-00001" / "reward" / "c").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    batches = Mixture({"b": Bucket(source(dataset, (ID,), (1,)), 2)}).batches()
+    batches = Mixture({"b": BucketRows(source(dataset, (ID,), (1,)), 2)}).batches()
     with pytest.raises(store.StoreError, match="part-00001 of gymnax/CartPole-v1, leaf 'reward', cannot be read"):
         next(batches)

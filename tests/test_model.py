@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax import acting, objective, spaces
-from ldm_jax.codec import Codec, bucket_for
-from ldm_jax.config import SIZES, ConfigError, ModelConfig
-from ldm_jax.model import Inputs, count_parameters, make_model
+from ldm_jax import acting, spaces
+from ldm_jax.encoding.buckets import bucket_for
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import SIZES, ModelConfig
+from ldm_jax.model.network import Inputs, count_parameters, make_model
+from ldm_jax.training.loss import imitation_loss
 
 NANO = dataclasses.replace(SIZES["nano"], values=64)
 WINDOW = NANO.window
@@ -317,7 +320,7 @@ def test_two_tokens_per_step_train_and_do_not_act(params):
     cfg = dataclasses.replace(NANO, tokens_per_step=2)
     model, codec = make_model(cfg), examples.make_codec("vector")
     batch = {"rows": examples.random_example(codec, 2, 5, seed=14)}
-    total, metrics = jax.jit(functools.partial(objective.loss, model, cfg))(params, batch)
+    total, metrics = jax.jit(functools.partial(imitation_loss, model, cfg))(params, batch)
     assert np.isfinite(total) and metrics["rows"].weight.sum() == batch["rows"].targets.weight.sum()
     with pytest.raises(ConfigError, match="tokens_per_step=1 to act"):
         acting.make_agent(model, cfg, codec, "greedy")

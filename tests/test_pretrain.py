@@ -12,24 +12,27 @@ import runs
 from tensorboardX.proto.event_pb2 import Event
 
 from data.store import open_dataset
-from experiments import pretrain, replay, validation
-from experiments.mesh import HostsConfig, MeshConfig
-from ldm_jax import checkpoints, policy, training
+from experiments import diagnose, pretrain
+from experiments.harness import validation
+from experiments.harness.mesh import HostsConfig, MeshConfig
+from ldm_jax import policy, training
 from ldm_jax.cards import CardError, EnvironmentCard
-from ldm_jax.codec import Codec
-from ldm_jax.config import SIZES, ConfigError
-from ldm_jax.model import make_model
-from ldm_jax.optimiser import TrainingConfig
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import SIZES
+from ldm_jax.model.network import make_model
 from ldm_jax.spaces import SpaceError
+from ldm_jax.training import checkpoints
+from ldm_jax.training.optimizer import TrainingConfig
 
-CONFIG = pretrain.Config(
+CONFIG = pretrain.PretrainConfig(
     model=dataclasses.replace(SIZES["nano"], layers=1, values=64),
-    training=TrainingConfig(steps=12, warmup=2, optimiser="adamw"),
+    training=TrainingConfig(steps=12, warmup=2, optimizer="adamw"),
     window=16,
     rows=2,
     checkpoint_steps=4,
     log_steps=3,
-    evaluation=validation.Config(steps=5, batches=2, environments=runs.IDS[0], rows=2),
+    evaluation=validation.ValidationConfig(steps=5, batches=2, environments=runs.IDS[0], rows=2),
 )
 
 
@@ -46,7 +49,7 @@ EVALUATED = (
     "--config.evaluation.batches=2",
     f"--config.evaluation.environments={runs.IDS[0]}",
     "--config.evaluation.rows=2",
-    "--config.keep_every=80",
+    "--config.keep_period=80",
 )
 
 
@@ -87,17 +90,17 @@ def test_metrics_say_how_well_and_how_fast(trained):
     for row in rows:
         assert row["tokens"] == row["step"] * tokens
         assert 0 < row["useful_fraction"] <= 1 and row["useful_fraction"] == row["useful_tokens"] / tokens
-        assert set(row["excess_by_environment"]) <= set(runs.IDS)
-        assert row["excess_by_domain"] == {"classic control": pytest.approx(row["excess_loss"], abs=1e-5)}
+        assert set(row["kl_by_environment"]) <= set(runs.IDS)
+        assert row["kl_by_domain"] == {"classic control": pytest.approx(row["kl"], abs=1e-5)}
         assert ("held_out" in row) == ("evaluation" in row) == (row["step"] in (90, 180, 200))
         assert ("tokens_per_s" in row) == (row["step"] > 20)
         if "tokens_per_s" in row:
-            assert row["tokens_per_s"] > 0 and row["flop_utilisation"] > 0
+            assert row["tokens_per_s"] > 0 and row["flop_utilization"] > 0
     rates = [row["learning_rate"] for row in rows]
     assert rates == sorted(rates, reverse=True) and rates[0] < TrainingConfig().learning_rate
     last = rows[-1]
-    assert set(last["held_out"]["excess_by_environment"]) == set(runs.IDS)
-    assert last["held_out"]["loss"] > last["held_out"]["excess_loss"] > 0
+    assert set(last["held_out"]["kl_by_environment"]) == set(runs.IDS)
+    assert last["held_out"]["loss"] > last["held_out"]["kl"] > 0
     assert last["held_out"]["loss"] < rows[0]["loss"], "nothing was learned"
     acted = last["evaluation"][runs.IDS[0]]
     random, reference = runs.RETURNS[runs.IDS[0]]
@@ -157,7 +160,7 @@ def test_what_is_not_finite_stops_the_run_and_can_be_replayed(tmp_path, capsys):
     with checkpoints.Checkpoints(tmp_path / "checkpoints", {}) as saved:
         assert saved.latest == step - 1
     capsys.readouterr()
-    found = replay.run(replay.Config(), tmp_path)
+    found = diagnose.run(diagnose.DiagnoseConfig(), tmp_path)
     out = capsys.readouterr().out
     assert np.isnan(found.loss) and not found.parameters and found.gradients
     assert all("features/reward" in name for name in found.leaves) and found.leaves
@@ -179,13 +182,17 @@ def test_what_cannot_be_trained_says_the_way_out(data, tmp_path):
         model=dataclasses.replace(CONFIG.model, continuous_slots=1),
     )
     refused(ConfigError, "a multiple of 3", training=dataclasses.replace(CONFIG.training, accumulation=3))
-    refused(ConfigError, "choose among gymnax/CartPole-v1", evaluation=validation.Config(environments="gymnax/Catch"))
+    refused(
+        ConfigError,
+        "choose among gymnax/CartPole-v1",
+        evaluation=validation.ValidationConfig(environments="gymnax/Catch"),
+    )
     refused(ValueError, "collect more streams", held_out=64)
     for change, words in (
         (lambda: MeshConfig(fsdp=0), "mesh.fsdp is 0"),
         (lambda: HostsConfig(processes=2), "coordinator is empty"),
         (lambda: HostsConfig("localhost:1", 2, 2), "process is 2"),
-        (lambda: dataclasses.replace(CONFIG, keep_every=5), "multiple of checkpoint_steps"),
+        (lambda: dataclasses.replace(CONFIG, keep_period=5), "multiple of checkpoint_steps"),
         (lambda: dataclasses.replace(CONFIG, held_out=1), "held_out is 1"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from data.store import open_dataset, verify
-from environments import LibraryMissingError, UnknownEnvironmentError
+from environments import UnknownEnvironmentError
 from experiments import collect, pretrain, quickstart, references
-from experiments.flags import rebuild
-from experiments.workdir import WorkdirError, claim, resolved
+from experiments.harness.flags import rebuild
+from experiments.harness.workdir import WorkdirError, claim, resolved
 from ldm_jax import policy
+from ldm_jax.environment import LibraryMissingError
 
 STAGES = ("reference id=", "collected id=", "pretrain step=20", "evaluated id=")
 """What the log says when a stage has finished its first unit, but not all of them."""
@@ -174,7 +175,7 @@ def test_unknown_ids_are_refused_before_anything_is_done(tmp_path, id, error, wo
     with pytest.raises((error, LibraryMissingError), match=words):
         quickstart.run(quickstart.SMOKE, tmp_path / "run", ("gymnax/Catch-bsuite", id))
     with pytest.raises((error, LibraryMissingError), match=words):
-        references.run(references.Config(), tmp_path / "run", ("gymnax/Catch-bsuite", id))
+        references.run(references.ReferencesConfig(), tmp_path / "run", ("gymnax/Catch-bsuite", id))
     assert not (tmp_path / "run").exists()
 
 
@@ -189,7 +190,7 @@ def test_a_foreign_workdir_is_left_alone(tmp_path):
         quickstart.run(quickstart.SMOKE, tmp_path)
     (tmp_path / "references").mkdir()
     with pytest.raises(WorkdirError, match="references"):
-        references.run(references.Config(), tmp_path, ("gymnax/Catch-bsuite",))
+        references.run(references.ReferencesConfig(), tmp_path, ("gymnax/Catch-bsuite",))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["references", "thesis.tex"]
 
 
@@ -207,9 +208,9 @@ def test_a_damaged_configuration_is_said(tmp_path):
 
 def test_stages_say_what_they_miss(tmp_path):
     with pytest.raises(WorkdirError, match=r"experiments\.references"):
-        collect.run(collect.Config(), tmp_path)
+        collect.run(collect.CollectStageConfig(), tmp_path)
     with pytest.raises(WorkdirError, match="--environments"):
-        references.run(references.Config(), tmp_path, ())
+        references.run(references.ReferencesConfig(), tmp_path, ())
 
 
 def test_the_command_line_says_errors_in_one_line(tmp_path):
@@ -233,8 +234,8 @@ def test_flags_rebuild_the_configuration():
 
 def test_claim_is_the_same_for_the_same_configuration(tmp_path):
     for workers in (1, 2):
-        claim(tmp_path / "run", "references", references.Config(workers=workers), owns=("references",))
-    assert json.loads((tmp_path / "run" / "references.json").read_text()) == resolved(references.Config())
+        claim(tmp_path / "run", "references", references.ReferencesConfig(workers=workers), owns=("references",))
+    assert json.loads((tmp_path / "run" / "references.json").read_text()) == resolved(references.ReferencesConfig())
 
 
 def test_the_list_of_environments_has_no_task_twice():

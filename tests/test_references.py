@@ -11,10 +11,9 @@ from gymnasium import spaces as gym_spaces
 
 import environments
 from data import references
-from data import rollout as acting
 from data.references import networks, policy, ppo, recipes, tabular
-from ldm_jax import cards, spaces
-from ldm_jax.actions import Slots, action_layout, to_slots
+from ldm_jax import cards, rollout, spaces
+from ldm_jax.encoding.actions import Slots, action_layout, to_slots
 from ldm_jax.types import EnvironmentSpec, TimeStep
 
 QUICK = ppo.PPOConfig(budget_steps=30_000, rows=32, steps=64, learning_rate=2e-3, hidden=(32,), minibatches=4)
@@ -290,8 +289,8 @@ def test_a_saved_reference_acts_and_scores_the_same(tmp_path, catch, scored):
     environment = catch("gymnax/Catch-bsuite", QUICK.rows)
 
     def act(reference):
-        loop = acting.start(environment, reference.agent, jax.random.key(0))
-        return acting.rollout(environment, reference.agent, reference.params, *loop, jax.random.key(1), 12)[1]
+        loop = rollout.start(environment, reference.agent, jax.random.key(0))
+        return rollout.rollout(environment, reference.agent, reference.params, loop, jax.random.key(1), 12)[1]
 
     assert trees_equal(act(scored.policy), act(loaded.policy))
 

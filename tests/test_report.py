@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.report import page
-from ldm_jax import scores, summary
+from ldm_jax.evaluation import aggregates, scores
 
 # id, domain, random, reference, spread of one episode, z, public target
 ENVIRONMENTS = [
@@ -36,7 +36,7 @@ def evaluation():
         returns = [rng.normal(mean, spread, shape) for mean in means]
         found.append(scores.score(id, domain, *returns, target, seed=0, resamples=500))
     found.append(scores.unmeasured("envpool/<Crashed>-v0", "games", 'the simulator said "no" & died', None))
-    return summary.to_json(found, parameters=943_104, decoding="greedy", seed=0)
+    return aggregates.to_json(found, parameters=943_104, decoding="greedy", seed=0)
 
 
 def metrics():
@@ -44,8 +44,7 @@ def metrics():
     steps = np.arange(0, 1201, 2)
     excess = 1.6 * np.exp(-steps / 180) + 0.035 + rng.normal(0, 0.012, len(steps)) * np.exp(-steps / 900)
     rows = [
-        {"step": int(s), "tokens": int(s) * 3328, "loss": e + 0.31, "excess_loss": e}
-        for s, e in zip(steps, excess, strict=True)
+        {"step": int(s), "tokens": int(s) * 3328, "loss": e + 0.31, "kl": e} for s, e in zip(steps, excess, strict=True)
     ]
     return [*rows, {"step": 1202, "tokens": 4_000_256, "loss": math.nan, "grad_norm": 1.0}]
 
@@ -124,7 +123,7 @@ def test_writing_again_replaces_the_files_with_the_same_bytes(report, tmp_path):
 
 def test_nothing_admitted_and_no_training_still_make_a_page():
     refused = scores.score("gymnax/A", "games", np.zeros(4), np.zeros(4), None, None, seed=0)
-    text = page.render(summary.to_json([refused], 1, "greedy", seed=0), [], "Empty")
+    text = page.render(aggregates.to_json([refused], 1, "greedy", seed=0), [], "Empty")
     assert "0 admitted of 1 registered" in text and "No training metrics" in text and Tags(text).open == []
 
 

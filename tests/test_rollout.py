@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import environments
-from data import rollout as acting
+import ldm_jax
 from data.references import random_agent
-from environments import EnvironmentFaultError
-from ldm_jax import spaces
+from ldm_jax import rollout, spaces
+from ldm_jax.environment import EnvironmentFaultError
 from ldm_jax.types import Agent
 
 JITTABLE, HOST = "gymnax/Catch-bsuite", "envpool/FrozenLake-v1"
@@ -44,7 +44,7 @@ def step_by_step(environment, agent, params, loop, key, steps):
     kept = []
     for t in range(steps):
         carry, action, record = agent.step(params, carry, timestep, jax.random.fold_in(key, t))
-        kept.append(acting.Trajectory(timestep, action, record))
+        kept.append(rollout.Trajectory(timestep, action, record))
         state, timestep = environment.step(state, action)
     return (carry, timestep), jax.tree.map(lambda *leaves: np.stack(leaves), *kept)
 
@@ -52,10 +52,10 @@ def step_by_step(environment, agent, params, loop, key, steps):
 def test_the_loop_equals_single_steps(environment, agent):
     key, steps = jax.random.key(3), 24
     expected_end, expected = step_by_step(
-        environment, agent, 0.5, acting.start(environment, agent, jax.random.key(1)), key, steps
+        environment, agent, 0.5, rollout.start(environment, agent, jax.random.key(1)), key, steps
     )
-    loop = acting.start(environment, agent, jax.random.key(1))
-    (carry, _, timestep), trajectory = acting.rollout(environment, agent, 0.5, *loop, key, steps)
+    loop = rollout.start(environment, agent, jax.random.key(1))
+    (carry, _, timestep), trajectory = rollout.rollout(environment, agent, 0.5, loop, key, steps)
     assert trees_equal(trajectory, expected)
     assert trees_equal((carry, timestep), expected_end)
     assert trajectory.timestep.first.sum() > 5  # episodes ended on the way
@@ -64,33 +64,33 @@ def test_the_loop_equals_single_steps(environment, agent):
 def test_a_traced_rollout_equals_the_plain_one():
     environment = environments.make("gymnax/Pendulum-v1", batch_size=3)
     agent = random_agent(environment.spec.action_space)
-    loop = acting.start(environment, agent, jax.random.key(0))
-    plain = acting.rollout(environment, agent, (), *loop, jax.random.key(1), 12)
+    loop = rollout.start(environment, agent, jax.random.key(0))
+    plain = rollout.rollout(environment, agent, (), loop, jax.random.key(1), 12)
 
     @jax.jit
     def traced(loop):
-        return acting.rollout(environment, agent, (), *loop, jax.random.key(1), 12)
+        return rollout.rollout(environment, agent, (), loop, jax.random.key(1), 12)
 
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), plain[1], traced(loop)[1])
 
 
 def test_same_key_same_result_and_nothing_is_compiled_again(environment, agent):
     def once():
-        loop = acting.start(environment, agent, jax.random.key(5))
-        end, trajectory = acting.rollout(environment, agent, 0.0, *loop, jax.random.key(6), 16)
+        loop = rollout.start(environment, agent, jax.random.key(5))
+        end, trajectory = rollout.rollout(environment, agent, 0.0, loop, jax.random.key(6), 16)
         return end[0], end[2], trajectory
 
     before = once()
-    sizes = [program._cache_size() for program in (acting._rollout, acting._act, acting._reset)]
+    sizes = [program._cache_size() for program in (rollout._rollout, rollout._act, rollout._reset)]
     assert trees_equal(before, once())
-    assert sizes == [program._cache_size() for program in (acting._rollout, acting._act, acting._reset)]
+    assert sizes == [program._cache_size() for program in (rollout._rollout, rollout._act, rollout._reset)]
 
 
 def test_a_rollout_goes_on_where_the_last_one_ended(environment, agent):
-    loop = acting.start(environment, agent, jax.random.key(5))
-    loop, _ = acting.rollout(environment, agent, 0.0, *loop, jax.random.key(6), 16)
-    carry, _, timestep = jax.tree.map(np.array, (loop[0], (), loop[2]))
-    _, trajectory = acting.rollout(environment, agent, 0.0, *loop, jax.random.key(7), 16)
+    loop = rollout.start(environment, agent, jax.random.key(5))
+    loop, _ = rollout.rollout(environment, agent, 0.0, loop, jax.random.key(6), 16)
+    carry, _, timestep = jax.tree.map(np.array, (loop.carry, (), loop.timestep))
+    _, trajectory = rollout.rollout(environment, agent, 0.0, loop, jax.random.key(7), 16)
     assert trees_equal(jax.tree.map(lambda x: x[0], trajectory.timestep), timestep)
     assert trees_equal(trajectory.record["age"][0], np.where(timestep.first, 0, carry + 1))
 
@@ -98,11 +98,11 @@ def test_a_rollout_goes_on_where_the_last_one_ended(environment, agent):
 def test_evaluation_counts_what_the_rollout_shows(environment, agent):
     """Rows have the same number of episodes, their first ones, with the returns that the time steps add up to."""
     key, episodes = jax.random.key(9), 3
-    result = acting.evaluate(environment, agent, 0.0, key, episodes)
+    result = rollout.evaluate(environment, agent, 0.0, key, episodes)
     assert result.returns.shape == result.lengths.shape == (5, episodes)
     reset_key, act_key = jax.random.split(key)
-    loop = acting.start(environment, agent, reset_key)
-    _, trajectory = acting.rollout(environment, agent, 0.0, *loop, act_key, 256)
+    loop = rollout.start(environment, agent, reset_key)
+    _, trajectory = rollout.rollout(environment, agent, 0.0, loop, act_key, 256)
     timestep = trajectory.timestep
     for row in range(5):
         ends = np.flatnonzero(np.asarray(timestep.last)[:, row])[:episodes]
@@ -115,7 +115,7 @@ def test_evaluation_counts_what_the_rollout_shows(environment, agent):
 def test_a_fixed_count_per_row_is_not_biased_to_short_episodes():
     environment = environments.make("gymnax/CartPole-v1", batch_size=64)
     agent = random_agent(environment.spec.action_space)
-    fixed = acting.evaluate(environment, agent, (), jax.random.key(0), 16)
+    fixed = rollout.evaluate(environment, agent, (), jax.random.key(0), 16)
     assert abs(fixed.returns.mean() - 22.2) < 1.0  # 1,024 episodes: two standard errors are 0.75
     finish = fixed.lengths.cumsum(1).ravel()
     first_to_finish = fixed.returns.ravel()[np.argsort(finish)[:50]]
@@ -125,14 +125,14 @@ def test_a_fixed_count_per_row_is_not_biased_to_short_episodes():
 def test_executed_actions_lie_in_the_space():
     environment = environments.make("gymnax/Pendulum-v1", batch_size=2)
     wild = Agent(lambda batch_size: (), lambda params, carry, timestep, key: (carry, jnp.full((2, 1), 19.8), ()))
-    loop = acting.start(environment, wild, jax.random.key(0))
-    _, trajectory = acting.rollout(environment, wild, (), *loop, jax.random.key(1), 4)
+    loop = rollout.start(environment, wild, jax.random.key(0))
+    _, trajectory = rollout.rollout(environment, wild, (), loop, jax.random.key(1), 4)
     assert (np.asarray(trajectory.action) == 2.0).all()
 
 
 def test_progress_ends_at_the_total(environment, agent):
     reports = []
-    acting.evaluate(environment, agent, 0.0, jax.random.key(2), 2, lambda *report: reports.append(report))
+    rollout.evaluate(environment, agent, 0.0, jax.random.key(2), 2, lambda *report: reports.append(report))
     assert reports[-1] == (10, 10)
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
 
@@ -141,7 +141,7 @@ def test_progress_ends_at_the_total(environment, agent):
 class Spoilt:
     """A real environment of which one thing is wrong."""
 
-    inner: environments.Environment
+    inner: ldm_jax.Environment
     spec: object
     spoil: object
 
@@ -157,7 +157,7 @@ def test_a_nan_return_raises():
     inner = environments.make(JITTABLE, batch_size=4)
     spoilt = Spoilt(inner, inner.spec, lambda timestep: timestep._replace(reward=timestep.reward * jnp.nan))
     with pytest.raises(EnvironmentFaultError, match="NaN"):
-        acting.evaluate(spoilt, random_agent(inner.spec.action_space), (), jax.random.key(0), 1)
+        rollout.evaluate(spoilt, random_agent(inner.spec.action_space), (), jax.random.key(0), 1)
 
 
 def test_episodes_that_never_end_raise():
@@ -166,4 +166,4 @@ def test_episodes_that_never_end_raise():
     spec = dataclasses.replace(inner.spec, time_limit=9)
     spoilt = Spoilt(inner, spec, lambda timestep: timestep._replace(terminated=never, truncated=never))
     with pytest.raises(EnvironmentFaultError, match="time limit"):
-        acting.evaluate(spoilt, random_agent(inner.spec.action_space), (), jax.random.key(0), 1)
+        rollout.evaluate(spoilt, random_agent(inner.spec.action_space), (), jax.random.key(0), 1)

@@ -9,8 +9,8 @@ import runs
 from hypothesis import strategies as st
 
 from experiments import pretrain, scaling
-from ldm_jax import scaling_law
-from ldm_jax.config import ConfigError
+from ldm_jax.errors import ConfigError
+from ldm_jax.evaluation import scaling_law
 
 N, D = (grid.ravel() for grid in np.meshgrid([1e4, 4e4, 2e5, 1e6], [1e5, 4e5, 2e6, 1e7]))
 
@@ -55,11 +55,11 @@ def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(scaling_law.ScalingError, match="positive"):
         scaling_law.fit(N, D, np.where(N > 1e5, np.nan, 1.0))
     with pytest.raises(ConfigError, match="'huge' is no size"):
-        scaling.Config(sizes="32x1,48x1,huge")
+        scaling.ScalingConfig(sizes="32x1,48x1,huge")
     with pytest.raises(ConfigError, match="3 or more of each"):
-        scaling.Config(sizes="32x1,48x1")
+        scaling.ScalingConfig(sizes="32x1,48x1")
     with pytest.raises(ConfigError, match="held_out is 0"):
-        scaling.Config(pretrain=pretrain.Config(held_out=0))
+        scaling.ScalingConfig(pretrain=pretrain.PretrainConfig(held_out=0))
 
 
 def test_the_script_trains_fits_draws_and_does_nothing_twice(tmp_path):
@@ -71,7 +71,7 @@ def test_the_script_trains_fits_draws_and_does_nothing_twice(tmp_path):
         "pretrain.model.window": 8,
         "pretrain.window": 16,
         "pretrain.rows": 2,
-        "pretrain.training.optimiser": "adamw",
+        "pretrain.training.optimizer": "adamw",
         "pretrain.peak_flops": 1e11,
     }
     command = ["scaling", tmp_path, f"--environments={runs.IDS[0]}", *(f"--config.{k}={v}" for k, v in flags.items())]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from ldm_jax import scores, summary
+from ldm_jax.evaluation import aggregates, scores
 
 
 def normal(seed, mean, deviation, rows=32, episodes=4):
@@ -128,7 +128,7 @@ def test_a_resample_without_a_z_widens_the_interval_and_never_counts_as_reached(
     estimate, samples = scores.bootstrap_z(random, np.array([[0.0], [1.0]]), model, seed=0, resamples=400)
     assert 0.1 < np.isnan(samples).mean() < 0.4
     assert (estimate.low, estimate.high) == (-math.inf, math.inf)
-    point = summary.curve(np.array([20.0]), np.array([estimate.low]), samples[None], taus=[1.0])[0]
+    point = aggregates.curve(np.array([20.0]), np.array([estimate.low]), samples[None], taus=[1.0])[0]
     assert (point.low, point.count, point.conservative) == (0, 1, 0)
 
 
@@ -186,15 +186,15 @@ def test_the_curve_falls_stays_in_its_band_and_the_conservative_one_below_it(see
     rng = np.random.default_rng(seed)
     z = rng.normal(0.8, 0.4, environments)
     samples = z[:, None] + rng.normal(0, 0.1, (environments, 100))
-    points = summary.curve(z, np.quantile(samples, 0.025, axis=1).clip(max=z), samples)
-    assert [point.tau for point in points] == list(summary.TAUS) and summary.TAUS[-1] == 1.2
+    points = aggregates.curve(z, np.quantile(samples, 0.025, axis=1).clip(max=z), samples)
+    assert [point.tau for point in points] == list(aggregates.TAUS) and aggregates.TAUS[-1] == 1.2
     assert all(earlier.count >= later.count for earlier, later in itertools.pairwise(points))
     assert all(0 <= p.low <= p.count <= p.high <= environments and p.conservative <= p.count for p in points)
 
 
 def test_without_noise_the_curve_is_a_count():
     z = np.array([0.2, 0.5, 1.0, 1.1])
-    points = {point.tau: point for point in summary.curve(z, z, np.repeat(z[:, None], 10, axis=1))}
+    points = {point.tau: point for point in aggregates.curve(z, z, np.repeat(z[:, None], 10, axis=1))}
     for tau, count in [(0.0, 4), (0.2, 4), (0.21, 3), (1.0, 2), (1.1, 1), (1.2, 0)]:
         assert (points[tau].low, points[tau].count, points[tau].high) == (count, count, count)
 
@@ -202,32 +202,32 @@ def test_without_noise_the_curve_is_a_count():
 def test_doing_what_the_reference_does_reaches_1_in_spite_of_rounding():
     random, reference, model = np.full((7, 3), 0.1), np.full((50, 2), 0.7), np.full((11, 3), 0.7)
     result = scores.score("gymnax/A", "", random, reference, model, None, seed=0)
-    found = summary.to_json([result], 1, "greedy", seed=0)
+    found = aggregates.to_json([result], 1, "greedy", seed=0)
     assert found["matches"] == 1
     assert next(point for point in found["curve"] if point["tau"] == 1.0)["low"] == 1
 
 
 def test_interquartile_mean_and_optimality_gap():
     z = np.array([-100.0, 0.5, 0.7, 0.8, 1.0, 1.0, 1.0, 50.0])
-    assert summary.interquartile_mean(z) == pytest.approx((0.7 + 0.8 + 1.0 + 1.0) / 4)
-    assert summary.optimality_gap(np.array([0.5, 1.0, 3.0])) == pytest.approx(0.5 / 3)
-    np.testing.assert_allclose(summary.interquartile_mean(np.stack([z, z + 1], 1)), [0.875, 1.875])
+    assert aggregates.interquartile_mean(z) == pytest.approx((0.7 + 0.8 + 1.0 + 1.0) / 4)
+    assert aggregates.optimality_gap(np.array([0.5, 1.0, 3.0])) == pytest.approx(0.5 / 3)
+    np.testing.assert_allclose(aggregates.interquartile_mean(np.stack([z, z + 1], 1)), [0.875, 1.875])
 
 
 def test_the_bootstrap_of_an_aggregate_keeps_every_library():
     # One library at 0 and one at 1, no noise inside: only a bootstrap that ignored libraries would vary.
     low, high = score(0.0, "a/1", deviation=0.0), score(10.0, "b/1", deviation=0.0)
     items = [low, dataclasses.replace(low, id="a/2"), high, dataclasses.replace(high, id="b/2")]
-    assert tuple(summary.aggregate(summary.optimality_gap, items, seed=0)) == (0.5, 0.5, 0.5)
+    assert tuple(aggregates.aggregate(aggregates.optimality_gap, items, seed=0)) == (0.5, 0.5, 0.5)
 
 
 def test_nothing_admitted_is_said_and_not_scored():
     refused = [score(1.0, reference=0.0)]
     with pytest.raises(ValueError, match="no environment is admitted"):
-        summary.aggregate(summary.optimality_gap, refused, seed=0)
-    found = summary.to_json(refused, 1, "greedy", seed=0)
+        aggregates.aggregate(aggregates.optimality_gap, refused, seed=0)
+    found = aggregates.to_json(refused, 1, "greedy", seed=0)
     assert found["iqm"] is None and found["admitted"] == 0 and {point["count"] for point in found["curve"]} == {0}
-    assert "admitted 0 of 1" in summary.table(found)
+    assert "admitted 0 of 1" in aggregates.table(found)
 
 
 # JSON and the table
@@ -235,7 +235,7 @@ def test_nothing_admitted_is_said_and_not_scored():
 
 def test_json_has_the_fixed_keys_and_survives_strict_json():
     items = [*many(), scores.unmeasured("envpool/Crashed", "games", "the simulator died", 3.0)]
-    found = summary.to_json(items, parameters=1_000_000, decoding="greedy", seed=0)
+    found = aggregates.to_json(items, parameters=1_000_000, decoding="greedy", seed=0)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["registered"], found["admitted"], found["parameters"], found["decoding"]) == (
         6,
@@ -252,11 +252,11 @@ def test_json_has_the_fixed_keys_and_survives_strict_json():
 
 def test_an_environment_counts_once():
     with pytest.raises(ValueError, match="more than one score of gymnax/A"):
-        summary.to_json([score(1.0), score(2.0)], 1, "greedy", seed=0)
+        aggregates.to_json([score(1.0), score(2.0)], 1, "greedy", seed=0)
 
 
 def test_the_table_shows_every_environment_and_always_admitted_of_registered():
-    text = summary.table(summary.to_json(many(), 1, "greedy", seed=0))
+    text = aggregates.table(aggregates.to_json(many(), 1, "greedy", seed=0))
     lines = text.splitlines()
     assert lines[0].split()[:4] == ["environment", "random", "reference", "model"]
     assert all(any(line.lstrip().startswith(item.id) for line in lines) for item in many())
@@ -269,4 +269,4 @@ def test_the_table_shows_every_environment_and_always_admitted_of_registered():
     [(None, ".2f", "-"), (-0.001, ".2f", "0.00"), (-2068.7, ".4g", "-2069"), (0.123456, ".4g", "0.1235")],
 )
 def test_numbers_for_people(value, form, text):
-    assert summary.number(value, form) == text
+    assert aggregates.number(value, form) == text

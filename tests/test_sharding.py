@@ -15,14 +15,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.mesh import MeshConfig, make_mesh
-from ldm_jax import checkpoints, sharding, training
-from ldm_jax.config import SIZES, ConfigError
-from ldm_jax.model import make_model
+from experiments.harness.mesh import MeshConfig, make_mesh
+from ldm_jax import sharding, training
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import SIZES
+from ldm_jax.model.network import make_model
+from ldm_jax.training import checkpoints
 
 # Every set of axes that rows and parameters can be split over.
 _MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (1, 4, 2), (2, 2, 2)]
-# The programs run once: optimising them would take most of the time.
+# The programs run once: optimizing them would take most of the time.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes"
 )
@@ -76,7 +78,7 @@ def compare_meshes():
         state = training.init_state(model, cfg, mesh)
         function = functools.partial(training.loss_and_gradients, model, SMALL, cfg, mesh=mesh)
         (loss, rows), found = jax.jit(function)(state, placed)
-        return jax.device_get((loss, training.summarise(jax.device_get(rows)), found))
+        return jax.device_get((loss, training.summarize(jax.device_get(rows)), found))
 
     alone = gradients(None)
     for shape in _MESHES:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spaces_strategies import action_spaces, any_spaces
 
-from ldm_jax import actions, spaces
+from ldm_jax import spaces
+from ldm_jax.encoding import actions
 
 
 @settings(max_examples=100, deadline=None)

@@ -42,9 +42,9 @@ def card(id: str = ID, version: str = "1") -> EnvironmentCard:
     )
 
 
-def episodes(steps: int, streams: int) -> store.Episodes:
+def episodes(steps: int, streams: int) -> store.EpisodeIndex:
     zeros = np.zeros(streams)
-    return store.Episodes(zeros, zeros + steps, zeros + 0.5, np.arange(streams), zeros + 0.25, np.arange(streams))
+    return store.EpisodeIndex(zeros, zeros + steps, zeros + 0.5, np.arange(streams), zeros + 0.25, np.arange(streams))
 
 
 def append(
@@ -224,6 +224,18 @@ def test_a_killed_writer_loses_at_most_the_part_in_flight(tmp_path):
     assert folders == {part.name for part in dataset.parts(ID)}, "leftovers were taken over"
     claims = {path.stem for path in (tmp_path / ID).glob("*.claim")}
     assert claims <= folders, "of a writer killed between showing its part and giving up its claim"
+
+
+def test_what_a_dead_writer_left_is_no_end_of_another_file(tmp_path):
+    dataset = append(store.create_dataset(tmp_path))
+    manifest_file, (card_file,) = tmp_path / store.MANIFEST, (tmp_path / ID).glob("card-*")
+    before = card_file.read_bytes()
+    card_file.unlink()
+    for path in (manifest_file, card_file, tmp_path / ID / "part-00002.claim"):
+        path.with_name(f"{path.name}.__lock").write_bytes(b"x" * 100_000)
+    append(dataset)
+    store.verify(store.open_dataset(tmp_path))
+    assert card_file.read_bytes() == before and b"xx" not in manifest_file.read_bytes()
 
 
 def test_leftovers_of_a_dead_writer_do_no_harm(tmp_path):

@@ -20,20 +20,23 @@ import pytest
 import scipy.stats
 
 import ldm_jax
-from ldm_jax import acting, checkpoints, footprint, objective, policy, replay, training
-from ldm_jax.actions import Slots
-from ldm_jax.codec import Targets
-from ldm_jax.config import SIZES, ConfigError
-from ldm_jax.heads import Predictions, bin_centres, bin_edges, bin_probabilities
-from ldm_jax.model import make_model
-from ldm_jax.optimiser import is_matrix, make_optimiser, make_schedule
+from ldm_jax import acting, policy, training
+from ldm_jax.encoding.actions import Slots
+from ldm_jax.encoding.codec import Targets
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import SIZES
+from ldm_jax.model.heads import Predictions, bin_centers, bin_edges, bin_probabilities
+from ldm_jax.model.network import make_model
+from ldm_jax.training import checkpoints, cost, diagnosis
+from ldm_jax.training.loss import drop_previous_actions, imitation_loss
+from ldm_jax.training.optimizer import is_matrix, make_optimizer, make_schedule
 from ldm_jax.types import TimeStep
 
 NANO = dataclasses.replace(SIZES["nano"], values=64)
 MODEL = make_model(NANO)
 # Compiled as a whole: one by one, their many small operations take longer.
 INIT, APPLY = jax.jit(MODEL.init), jax.jit(MODEL.apply)
-LOSS = jax.jit(functools.partial(objective.loss, MODEL, NANO))
+LOSS = jax.jit(functools.partial(imitation_loss, MODEL, NANO))
 NAMES = ["vector", "continuous"]
 CONFIG = training.TrainingConfig(steps=12, warmup=2)
 
@@ -90,16 +93,16 @@ def test_training_learns_and_reports(train_step):
     cfg = dataclasses.replace(CONFIG, steps=60)
     step, state, losses = training.make_train_step(MODEL, NANO, cfg), training.init_state(MODEL, cfg), []
     for _, _, metrics in training.train(step, state, (batch for _ in range(60)), 60):
-        losses.append(metrics.excess_loss)
-        assert set(metrics.excess_by_environment) == {0, 1}
+        losses.append(metrics.kl)
+        assert set(metrics.kl_by_environment) == {0, 1}
         assert metrics.useful_tokens == sum(e.targets.weight.sum() for e in batch.values())
     assert losses[-1] < 0.5 * losses[0]
     assert min(losses) >= -1e-4, "the excess loss is never negative"
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-def test_the_seed_decides_the_parameters(optimiser):
-    cfg = dataclasses.replace(CONFIG, optimiser=optimiser, steps=3)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_seed_decides_the_parameters(optimizer):
+    cfg = dataclasses.replace(CONFIG, optimizer=optimizer, steps=3)
     runs = [run(training.make_train_step(MODEL, NANO, c), training.init_state(MODEL, c), 3)[0] for c in (cfg, cfg)]
     assert equal(*runs)
     other = training.init_state(MODEL, dataclasses.replace(cfg, seed=1))
@@ -107,10 +110,10 @@ def test_the_seed_decides_the_parameters(optimiser):
 
 
 def test_too_little_memory_names_the_ways_out():
-    state = training.state_shapes(make_model(SIZES["308m"]), dataclasses.replace(CONFIG, optimiser="adamw"))
-    footprint.check_state_fits(state, 8 << 30)
+    state = training.state_shapes(make_model(SIZES["308m"]), dataclasses.replace(CONFIG, optimizer="adamw"))
+    cost.check_state_fits(state, 8 << 30)
     with pytest.raises(ConfigError, match=r"take 5\.7 GB on each device, which has 4\.3 GB: split them .* along fsdp"):
-        footprint.check_state_fits(state, 4 << 30)
+        cost.check_state_fits(state, 4 << 30)
 
     def greedy_step(state, batch):
         return jnp.zeros(1 << 56, jnp.uint8), None
@@ -133,11 +136,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_stops_the_run(train_step,
     expected, _ = run(train_step, training.init_state(MODEL, CONFIG), 2)
     # the step after it was under way already, and left all as it was
     assert equal(error.state, expected) and error.step == 3 and error.batch is bad
-    replay.save_batch(tmp_path / "sub" / "bad.npz", error.batch)
-    loaded = replay.load_batch(tmp_path / "sub" / "bad.npz")
+    diagnosis.save_batch(tmp_path / "sub" / "bad.npz", error.batch)
+    loaded = diagnosis.load_batch(tmp_path / "sub" / "bad.npz")
     assert jax.tree.structure(loaded) == jax.tree.structure(bad)
     assert equal(loaded, bad)
-    found = replay.diagnose(MODEL, NANO, CONFIG, expected, loaded)
+    found = diagnosis.diagnose(MODEL, NANO, CONFIG, expected, loaded)
     assert found.leaves == [f"{name}/inputs/features/numeric"] and not found.parameters
     assert [(bucket, row) for bucket, row, _ in found.rows] == [(name, 1)]
     assert not np.isfinite(found.loss) and "tokens/numeric" in found.gradients
@@ -147,8 +150,8 @@ def test_a_file_without_a_batch_is_refused(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     (tmp_path / "text.npz").write_text("no")
     for name in ("other.npz", "text.npz", "none.npz"):
-        with pytest.raises(replay.ReplayError, match="that save_batch wrote"):
-            replay.load_batch(tmp_path / name)
+        with pytest.raises(diagnosis.DiagnosisError, match="that save_batch wrote"):
+            diagnosis.load_batch(tmp_path / name)
 
 
 def test_a_batch_in_pieces_has_the_loss_and_gradient_of_the_whole():
@@ -172,7 +175,7 @@ def test_a_batch_in_pieces_has_the_loss_and_gradient_of_the_whole():
 
 def test_the_state_is_donated(train_step):
     state, batch = training.init_state(MODEL, CONFIG), next(batches())
-    before = jax.tree.leaves((state.params, state.optimiser))
+    before = jax.tree.leaves((state.params, state.optimizer))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # JAX warns of donated memory that it has no use for
         text = train_step.lower(state, batch).as_text()
@@ -253,9 +256,9 @@ def test_a_continuous_label_survives_its_bins_at_the_edges_too(mean):
     target = np.asarray(bin_probabilities(NANO, np.float32(mean), np.float32(0.0)))
     np.testing.assert_allclose(target.sum(), 1, atol=1e-5)
     assert (target >= 0).all()
-    decoded = np.clip(target @ bin_centres(NANO), -1, 1)
+    decoded = np.clip(target @ bin_centers(NANO), -1, 1)
     assert abs(decoded - mean) < NANO.bin_width / 2
-    assert abs(bin_centres(NANO)[target.argmax()] - mean) <= NANO.bin_width / 2 + 1e-5
+    assert abs(bin_centers(NANO)[target.argmax()] - mean) <= NANO.bin_width / 2 + 1e-5
 
 
 def test_bins_follow_the_gaussian():
@@ -269,7 +272,7 @@ def test_bins_follow_the_gaussian():
 
 def test_previous_actions_are_hidden_in_whole_rows():
     example = examples.random_example(examples.make_codec("vector"), 64, 5, seed=5)
-    dropped = objective.drop_previous_actions(jax.random.key(0), {"rows": example}, 0.25)["rows"]
+    dropped = drop_previous_actions(jax.random.key(0), {"rows": example}, 0.25)["rows"]
     before, after = example.inputs.features.has_previous, np.asarray(dropped.inputs.features.has_previous)
     hidden = (after == 0).all(1)
     assert 4 < hidden.sum() < 32
@@ -408,22 +411,22 @@ PARAMS = {
 }
 
 
-def optimised(cfg, gradients):
-    """Parameters and optimiser state after a step from `PARAMS`."""
+def optimized(cfg, gradients):
+    """Parameters and optimizer state after a step from `PARAMS`."""
 
     @jax.jit
     def step(params, gradients):
-        optimiser = make_optimiser(cfg)
-        updates, state = optimiser.update(gradients, optimiser.init(params), params)
+        optimizer = make_optimizer(cfg)
+        updates, state = optimizer.update(gradients, optimizer.init(params), params)
         return optax.apply_updates(params, updates), state
 
     return step(PARAMS, gradients)
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
-def test_matrices_alone_decay(optimiser):
-    cfg = dataclasses.replace(CONFIG, optimiser=optimiser, warmup=0)
-    after, _ = optimised(cfg, jax.tree.map(np.zeros_like, PARAMS))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_matrices_alone_decay(optimizer):
+    cfg = dataclasses.replace(CONFIG, optimizer=optimizer, warmup=0)
+    after, _ = optimized(cfg, jax.tree.map(np.zeros_like, PARAMS))
     shrunk = PARAMS["down"]["kernel"] * (1 - cfg.learning_rate * cfg.weight_decay)
     np.testing.assert_allclose(after["down"]["kernel"], shrunk, rtol=1e-5)
     for part, name in (("norm", "scale"), ("head", "bins")):
@@ -434,8 +437,8 @@ def test_matrices_alone_decay(optimiser):
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    cfg = dataclasses.replace(CONFIG, optimiser="adamw", clip_norm=0.5)
-    _, state = optimised(cfg, jax.tree.map(lambda leaf: 100 * leaf, PARAMS))
+    cfg = dataclasses.replace(CONFIG, optimizer="adamw", clip_norm=0.5)
+    _, state = optimized(cfg, jax.tree.map(lambda leaf: 100 * leaf, PARAMS))
     moments = optax.tree_utils.tree_get(state, "mu")
     np.testing.assert_allclose(optax.global_norm(moments), (1 - 0.9) * 0.5, rtol=1e-4)
 
@@ -448,7 +451,7 @@ def test_schedules():
 
 
 def test_checkpoints_are_kept_by_policy(tmp_path):
-    with checkpoints.Checkpoints(tmp_path, {}, keep=2, keep_every=4) as saved:
+    with checkpoints.Checkpoints(tmp_path, {}, max_to_keep=2, keep_period=4) as saved:
         for step in range(1, 8):
             saved.save(training.state_with({"kernel": np.zeros(3)}, (), CONFIG, step))
         saved.wait()
@@ -468,7 +471,7 @@ def test_what_is_being_saved_does_not_change_with_the_training(train_step, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"optimiser": "sgd"}, "adamw or muon"),
+        ({"optimizer": "sgd"}, "adamw or muon"),
         ({"warmup": 12}, "warmup is 12"),
         ({"drop_previous": 2}, "probability"),
         ({"clip_norm": 0}, "clip_norm"),

@@ -13,12 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spaces_strategies import action_spaces, any_spaces
 
-from ldm_jax import actions, footprint, observations, padding, spaces
-from ldm_jax.codec import Codec, bucket_for, join_buckets
-from ldm_jax.config import SIZES, ConfigError
-from ldm_jax.heads import bin_centres, bin_probabilities
-from ldm_jax.model import make_model
-from ldm_jax.tokens import CategoryEncoder
+from ldm_jax import spaces
+from ldm_jax.encoding import actions, observations
+from ldm_jax.encoding.buckets import bucket_for, join_buckets
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import SIZES
+from ldm_jax.model.encoders import CategoryEncoder
+from ldm_jax.model.heads import bin_centers, bin_probabilities
+from ldm_jax.model.network import make_model
+from ldm_jax.training import cost, padding
 
 LARGE = dataclasses.replace(
     SIZES["32m"], width=16, layers=1, heads=2, kv_heads=2, feed_forward=16, window=4, bins=64, choices=8192
@@ -58,7 +62,7 @@ def check_labels(codec, seed):
     bins = np.asarray(bin_probabilities(LARGE, targets.mean, targets.scale))
     np.testing.assert_allclose(bins.sum(-1), 1, atol=1e-5)
     index = targets.probabilities.argmax(-1) if layout.categorical else np.zeros((6, codec.bucket.choice_slots), int)
-    slots = actions.Slots(index.astype(np.int32), np.clip(bins @ bin_centres(LARGE), -1, 1).astype(np.float32))
+    slots = actions.Slots(index.astype(np.int32), np.clip(bins @ bin_centers(LARGE), -1, 1).astype(np.float32))
     action = codec.action(slots)
     assert spaces.check(space, action, 6, "the action") == 0
     label = spaces.unflatten(space, [arrays[f"reference_action/{leaf.name}"] for leaf in spaces.leaves(space)])
@@ -83,7 +87,7 @@ def test_windows_and_labels_of_any_space_fit_their_bucket(seen, acted, seed):
     codec = Codec(examples.make_card(seen, acted))
     check_labels(codec, seed)
     features, _ = codec.window(examples.random_stream(codec, 6, seed))
-    told = footprint.example_shapes(codec.bucket, 1, 6).inputs.features
+    told = cost.example_shapes(codec.bucket, 1, 6).inputs.features
     jax.tree.map(lambda leaf, shape: np.testing.assert_equal((1, *leaf.shape), shape.shape), features, told)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(features))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from gymnasium import spaces
 
-from ldm_jax.actions import ActionLayout
+from ldm_jax.encoding.actions import ActionLayout
 from ldm_jax.spaces import UNBOUNDED, bounds, choices, get, leaf_shape_dtype, leaves, start, text_bytes
 from ldm_jax.types import Array, PyTree
 
@@ -50,7 +50,7 @@ class Network(typing.NamedTuple):
     Attributes:
       init: `init(rng) -> params`, on the host; `rng` is NumPy's generator.
       apply: `apply(params, moments, observation, action_mask) -> (logits [B, M], mean [B, C], value [B])`; the mean in
-        normalised units, where a slot's range is -1 to 1.
+        normalized units, where a slot's range is -1 to 1.
       numbers: `numbers(observation) -> float32 [B, D]`, what `moments` are taken of.
       size: D.
     """
@@ -95,7 +95,7 @@ def network(
 ) -> Network:
     """Builds separate policy and value perceptrons over one encoding of the observation.
 
-    Numbers are standardised by running moments and clipped to +-10; categories are one-hot, or embedded where there are
+    Numbers are standardized by running moments and clipped to +-10; categories are one-hot, or embedded where there are
     many; images go through convolutions that policy and value share; a text is told from others by 32 bits of its hash,
     and not read.
 

@@ -7,10 +7,10 @@ import typing
 
 import jax
 
-from environments.interface import Environment
-from ldm_jax import cards, scores
+from ldm_jax import cards, rollout
+from ldm_jax.environment import Environment
+from ldm_jax.evaluation import scores
 
-from .. import rollout as acting
 from .policy import Form, ReferencePolicy, with_form
 from .recipes import ALGORITHMS, Recipe, recipe
 
@@ -41,7 +41,7 @@ class ScoredReference:
 
 
 def train_reference(
-    make: Make, id: str, how: Recipe | None = None, seed: int = 0, progress: acting.Progress | None = None
+    make: Make, id: str, how: Recipe | None = None, seed: int = 0, progress: rollout.Progress | None = None
 ) -> ReferencePolicy:
     """Trains a reference policy.
 
@@ -78,7 +78,7 @@ def score_reference(
     seed: int = 0,
     rows: int = 64,
     episodes_per_row: int = 4,
-    progress: acting.Progress | None = None,
+    progress: rollout.Progress | None = None,
 ) -> ScoredReference:
     """Scores a reference and a random policy on fresh episodes, equally many in every row.
 
@@ -104,7 +104,7 @@ def score_reference(
         report = None if progress is None else (lambda done, _: progress(stage * each + done, 4 * each))
         params, key = with_form(policy.params["policy"], form), jax.random.fold_in(root, stage)
         return cards.Returns.of(
-            acting.evaluate(environment, policy.agent, params, key, episodes_per_row, report).returns
+            rollout.evaluate(environment, policy.agent, params, key, episodes_per_row, report).returns
         )
 
     try:

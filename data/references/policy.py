@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import cards, spaces
-from ldm_jax.actions import ActionLayout, Distribution, Slots, denormalise, from_slots, split_choices
+from ldm_jax.encoding.actions import ActionLayout, Distribution, Slots, denormalize, from_slots, split_choices
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from .networks import MASKED
@@ -25,7 +25,7 @@ class SlotPolicy(typing.NamedTuple):
 
     Attributes:
       logits: `float32 [B, M]` over the flat choices, `MASKED` where not allowed.
-      mean: `float32 [B, C]`, in normalised units: a slot's range is -1 to 1.
+      mean: `float32 [B, C]`, in normalized units: a slot's range is -1 to 1.
       deviation: `float32 [B, C]`, in the same units.
     """
 
@@ -39,7 +39,7 @@ class ReferencePolicy:
     """A trained policy, ready to act and to label.
 
     Attributes:
-      agent: its step takes `params` and records an `ldm_jax.actions.Distribution` at every state.
+      agent: its step takes `params` and records an `ldm_jax.encoding.actions.Distribution` at every state.
       params: NumPy arrays; `params["form"]` is the place in `FORMS`, so that all forms are one compiled program.
       reference: algorithm, form, budget and seed.
       spec: the environment it was trained for; the batch size does not matter.
@@ -102,7 +102,7 @@ def slot_agent(layout: ActionLayout, policy: typing.Callable[[PyTree, TimeStep],
         action = jax.tree.map(lambda a, b: jnp.where(greedy | sampled, a, b), action, uniform)
         record = Distribution(
             logits,
-            denormalise(layout, jnp.where(greedy, point, mean)),
+            denormalize(layout, jnp.where(greedy, point, mean)),
             jnp.where(greedy, 0.0, deviation) * half_range,
         )
         return carry, action, record

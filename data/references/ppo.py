@@ -1,8 +1,8 @@
-"""Proximal policy optimisation for any environment of the interface.
+"""Proximal policy optimization for any environment of the interface.
 
 Where the environment is jittable, acting and learning compile into one program; elsewhere the same update follows the
 rollout of a Python loop.
-Source: Schulman et al. 2017 (PPO); Schulman et al. 2016 (generalised advantage estimation).
+Source: Schulman et al. 2017 (PPO); Schulman et al. 2016 (generalized advantage estimation).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from environments.interface import Environment
-from ldm_jax.actions import ActionLayout, Slots, action_layout, from_slots
+from ldm_jax import rollout
+from ldm_jax.encoding.actions import ActionLayout, Slots, action_layout, from_slots
+from ldm_jax.environment import Environment
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
-from .. import rollout as acting
 from . import networks
 from .policy import SlotPolicy, choice_logits, sample_slots, slot_agent
 
@@ -105,7 +105,7 @@ class Learner(typing.NamedTuple):
     Attributes:
       params: of the network, with `log_deviation`.
       moments: of the observation's numbers.
-      optimiser: Adam's state.
+      optimizer: Adam's state.
       reward_moments: of the discounted sum of rewards, `[1]`.
       discounted: that sum so far, `float32 [B]`.
       total: sum of rewards of the episode so far, `float32 [B]`.
@@ -115,7 +115,7 @@ class Learner(typing.NamedTuple):
 
     params: PyTree
     moments: networks.Moments
-    optimiser: PyTree
+    optimizer: PyTree
     reward_moments: networks.Moments
     discounted: Array
     total: Array
@@ -126,7 +126,7 @@ class Learner(typing.NamedTuple):
 def advantages(
     value: Array, reward: Array, terminated: Array, truncated: Array, discount: float, trace: float
 ) -> tuple[Array, Array]:
-    """Generalised advantages under next-step reset.
+    """Generalized advantages under next-step reset.
 
     A termination cuts the value after it; a truncation does not, and its last observation is there to be valued. The
     action at the end of an episode was ignored, so it has no advantage and what it met counts nowhere.
@@ -203,8 +203,8 @@ def loss(
     def average(x):
         return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
-    centred = batch.advantage - average(batch.advantage)
-    advantage = centred / (jnp.sqrt(average(centred**2)) + 1e-8)
+    centered = batch.advantage - average(batch.advantage)
+    advantage = centered / (jnp.sqrt(average(centered**2)) + 1e-8)
     ratio = jnp.exp(jnp.where(valid, log_probability - batch.log_probability, 0.0))
     clipped = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
     objective = jnp.minimum(ratio * advantage, clipped * advantage)
@@ -212,7 +212,7 @@ def loss(
     return average(-objective + config.value_weight * value_loss - config.entropy * entropy)
 
 
-def train(environment: Environment, config: PPOConfig, seed: int, progress: acting.Progress | None = None) -> PyTree:
+def train(environment: Environment, config: PPOConfig, seed: int, progress: rollout.Progress | None = None) -> PyTree:
     """Trains a policy.
 
     Args:
@@ -232,7 +232,7 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: acti
     reset_key, key = jax.random.split(jax.random.key(seed))
     learning_agent = _learning_agent(typing.cast(typing.Hashable, environment), config)
     learner: typing.Any = _begin(environment, config, seed)
-    loop = acting.start(environment, learning_agent, reset_key)
+    loop = rollout.start(environment, learning_agent, reset_key)
     reports, kept, top = min(config.updates, REPORTS), learner, (-np.inf, 0.0)
     for report in range(reports):
         begin, end = (config.updates * i // reports for i in (report, report + 1))
@@ -241,11 +241,9 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: acti
         else:
             for update in range(begin, end):
                 act_key, learn_key = jax.random.split(jax.random.fold_in(key, update))
-                params, (carry, state, timestep) = (learner.params, learner.moments), loop
-                loop, trajectory = acting.rollout(
-                    environment, learning_agent, params, carry, state, timestep, act_key, config.steps
-                )
-                learner = _learn(environment, config, learner, trajectory, loop[2], learn_key)
+                params = (learner.params, learner.moments)
+                loop, trajectory = rollout.rollout(environment, learning_agent, params, loop, act_key, config.steps)
+                learner = _learn(environment, config, learner, trajectory, loop.timestep, learn_key)
         if not np.isfinite(learner.loss):
             raise FloatingPointError(
                 f"training {environment.spec.id} diverged after {end} updates: the loss is {learner.loss}; "
@@ -322,7 +320,7 @@ def _judge(layout: ActionLayout, slots: Slots, logits: Array, mean: Array, log_d
     return log_probability, entropy
 
 
-def _optimiser(config: PPOConfig) -> optax.GradientTransformation:
+def _optimizer(config: PPOConfig) -> optax.GradientTransformation:
     total = config.updates * config.epochs * config.minibatches
     schedule = optax.linear_schedule(config.learning_rate, 0.0, total)
     return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.adam(schedule, eps=1e-5))
@@ -334,7 +332,7 @@ def _begin(environment: Environment, config: PPOConfig, seed: int) -> Learner:
         "perceptrons": network.init(np.random.default_rng(seed)),
         "log_deviation": np.full(layout.continuous, np.log(config.deviation), np.float32),
     }
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(_optimiser(config).init, params))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(_optimizer(config).init, params))
     return Learner(
         params,
         networks.no_moments(network.size),
@@ -354,11 +352,9 @@ def _train_inside(environment, config, learner, loop, key, begin, end):
     def update(i, state):
         learner, loop = state
         act_key, learn_key = jax.random.split(jax.random.fold_in(key, i))
-        params, (carry, state, timestep) = (learner.params, learner.moments), loop
-        loop, trajectory = acting.rollout(
-            environment, learning_agent, params, carry, state, timestep, act_key, config.steps
-        )
-        return _learn(environment, config, learner, trajectory, loop[2], learn_key), loop
+        params = (learner.params, learner.moments)
+        loop, trajectory = rollout.rollout(environment, learning_agent, params, loop, act_key, config.steps)
+        return _learn(environment, config, learner, trajectory, loop.timestep, learn_key), loop
 
     return jax.lax.fori_loop(begin, end, update, (learner, loop))
 
@@ -367,7 +363,7 @@ def _train_inside(environment, config, learner, loop, key, begin, end):
 def _learn(environment, config, learner, trajectory, following, key):
     """One PPO update from a rollout and the time step after it."""
     spec = environment.spec
-    layout, network, optimiser = action_layout(spec.action_space), _network(spec, config), _optimiser(config)
+    layout, network, optimizer = action_layout(spec.action_space), _network(spec, config), _optimizer(config)
     steps, kept = trajectory.timestep, trajectory.record
 
     _, _, value = network.apply(
@@ -392,19 +388,19 @@ def _learn(environment, config, learner, trajectory, following, key):
     data = flat(Batch(steps.observation, steps.action_mask, kept.slots, kept.log_probability, advantage, target, valid))
 
     def descend(state, index_N):
-        params, optimiser_state = state
+        params, optimizer_state = state
         batch = jax.tree.map(lambda x: x[index_N], data)
         value, gradient = jax.value_and_grad(loss)(params, config, layout, network, learner.moments, batch)
-        change, optimiser_state = optimiser.update(gradient, optimiser_state, params)
-        return (optax.apply_updates(params, change), optimiser_state), value
+        change, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        return (optax.apply_updates(params, change), optimizer_state), value
 
     shuffles = jnp.argsort(jax.random.bits(key, (config.epochs, valid.size)), -1)
     shuffles = shuffles.reshape(config.epochs * config.minibatches, -1)
-    (params, optimiser_state), losses = jax.lax.scan(descend, (learner.params, learner.optimiser), shuffles)
+    (params, optimizer_state), losses = jax.lax.scan(descend, (learner.params, learner.optimizer), shuffles)
     # Only now: the rollout's log-probabilities were taken under the old moments, and so is its update.
     numbers = network.numbers(data.observation)
     moments = networks.add_moments(learner.moments, numbers, jnp.ones(numbers.shape[0], bool))
-    return learner._replace(params=params, moments=moments, optimiser=optimiser_state, loss=losses.mean())
+    return learner._replace(params=params, moments=moments, optimizer=optimizer_state, loss=losses.mean())
 
 
 def _follow_rewards(config: PPOConfig, learner: Learner, reward: Array, last: Array) -> tuple[Array, Learner]:

@@ -16,6 +16,7 @@ import zipfile
 import numpy as np
 
 from ldm_jax import cards, spaces
+from ldm_jax.errors import LdmError
 from ldm_jax.types import EnvironmentSpec, PyTree
 
 from .pipeline import ScoredReference
@@ -27,7 +28,7 @@ VERSION = 1
 _DESCRIPTION, _PARAMS = "reference.json", "params.npz"
 
 
-class ReferencePolicyError(ValueError):
+class ReferencePolicyError(LdmError, ValueError):
     """A folder that is not a saved reference, or a damaged one."""
 
 

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from gymnasium import spaces
 
-from environments.interface import Environment
-from ldm_jax.actions import action_layout
+from ldm_jax import rollout
+from ldm_jax.encoding.actions import action_layout
+from ldm_jax.environment import Environment
 from ldm_jax.types import Agent, EnvironmentSpec, PyTree, TimeStep
 
-from .. import rollout as acting
 from .networks import MASKED
 from .policy import SlotPolicy, slot_agent, with_form
 
@@ -154,7 +154,7 @@ def plan(model: Model, reward: np.ndarray, untried: float, discount: float) -> n
 
 
 def train(
-    environment: Environment, config: TabularConfig, seed: int, progress: acting.Progress | None = None
+    environment: Environment, config: TabularConfig, seed: int, progress: rollout.Progress | None = None
 ) -> PyTree:
     """Explores, learns the model and plans in it.
 
@@ -175,14 +175,14 @@ def train(
     model = no_model(int(seen.n), int(taken.n))
     explorer = agent(spec, config)
     reset_key, key = jax.random.split(jax.random.key(seed))
-    loop = acting.start(environment, explorer, reset_key)
+    loop = rollout.start(environment, explorer, reset_key)
     logits = np.zeros((model.states, model.actions), np.float32)
     for round in range(config.rounds):
         params = with_form({"logits": logits}, "sampled")
-        loop, trajectory = acting.rollout(
-            environment, explorer, params, *loop, jax.random.fold_in(key, round), config.steps
+        loop, trajectory = rollout.rollout(
+            environment, explorer, params, loop, jax.random.fold_in(key, round), config.steps
         )
-        timestep = jax.tree.map(lambda x, y: np.concatenate([x, y[None]]), trajectory.timestep, loop[2])
+        timestep = jax.tree.map(lambda x, y: np.concatenate([x, y[None]]), trajectory.timestep, loop.timestep)
         action = np.asarray(trajectory.action) - first_action
         model = add_experience(model, timestep.observation - first_state, action, timestep)
         if round % 2 == 0:

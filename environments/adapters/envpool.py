@@ -15,11 +15,13 @@ import jax
 import numpy as np
 
 from ldm_jax import spaces
+from ldm_jax.environment import EnvironmentFaultError, LibraryMissingError
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
-from .. import offered, taxonomy
+from .. import offered
+from ..catalog import taxonomy
 from ..cores import available_cores
-from ..interface import EnvironmentFaultError, LibraryMissingError, Token, check_newest
+from ..tokens import Token, check_newest
 
 LIBRARY = "envpool"
 
@@ -90,7 +92,7 @@ class _Pool(typing.NamedTuple):
 
 
 class EnvpoolEnvironment:
-    """B parallel envpool environments with next-step reset; see `environments.interface.Environment`.
+    """B parallel envpool environments with next-step reset; see `ldm_jax.environment.Environment`.
 
     Attributes:
       spec: what is known before stepping.

@@ -14,10 +14,12 @@ import jax
 import numpy as np
 
 from ldm_jax import spaces
+from ldm_jax.environment import EnvironmentFaultError, LibraryMissingError
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
-from .. import offered, taxonomy
-from ..interface import EnvironmentFaultError, LibraryMissingError, Token, check_newest
+from .. import offered
+from ..catalog import taxonomy
+from ..tokens import Token, check_newest
 
 LIBRARY = "gymnasium"
 
@@ -26,7 +28,7 @@ _DEFAULT_LIMITS = types.MappingProxyType({"toy_text": 200, "": 1000})
 
 
 class GymnasiumEnvironment:
-    """B environments of one Gymnasium id with next-step reset; see `environments.interface.Environment`.
+    """B environments of one Gymnasium id with next-step reset; see `ldm_jax.environment.Environment`.
 
     Attributes:
       spec: what is known before stepping.

@@ -7,7 +7,7 @@ import math
 import re
 import typing
 
-from ldm_jax.scaling_law import Law
+from ldm_jax.evaluation.scaling_law import Law
 
 INK, MUTED, GRID, ACCENT, SECOND = "#1b1f27", "#69707d", "#e3e6eb", "#2456c7", "#c2560c"
 # The colours in the SVG become the page's variables, so that one drawing serves both themes.
@@ -61,7 +61,7 @@ def training(rows: typing.Sequence[dict[str, typing.Any]], kind: str) -> bytes:
     """Loss and excess loss against tokens.
 
     Args:
-      rows: each with `tokens` and any of `loss` and `excess_loss`, in nats.
+      rows: each with `tokens` and any of `loss` and `kl`, in nats.
       kind: `"png"` or `"svg"`.
 
     Returns:
@@ -172,7 +172,7 @@ def _draw_curve(axes: typing.Any, scores: dict[str, typing.Any]) -> None:
 
 
 def _draw_training(axes: typing.Any, rows: typing.Sequence[dict[str, typing.Any]]) -> None:
-    for name, label, color in (("loss", "loss", MUTED), ("excess_loss", "excess loss", ACCENT)):
+    for name, label, color in (("loss", "loss", MUTED), ("kl", "excess loss", ACCENT)):
         values = [(row["tokens"], row[name]) for row in rows if _finite(row.get("tokens")) and _finite(row.get(name))]
         if values:
             x, y = zip(*_thin(values), strict=True)
@@ -192,7 +192,7 @@ def _draw_scaling(axes: typing.Any, found: dict[str, typing.Any]) -> None:
     law, points = Law(**found["law"]), found["points"]
     sizes = sorted({(point["parameters"], point["size"]) for point in points})
     for rank, (parameters, name) in enumerate(sizes):
-        own = sorted((point["tokens"], point["held_out_excess_loss"]) for point in points if point["size"] == name)
+        own = sorted((point["tokens"], point["held_out_kl"]) for point in points if point["size"] == name)
         tokens, losses = zip(*own, strict=True)
         shade = (rank + 1) / len(sizes)
         label = f"{name}, N = {count(parameters)}"

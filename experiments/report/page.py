@@ -12,7 +12,7 @@ import types
 import typing
 
 from experiments.report import figures
-from ldm_jax.summary import count_reaching, number
+from ldm_jax.evaluation.aggregates import count_reaching, number
 
 Scores = dict[str, typing.Any]
 ENOUGH = 0.8
@@ -32,8 +32,8 @@ def write_report(
 
     Args:
       directory: the report's own folder; made if missing.
-      scores: contents of `scores.json`, from `ldm_jax.summary.to_json`.
-      training: rows of the training's metrics, each with `tokens` and any of `loss` and `excess_loss`; may be empty.
+      scores: contents of `scores.json`, from `ldm_jax.evaluation.aggregates.to_json`.
+      training: rows of the training's metrics, each with `tokens` and any of `loss` and `kl`; may be empty.
       title: heading of the page.
       details: what the reader should know of the run (seed, steps, versions), shown at the end of the page.
 

@@ -1,0 +1,84 @@
+"""The batches that a model is trained on: the windows of a dataset, encoded for it, in buckets of equal shapes."""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+
+import numpy as np
+
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.model.config import ModelConfig
+from ldm_jax.model.network import Inputs
+from ldm_jax.training.loss import Example
+
+from .mixture import ALL_STREAMS, BucketRows, Mixture, MixtureError, Streams, WindowSource
+from .store import Dataset
+
+
+def make_codecs(dataset: Dataset, ids: collections.abc.Sequence[str], model: ModelConfig) -> list[Codec]:
+    """The codecs of environments, each checked to fit.
+
+    Args:
+      dataset: has their cards.
+      ids: the environments.
+      model: that they have to fit.
+
+    Raises:
+      StoreError: the dataset has no such environment.
+      CardError: a card without the fields needed.
+      SpaceError: a space that is too large for any bucket.
+      ConfigError: a space that is too large for the model.
+    """
+    codecs = [Codec(dataset.card(id)) for id in ids]
+    for codec in codecs:
+        model.check_fits(codec.bucket, codec.card.id)
+    return codecs
+
+
+def mix(
+    dataset: Dataset,
+    codecs: collections.abc.Sequence[Codec],
+    window: int,
+    rows: int,
+    seed: int,
+    streams: Streams = ALL_STREAMS,
+    share: tuple[int, int] = (0, 1),
+) -> Mixture:
+    """The batches: one bucket of rows for each set of padded widths, its share that of its environments.
+
+    Args:
+      dataset: where the windows lie.
+      codecs: of all environments; a row's `environment` is the position in this list.
+      window: T, steps of a window.
+      rows: windows per environment in a batch, on average.
+      seed: of the draws.
+      streams: which streams are drawn from; environments that have none of them are left out.
+      share: which of how many shares of the rows this process brings.
+
+    Raises:
+      MixtureError: no window can be drawn, or the rows cannot be shared.
+    """
+    members = collections.defaultdict(list)
+    for index, codec in enumerate(codecs):
+        if not streams.held_out or any(streams.count(part.streams) for part in dataset.parts(codec.card.id)):
+            members[codec.bucket].append(index)
+    if not members:
+        raise MixtureError(
+            f"no environment has {streams.every} streams in a part, to hold one of them out: collect more streams, or "
+            "hold out more of them (a smaller number), or none (0)"
+        )
+
+    def source(indices: list[int]) -> WindowSource:
+        def encode(environment_index: int, leaves: dict[str, np.ndarray], seed: int) -> Example:
+            index = indices[environment_index]
+            features, targets = codecs[index].window(leaves)
+            return Example(Inputs(features, codecs[index].signature), targets, np.int32(index))
+
+        ids = [codecs[index].card.id for index in indices]
+        return WindowSource(dataset, ids, [1.0] * len(ids), window, seed, encode, streams)
+
+    return Mixture(
+        {bucket.name: BucketRows(source(indices), rows * len(indices)) for bucket, indices in sorted(members.items())},
+        *share,
+    )

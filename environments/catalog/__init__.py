@@ -1,0 +1,1 @@
+"""The catalog of environments, shipped as data: one file of lines a library."""

@@ -1,0 +1,1 @@
+"""Libraries in interpreters of their own: virtual environments and containers, on one protocol."""

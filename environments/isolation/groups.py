@@ -1,0 +1,186 @@
+"""Groups of libraries that share an interpreter of their own, described in `images/<group>/`.
+
+`group.json` says which Python, which libraries and how they are called; `requirements.txt` pins every package. A
+library of a group has the functions of an adapter, so that the registry treats it as any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+import types
+import typing
+
+from ldm_jax.environment import LibraryMissingError
+
+from ..catalog.taxonomy import first_match
+from . import venvs
+
+if typing.TYPE_CHECKING:
+    from .environment import IsolatedEnvironment, Isolation, Program
+
+_log = logging.getLogger(__name__)
+
+IMAGES = pathlib.Path(__file__).parents[1] / "images"
+BRIDGES = pathlib.Path(__file__).parents[1] / "bridges"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class IsolatedLibrary:
+    """One library of a group, with the functions of an adapter.
+
+    Attributes:
+      name: of the library, the first part of its ids.
+      recipe: what its interpreter is made of.
+      program: fields of `isolation.Program` that all of its environments share.
+      domains: what the tasks are about, by pattern of ids, where it is not the domain of the whole library.
+      include: patterns of the ids that are the library's, where the modules they come from do not tell.
+      exclude: patterns of ids that are not even tried, with the reason.
+    """
+
+    name: str
+    recipe: venvs.Recipe
+    program: typing.Mapping[str, typing.Any]
+    domains: typing.Mapping[str, str]
+    include: tuple[str, ...]
+    exclude: typing.Mapping[str, str]
+
+    @property
+    def version(self) -> str:
+        """The version of the library that its group pins."""
+        pins = dict(line.split("==") for line in venvs.pinned(self.recipe.requirements))
+        found = {venvs.normal(name.partition("[")[0]): version for name, version in pins.items()}
+        return found.get(venvs.normal(self.program["distribution"]), "unknown")
+
+    @property
+    def is_built(self) -> bool:
+        """Whether an environment can be made without building anything first."""
+        from . import containers
+
+        return venvs.built(self.recipe) is not None or containers.built(self.recipe)
+
+    def candidates(self) -> dict[str, str]:
+        """The ids that the library registers, each with the reason why it is not offered, empty where it is.
+
+        Raises:
+          LibraryMissingError: the library's interpreter, which is built if it is not there, cannot be built.
+          EnvironmentFaultError: the library cannot be imported.
+        """
+        return dict(_candidates(self))
+
+    def make(self, name: str, batch_size: int, time_limit: int | None, isolation: Isolation) -> IsolatedEnvironment:
+        """Makes B environments in workers; builds their virtual environment if it is not there.
+
+        Raises:
+          LibraryMissingError: it cannot be built.
+          EnvironmentFaultError: the library cannot make the environment.
+        """
+        from .environment import IsolatedEnvironment
+
+        return IsolatedEnvironment(self.prepare(name, isolation), batch_size, time_limit, isolation)
+
+    def prepare(self, name: str, isolation: Isolation) -> Program:
+        """What a worker runs to make an environment, with its interpreter, which is built if it is not there."""
+        from .environment import Program
+
+        python, image, digest = self._build(isolation.kind)
+        fields = {**self.program, "domain": self.domain(name)}
+        return Program(python=python, image=image, digest=digest, library=self.name, name=name, **fields)
+
+    def domain(self, name: str) -> str:
+        """What the task of an id is about."""
+        return first_match(self.domains, name) or self.program["domain"]
+
+    def _build(self, kind: str) -> tuple[str, str, str]:
+        """The interpreter, the image of the container that it is in, if it is in one, and the digest of either."""
+        from . import containers
+
+        if kind == "container" or (kind == "auto" and containers.problem() is None):
+            try:
+                image = containers.build(self.recipe)
+                return containers.PYTHON, image, containers.digest(image)
+            except LibraryMissingError as error:
+                if kind == "container":
+                    raise
+                _log.warning("%s runs in a virtual environment, as its container cannot be built: %s", self.name, error)
+        return venvs.build(self.recipe), "", f"venv:{self.recipe.digest}"
+
+
+@functools.cache
+def _candidates(library: IsolatedLibrary) -> typing.Mapping[str, str]:
+    from .environment import Isolation, registered
+
+    isolation = Isolation("venv" if venvs.built(library.recipe) else "auto", workers=1)
+    modules = registered(library.prepare("", isolation), isolation)
+    ours = {"bridge", *(name.partition(".")[0] for name in library.program["imports"])}
+    if library.include:
+        names = [name for name in modules if first_match(dict.fromkeys(library.include, "x"), name)]
+    else:
+        names = [name for name, module in modules.items() if module.partition(".")[0] in ours]
+    return types.MappingProxyType({name: first_match(library.exclude, name) for name in sorted(names)})
+
+
+@functools.cache
+def libraries() -> typing.Mapping[str, IsolatedLibrary]:
+    """The libraries of all groups by name.
+
+    Raises:
+      ValueError: a group's description is not as it should be.
+    """
+    found: dict[str, IsolatedLibrary] = {}
+    for path in sorted(IMAGES.glob("*/group.json")):
+        for library in read_group(path):
+            if library.name in found:
+                raise ValueError(f"{path} describes the library {library.name!r}, which another group has too")
+            found[library.name] = library
+    return types.MappingProxyType(found)
+
+
+def read_group(path: pathlib.Path) -> list[IsolatedLibrary]:
+    """Reads one group's description.
+
+    Raises:
+      ValueError: it is not as it should be.
+    """
+    try:
+        group = json.loads(path.read_text("utf-8"))
+        descriptions = group.pop("libraries")
+        imports = dict.fromkeys(name for library in descriptions.values() for name in library["imports"])
+        variables = dict(item for library in descriptions.values() for item in library.get("variables", {}).items())
+        recipe = venvs.Recipe(
+            name=path.parent.name,
+            python=group.pop("python"),
+            requirements=path.parent / "requirements.txt",
+            build=tuple(group.pop("build", ())),
+            imports=tuple(imports),
+            apt=tuple(group.pop("apt", ())),
+            variables=tuple(variables.items()),
+        )
+        if group:
+            raise ValueError(f"unknown fields {', '.join(group)}")
+        return [_library(name, recipe, dict(fields)) for name, fields in descriptions.items()]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a group of libraries: {error!r}") from error
+
+
+def _library(name: str, recipe: venvs.Recipe, fields: dict[str, typing.Any]) -> IsolatedLibrary:
+    domains, exclude = (types.MappingProxyType(dict(fields.pop(key, {}))) for key in ("domains", "exclude"))
+    include = tuple(fields.pop("include", ()))
+    program = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    if bridge := program.pop("bridge", ""):
+        path = BRIDGES / f"{bridge}.py"
+        if not path.exists():
+            raise ValueError(f"the library {name!r} has the bridge {bridge!r}, which is not in {BRIDGES}")
+        program["bridge"] = str(path)
+    allowed = {
+        *("api", "imports", "bridge", "distribution", "domain", "kwargs", "variables"),
+        *("seed_option", "seed_arguments", "seed_every_reset", "remake", "global_randomness", "time_limit"),
+    }
+    if unknown := set(program) - allowed:
+        raise ValueError(f"the library {name!r} has unknown fields {', '.join(sorted(unknown))}")
+    if missing := {"api", "imports", "distribution", "domain"} - set(program):
+        raise ValueError(f"the library {name!r} lacks the fields {', '.join(sorted(missing))}")
+    return IsolatedLibrary(name, recipe, types.MappingProxyType(program), domains, include, exclude)

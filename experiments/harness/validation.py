@@ -1,0 +1,162 @@
+"""Evaluation while a model is trained: its loss on streams held out, and its returns in a few environments."""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import dataclasses
+import functools
+import typing
+
+import jax
+import numpy as np
+
+import environments as registry
+from data.mixture import Mixture
+from experiments.harness.metrics_log import mean_by
+from experiments.harness.workdir import key_of
+from ldm_jax import sharding
+from ldm_jax.acting import Decoding, make_agent
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import ModelConfig
+from ldm_jax.model.network import Model, Params, make_model
+from ldm_jax.rollout import evaluate
+from ldm_jax.training import metrics
+from ldm_jax.training.loss import RowMetrics, imitation_loss
+from ldm_jax.types import Array, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """What is evaluated, and how often. Training does not depend on it.
+
+    Attributes:
+      steps: between two evaluations; there is one after the last step too. 0 for none at all.
+      batches: of windows of the streams held out, always the same ones.
+      environments: ids to act in, with commas between; none are also possible.
+      rows: parallel rows in each.
+      episodes: per row.
+    """
+
+    steps: int = 200
+    batches: int = 4
+    environments: str = ""
+    rows: int = 16
+    episodes: int = 1
+
+    def __post_init__(self):
+        for name, least in (("steps", 0), ("batches", 0), ("rows", 2), ("episodes", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"evaluation.{name} is {getattr(self, name)}, expected at least {least}")
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The environments to act in."""
+        return tuple(filter(None, self.environments.split(",")))
+
+
+class Validation:
+    """Evaluates parameters again and again; use as a context manager, which closes the environments."""
+
+    def __init__(
+        self,
+        config: ValidationConfig,
+        model: Model,
+        model_cfg: ModelConfig,
+        codecs: collections.abc.Sequence[Codec],
+        held_out: Mixture | None,
+        decoding: Decoding,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        """Prepares; makes no environment yet.
+
+        Args:
+          config: what to evaluate.
+          model: the pure functions, made for the mesh.
+          model_cfg: shapes of the model.
+          codecs: of all environments of the dataset.
+          held_out: batches of the streams held out, this process's share; None where there are none.
+          decoding: how actions are taken.
+          mesh: what the parameters are split over.
+
+        Raises:
+          ConfigError: an environment to act in that the dataset does not have.
+        """
+        known = {codec.card.id: codec for codec in codecs}
+        if unknown := [id for id in config.ids if id not in known]:
+            raise ConfigError(
+                f"evaluation.environments names {', '.join(unknown)}, which the dataset does not have: "
+                f"choose among {', '.join(sorted(known))}"
+            )
+        self._config, self._mesh, self._held_out, self._known = config, mesh, held_out, known
+        self._domains, self._ids = [codec.card.domain for codec in codecs], [codec.card.id for codec in codecs]
+        self._model_cfg, self._decoding = model_cfg, decoding
+        everywhere = sharding.replicated(mesh) if mesh else None
+        self._loss = jax.jit(functools.partial(imitation_loss, model, model_cfg), out_shardings=everywhere)
+        self._whole = jax.jit(lambda params: params, out_shardings=everywhere)
+        self._open: dict[str, tuple[typing.Any, typing.Any]] = {}
+        self._closing = contextlib.ExitStack()
+
+    def __enter__(self) -> Validation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether there is an evaluation after `step` of `steps` steps."""
+        every = self._config.steps
+        return bool(every) and (step % every == 0 or step == steps)
+
+    def __call__(self, params: Params) -> dict[str, typing.Any]:
+        """Evaluates.
+
+        Returns:
+          A part of a row of metrics: `held_out`, and `evaluation` with mean return and z by environment.
+        """
+        found: dict[str, typing.Any] = {}
+        if self._held_out is not None and self._config.batches:
+            found["held_out"] = self._held_out_loss(params)
+        if self._config.ids:
+            params = self.whole(params)
+            if jax.process_index() == 0:
+                found["evaluation"] = {id: self._act(id, params) for id in self._config.ids}
+        return found
+
+    def whole(self, params: Params) -> PyTree:
+        """Parameters as NumPy arrays, on every process."""
+        return jax.device_get(self._whole(params) if self._mesh else params)
+
+    def _held_out_loss(self, params: Params) -> dict[str, typing.Any]:
+        assert self._held_out is not None
+        collected: list[dict[str, RowMetrics]] = []
+        for number in range(self._config.batches):
+            batch = self._held_out[number]
+            _, rows = self._loss(params, sharding.place_batch(self._mesh, batch) if self._mesh else batch)
+            collected.append(jax.device_get(rows))
+        rows = {f"{name}/{i}": metrics for i, one in enumerate(collected) for name, metrics in one.items()}
+        summary = metrics.summarize(rows)
+        excess, labelled = summary["kl_by_environment"], summary["labelled_by_environment"]
+        total = sum(float(metrics.loss.sum()) for metrics in rows.values())
+        return {
+            "loss": total / max(summary["useful_tokens"], 1),
+            **{name: summary[name] for name in ("kl", "accuracy", "changed_accuracy")},
+            "kl_by_environment": {self._ids[i]: value for i, value in excess.items()},
+            "kl_by_domain": mean_by(self._domains, excess, labelled),
+        }
+
+    def _act(self, id: str, params: PyTree) -> dict[str, float]:
+        if id not in self._open:  # once, so that its loop is compiled once
+            environment = registry.make(id, self._config.rows)
+            self._closing.callback(environment.close)
+            agent = make_agent(make_model(self._model_cfg), self._model_cfg, self._known[id], self._decoding)
+            self._open[id] = environment, agent
+        episodes = evaluate(*self._open[id], params, _key(id), self._config.episodes)
+        card, mean = self._known[id].card, float(np.mean(episodes.returns, dtype=np.float64))
+        random, reference = card.random_returns.mean, card.reference_returns.mean
+        return {"return": mean, "z": (mean - random) / (reference - random)}
+
+
+def _key(id: str) -> Array:
+    return key_of(0, "validation", id)

@@ -1,0 +1,198 @@
+"""Makes the catalog: `python -m experiments.verify_catalog --libraries=envpool,nasim`; `--summary` prints it.
+
+Each id is made, reset, stepped and checked in a process that may crash or hang without harm. What was found is written
+down at once: killed and started again, it tries only what is missing. At the end `<library>.jsonl` is written anew.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+import typing
+
+import jax
+from absl import app, flags
+
+from environments import UnknownEnvironmentError, registry
+from environments.catalog import entries
+from environments.isolation import groups, venvs
+from environments.verification import STEPS, entry, name_anew, verify
+from experiments.harness import progress
+from experiments.report import catalog_page
+from ldm_jax.environment import EnvironmentFaultError, LibraryMissingError
+
+_CHUNK = 64  # ids that share a process, and so the imports
+_CLEAR = 16  # ids after which a process forgets what it has compiled
+_START_S = 300.0  # for a process to import its library; or to build its interpreter
+
+Todo = dict[str, str]
+"""Ids to look at, each with the reason why it is not even tried, or nothing."""
+
+
+def take_stock(library: str, output: pathlib.Path, workers: int, timeout_s: float, retry: bool) -> list[entries.Entry]:
+    """Tries every id of a library that has not been tried yet, and writes its part of the catalog.
+
+    Args:
+      library: its name.
+      output: folder of the catalog.
+      workers: ids that are tried at the same time.
+      timeout_s: seconds that one id may take.
+      retry: whether to try again what did not work.
+
+    Returns:
+      All that is known of the library's ids.
+
+    Raises:
+      LibraryMissingError: the library cannot be imported or built.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path, journal = output / f"{library}.jsonl", output / f"{library}.journal"
+    version = registry.version(library)
+    if library in groups.libraries():
+        venvs.build(groups.libraries()[library].recipe)  # ids are tried there, so that no image is built to list them
+    before = [known for known in (entries.read(path) if path.exists() else ()) if known.verified or not retry]
+    before += _read_journal(journal)
+    candidates = {f"{library}/{name}": reason for name, reason in registry.candidates(library).items()}
+    found = {
+        known.id: name_anew(known)
+        for known in before
+        if known.version == version and candidates.get(known.id) in ("", known.reason)
+    }
+    todo = {id: reason for id, reason in candidates.items() if id not in found}
+    lock = threading.Lock()
+    with (
+        journal.open("a", encoding="utf-8") as file,
+        progress.bar(library, len(candidates), "id", done=len(found)) as advance,
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+    ):
+
+        def write_down(line: entries.Entry) -> None:
+            with lock:
+                file.write(line.to_line() + "\n")
+                file.flush()
+                found[line.id] = line
+                advance(1)
+
+        ids = list(todo)
+        size = max(1, min(_CHUNK, -(-len(ids) // workers)))
+        chunks = [{id: todo[id] for id in ids[i : i + size]} for i in range(0, len(ids), size)]
+        attended = [pool.submit(_attend, chunk, timeout_s, write_down) for chunk in chunks]
+        try:
+            for future in concurrent.futures.as_completed(attended):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    entries.write(path, found.values())
+    journal.unlink()
+    return list(found.values())
+
+
+def _read_journal(path: pathlib.Path) -> list[entries.Entry]:
+    """What was found before a run was killed; cuts off a line that it did not finish."""
+    if not path.exists():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    os.truncate(path, len(whole) + bool(whole))
+    return entries.read(path)
+
+
+def _attend(todo: Todo, timeout_s: float, write_down: typing.Callable[[entries.Entry], None]) -> None:
+    """Lets processes try a few ids, a new one whenever one has crashed or hangs; that is then the id's reason."""
+    todo = dict(todo)
+    while todo:
+        context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_try_all, args=(todo, sender, os.getpid()), daemon=True)
+        process.start()
+        sender.close()
+        current, reason = "", ""
+        try:
+            while todo:
+                if not receiver.poll(timeout_s if current else _START_S):
+                    reason = f"it does not reset and step {STEPS} times within {timeout_s:g} s"
+                    break
+                message = receiver.recv()
+                if isinstance(message, str):
+                    current = message
+                else:
+                    write_down(message)
+                    del todo[message.id]
+                    current = ""
+        except EOFError:
+            process.join(timeout=10)
+            code = process.exitcode or 0
+            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+            reason = f"it ends its process {how}"
+        finally:
+            process.kill()
+            process.join()
+        if todo and not current:
+            raise LibraryMissingError(f"{next(iter(todo))} was not begun: its process failed first; {reason}")
+        if todo:
+            write_down(entry(current, reason=reason))
+            del todo[current]
+
+
+def _try_all(todo: Todo, sender: multiprocessing.connection.Connection, parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:  # a parent that was killed cannot stop this process
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    with open(os.devnull, "w") as nowhere:  # what libraries say must not tear the progress bar
+        for stream in (1, 2):
+            os.dup2(nowhere.fileno(), stream)
+    for i, (id, reason) in enumerate(todo.items()):
+        sender.send(id)
+        sender.send(entry(id, reason=reason) if reason else verify(id))
+        if i % _CLEAR == _CLEAR - 1:
+            jax.clear_caches()
+
+
+def launch() -> None:
+    """Runs the command line."""
+    libraries = flags.DEFINE_list("libraries", [], "with commas between; default: all of this package")
+    output = flags.DEFINE_string("output", str(entries.FOLDER), "folder of the catalog")
+    workers = flags.DEFINE_integer("workers", 2, "ids that are tried at the same time", lower_bound=1)
+    timeout_s = flags.DEFINE_float("timeout_s", 180.0, "seconds that one id may take")
+    retry = flags.DEFINE_bool("retry", False, "try again what did not work")
+    summary = flags.DEFINE_bool("summary", False, "print what is in the catalog, and try nothing")
+    page = flags.DEFINE_string("page", "", "file to write the summary to, and try nothing")
+
+    def main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"got {argv[1:]}, expected flags only")
+        folder = pathlib.Path(output.value)
+        known = [*registry.BUILT_IN, *groups.libraries()]
+        if summary.value or page.value:
+            text = catalog_page.render([line for path in sorted(folder.glob("*.jsonl")) for line in entries.read(path)])
+            if page.value:
+                pathlib.Path(page.value).write_text(text, "utf-8")
+            else:
+                print(text)
+            return
+        failed = []
+        for library in libraries.value or known:
+            try:
+                found = take_stock(library, folder, workers.value, timeout_s.value, retry.value)
+                progress.log("catalog", library=library, verified=sum(line.verified for line in found), ids=len(found))
+            except (EnvironmentFaultError, LibraryMissingError, UnknownEnvironmentError, entries.CatalogError) as error:
+                failed.append(f"error: {library}: {error}")
+        if failed:
+            sys.exit("\n".join(failed))
+
+    with contextlib.suppress(BrokenPipeError):
+        app.run(main)
+
+
+if __name__ == "__main__":
+    launch()

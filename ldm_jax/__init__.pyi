@@ -1,0 +1,31 @@
+from . import acting as acting
+from . import cards as cards
+from . import encoding as encoding
+from . import environment as environment
+from . import errors as errors
+from . import evaluation as evaluation
+from . import model as model
+from . import policy as policy
+from . import rollout as rollout
+from . import sharding as sharding
+from . import spaces as spaces
+from . import training as training
+from . import types as types
+from .cards import EnvironmentCard as EnvironmentCard
+from .environment import Environment as Environment
+from .environment import EnvironmentFaultError as EnvironmentFaultError
+from .environment import LibraryMissingError as LibraryMissingError
+from .environment import StaleStateError as StaleStateError
+from .errors import LdmError as LdmError
+from .model.config import SIZES as SIZES
+from .model.config import ModelConfig as ModelConfig
+from .model.network import Model as Model
+from .model.network import make_model as make_model
+from .policy import Policy as Policy
+from .policy import load as load
+from .policy import save as save
+from .types import Agent as Agent
+from .types import EnvironmentSpec as EnvironmentSpec
+from .types import TimeStep as TimeStep
+
+__version__: str

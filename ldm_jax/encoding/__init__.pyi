@@ -1,0 +1,14 @@
+from .actions import ActionLayout as ActionLayout
+from .actions import Distribution as Distribution
+from .actions import Slots as Slots
+from .actions import action_layout as action_layout
+from .buckets import Bucket as Bucket
+from .buckets import Grid as Grid
+from .buckets import bucket_for as bucket_for
+from .buckets import join_buckets as join_buckets
+from .codec import Codec as Codec
+from .codec import Features as Features
+from .codec import Signature as Signature
+from .codec import Targets as Targets
+from .observations import ObservationLayout as ObservationLayout
+from .observations import observation_layout as observation_layout

@@ -1,0 +1,279 @@
+"""From time steps and actions to the padded arrays that the model reads, and from its predictions back to actions.
+
+A `Codec` belongs to one environment and is made from its card. It pads everything to the widths of a `Bucket`, so that
+environments with different spaces share the shapes of compiled programs. All functions take NumPy or JAX arrays with
+any leading axes, so that the input pipeline and the acting policy run the same code.
+"""
+
+from __future__ import annotations
+
+import typing
+
+import numpy as np
+
+from ldm_jax.cards import EnvironmentCard
+from ldm_jax.encoding import actions, observations
+from ldm_jax.encoding.actions import Slots
+from ldm_jax.encoding.buckets import Bucket, Grid, bucket_for
+from ldm_jax.encoding.signature import signature_vector, symlog
+from ldm_jax.encoding.transition import Transition, from_leaves
+from ldm_jax.spaces import Leaf, SpaceError, get, leaf_shape_dtype, leaves, unflatten
+from ldm_jax.types import Array, PyTree, TimeStep
+
+
+class Features(typing.NamedTuple):
+    """What one token is made of; a pytree. The leading axes are any: `[T]` in a window, `[B]` when acting.
+
+    Attributes:
+      numeric: `float32 [..., W, 2]`, each number standardized by the card and as symlog of its raw value.
+      categorical: `int32 [..., P]`, category of each component, counted from 0.
+      grids: for each spatial leaf, `[..., side, side, channels]`, float32 or (images) uint8.
+      texts: for each Text leaf, `uint8 [..., L]`.
+      reward: `float32 [..., 2]`, symlog of the reward over the card's scale, and its sign.
+      flags: `float32 [..., 3]`, terminated, truncated, first.
+      previous: the previous action as slots, `[..., K]` and `[..., C]`.
+      has_previous: `float32 [...]`, 0 where there was no previous action (or it was ignored).
+      action_mask: `bool [..., K, V]`, allowed choices.
+    """
+
+    numeric: Array
+    categorical: Array
+    grids: tuple[Array, ...]
+    texts: tuple[Array, ...]
+    reward: Array
+    flags: Array
+    previous: Slots
+    has_previous: Array
+    action_mask: Array
+
+
+class Signature(typing.NamedTuple):
+    """What the model is told of the spaces it acts in: constants of an environment, without leading axes; a pytree.
+
+    Attributes:
+      vector: `float32 [SIGNATURE]`, kinds, sizes and ranges of the spaces; bounded.
+      numeric_mask: `float32 [W]`, 1 where there is a number.
+      categorical_mask: `float32 [P]`, 1 where there is a component.
+      grid_masks: for each spatial leaf, `float32 [side, side]`, 1 where there is a cell.
+      choice_mask: `bool [K, V]`, true where there is a choice.
+      choice_slots: `float32 [K]`, 1 where there is a categorical slot.
+      continuous_slots: `float32 [C]`, 1 where there is a continuous slot.
+    """
+
+    vector: Array
+    numeric_mask: Array
+    categorical_mask: Array
+    grid_masks: tuple[Array, ...]
+    choice_mask: Array
+    choice_slots: Array
+    continuous_slots: Array
+
+
+class Targets(typing.NamedTuple):
+    """What the model is to predict; a pytree.
+
+    Attributes:
+      probabilities: `float32 [..., K, V]`, the reference's distribution over the choices of each categorical slot.
+      mean: `float32 [..., C]`, of the reference's continuous slots, scaled to -1..1.
+      scale: `float32 [..., C]`, their standard deviation on the same scale; 0 for a point.
+      weight: `float32 [...]`, 0 where there is no label, as at the last step of an episode.
+      changed: `float32 [...]`, 1 where the label differs from the one before in the same episode.
+    """
+
+    probabilities: Array
+    mean: Array
+    scale: Array
+    weight: Array
+    changed: Array
+
+
+class Codec:
+    """Encodes what an environment says and decodes what the model answers; immutable.
+
+    Attributes:
+      card: the environment's card.
+      bucket: the widths padded to.
+      signature: what the model is told of the spaces.
+    """
+
+    card: EnvironmentCard
+    bucket: Bucket
+    signature: Signature
+
+    def __init__(self, card: EnvironmentCard, bucket: Bucket | None = None):
+        """Prepares the constants.
+
+        Args:
+          card: the environment's card.
+          bucket: widths to pad to, each at least what the spaces need. Default: the smallest bucket.
+
+        Raises:
+          SpaceError: a space that is not supported or too large, or a card whose statistics do not fit its spaces.
+        """
+        self.card = card
+        self.bucket = bucket = bucket or bucket_for(card.observation_space, card.action_space)
+        self.observation_layout = seen = observations.observation_layout(card.observation_space)
+        statistics = card.statistics
+        self.action_layout = acted = actions.action_layout(
+            card.action_space, np.array(statistics.action_low), np.array(statistics.action_high)
+        )
+        if len(statistics.observation_mean) != seen.numbers or len(statistics.observation_std) != seen.numbers:
+            raise SpaceError(
+                f"the card of {card.id} has statistics of {len(statistics.observation_mean)} numbers, "
+                f"its observation space has {seen.numbers}: collect its data again"
+            )
+        self._mean = np.array(statistics.observation_mean, np.float32)
+        self._deviation = np.array(statistics.observation_std, np.float32)
+        choice_mask = actions.split_choices(
+            acted, np.ones(acted.flat_choices, bool), bucket.choice_slots, bucket.choices, False
+        )
+        self.signature = Signature(
+            vector=signature_vector(seen, acted),
+            numeric_mask=_ones(seen.numbers, bucket.numeric),
+            categorical_mask=_ones(len(seen.sizes), bucket.categorical),
+            grid_masks=tuple(map(_grid_mask, seen.grids, bucket.grids)),
+            choice_mask=choice_mask,
+            choice_slots=_ones(acted.categorical, bucket.choice_slots),
+            continuous_slots=_ones(acted.continuous, bucket.continuous_slots),
+        )
+
+    def features(self, timestep: TimeStep, previous_action: PyTree, has_previous: Array) -> Features:
+        """Encodes time steps.
+
+        Args:
+          timestep: leaves `[..., leaf shape]`.
+          previous_action: what was executed one step before, `[..., leaf shape]`; anything where there was none.
+          has_previous: `bool [...]`, whether there was a previous action; one before a `first` step never counts.
+
+        Returns:
+          The features, with the same leading axes.
+        """
+        bucket, seen, reward = self.bucket, self.observation_layout, timestep.reward
+        xp = reward.__array_namespace__()
+        lead = reward.shape
+        numeric = xp.zeros((*lead, bucket.numeric, 2), np.float32)
+        if seen.numeric:
+            raw = observations.numeric_vector(seen, timestep.observation)
+            standard = xp.clip((raw - self._mean) / self._deviation, -10.0, 10.0)
+            numeric = _pad(xp.stack([standard, symlog(xp.clip(raw, -1e9, 1e9))], -1), bucket.numeric, -2)
+        categorical = xp.zeros((*lead, bucket.categorical), np.int32)
+        if seen.categorical:
+            categorical = _pad(observations.categorical_vector(seen, timestep.observation), bucket.categorical, -1)
+        scaled = reward / np.float32(self.card.statistics.reward_scale)
+        flags = (timestep.terminated, timestep.truncated, timestep.first)
+        previous = actions.to_slots(self.action_layout, previous_action)
+        return Features(
+            numeric=numeric,
+            categorical=categorical,
+            grids=tuple(
+                _pad_grid(leaf, timestep.observation, grid) for leaf, grid in zip(seen.grids, bucket.grids, strict=True)
+            ),
+            texts=tuple(
+                _pad(get(timestep.observation, leaf.path), size, -1)
+                for leaf, size in zip(seen.texts, bucket.texts, strict=True)
+            ),
+            reward=xp.stack([symlog(scaled), xp.sign(reward)], -1).astype(np.float32),
+            flags=xp.stack(flags, -1).astype(np.float32),
+            previous=Slots(
+                _pad(previous.categorical, bucket.choice_slots, -1),
+                _pad(previous.continuous, bucket.continuous_slots, -1),
+            ),
+            has_previous=(has_previous & ~timestep.first).astype(np.float32),
+            action_mask=self._action_mask(timestep.action_mask, lead, xp),
+        )
+
+    def _action_mask(self, flat: Array | None, lead: tuple[int, ...], xp: typing.Any) -> Array:
+        bucket = self.bucket
+        if flat is None:
+            return xp.broadcast_to(self.signature.choice_mask, (*lead, bucket.choice_slots, bucket.choices))
+        return actions.split_choices(self.action_layout, flat, bucket.choice_slots, bucket.choices, False)
+
+    def window(self, arrays: dict[str, np.ndarray]) -> tuple[Features, Targets]:
+        """Encodes a window of a stream as the trajectory store holds it.
+
+        Args:
+          arrays: by leaf name, each `[T, ...]` (see `ldm_jax.encoding.transition`).
+
+        Returns:
+          Features and targets, each leaf `[T, ...]`.
+        """
+        card = self.card
+        transition = from_leaves(card.observation_space, card.action_space, arrays)
+        timestep, action = transition.timestep, transition.action
+        # The action before the window is not read, so the first token has none.
+        previous = unflatten(
+            card.action_space,
+            [_shift(get(action, leaf.path)) for leaf in leaves(card.action_space)],
+        )
+        has_previous = np.arange(len(timestep.reward)) > 0
+        features = self.features(timestep, previous, has_previous)
+        return features, self._targets(features, transition)
+
+    def _targets(self, features: Features, transition: Transition) -> Targets:
+        bucket, layout, distribution = self.bucket, self.action_layout, transition.distribution
+        label = actions.to_slots(layout, transition.reference_action)
+        if distribution is not None:
+            logits = actions.split_choices(
+                layout, distribution.logits.astype(np.float32), bucket.choice_slots, bucket.choices, -np.inf
+            )
+            logits = np.where(features.action_mask, logits, -np.inf)
+            peak = np.max(logits, -1, keepdims=True, initial=-3e38)
+            weights = np.exp(logits - peak)
+            probabilities = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+        else:
+            index = _pad(label.categorical, bucket.choice_slots, -1)
+            probabilities = (index[..., None] == np.arange(bucket.choices)).astype(np.float32)
+        if distribution is not None:
+            half = (layout.high - layout.low).astype(np.float32) / 2
+            mean, scale = actions.normalize(layout, distribution.mean), distribution.scale / half
+        else:
+            mean, scale = label.continuous, np.zeros_like(label.continuous)
+        first = transition.timestep.first
+        differs = np.zeros(len(first), bool)
+        for slots in label:
+            differs[1:] |= (slots[1:] != slots[:-1]).any(-1)
+        return Targets(
+            probabilities=probabilities * self.signature.choice_slots[:, None],
+            mean=_pad(np.clip(mean, -1.0, 1.0), bucket.continuous_slots, -1),
+            scale=_pad(scale.astype(np.float32), bucket.continuous_slots, -1),
+            weight=transition.label_mask.astype(np.float32),
+            changed=(differs & ~first & (np.arange(len(differs)) > 0)).astype(np.float32),
+        )
+
+    def action(self, slots: Slots) -> PyTree:
+        """Turns predicted slots `[..., K or more]` and `[..., C or more]` into an action of the space."""
+        layout = self.action_layout
+        # A padded index can never be chosen; a slot smaller than its row is masked before.
+        return actions.from_slots(
+            layout, Slots(slots.categorical[..., : layout.categorical], slots.continuous[..., : layout.continuous])
+        )
+
+
+def _shift(value: np.ndarray) -> np.ndarray:
+    return np.concatenate([value[:1], value[:-1]])
+
+
+def _pad(value: Array, width: int, axis: int) -> Array:
+    missing = width - value.shape[axis]
+    if missing == 0:
+        return value
+    padding = [(0, 0)] * value.ndim
+    padding[axis] = (0, missing)
+    return value.__array_namespace__().pad(value, padding)
+
+
+def _pad_grid(leaf: Leaf, observation: PyTree, grid: Grid) -> Array:
+    value = observations.channels_last(get(observation, leaf.path), leaf_shape_dtype(leaf.space).shape)
+    value = value.astype(grid.dtype)
+    return _pad(_pad(_pad(value, grid.side, -3), grid.side, -2), grid.channels, -1)
+
+
+def _grid_mask(leaf: Leaf, grid: Grid) -> np.ndarray:
+    height, width, _ = observations.channels_last_shape(leaf_shape_dtype(leaf.space).shape)
+    mask = np.zeros((grid.side, grid.side), np.float32)
+    mask[:height, :width] = 1.0
+    return mask
+
+
+def _ones(count: int, width: int) -> np.ndarray:
+    return (np.arange(width) < count).astype(np.float32)

@@ -1,0 +1,58 @@
+"""What a user can put right, as one family of exceptions, and how two configurations differ."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import math
+import typing
+
+
+class LdmError(Exception):
+    """What a user can put right: scripts say it in one line, without a traceback."""
+
+
+class ConfigError(LdmError, ValueError):
+    """A configuration that contradicts itself, or a space that a model cannot take."""
+
+
+def differences(found: typing.Any, wanted: typing.Any, name: str = "") -> list[str]:
+    """Names every value in which two configurations, nested mappings of JSON values, differ, with both.
+
+    Args:
+      found: the one that is there.
+      wanted: the one that is asked for.
+      name: of the two, where they are part of something.
+
+    Returns:
+      One line for each.
+    """
+    if isinstance(found, collections.abc.Mapping) and isinstance(wanted, collections.abc.Mapping):
+        names = sorted({*found, *wanted})
+        prefix = f"{name}." if name else ""
+        return [
+            line
+            for key in names
+            for line in differences(found.get(key, "absent"), wanted.get(key, "absent"), prefix + key)
+        ]
+    return [] if _plain(found) == _plain(wanted) else [f"{name} was {found} there and is {wanted} now"]
+
+
+def _plain(value: typing.Any) -> typing.Any:
+    # JSON has no tuples.
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def check_finite(config: typing.Any) -> None:
+    """Checks that no number of a configuration is NaN or infinite; comparisons would let a NaN pass.
+
+    Args:
+      config: a dataclass.
+
+    Raises:
+      ConfigError: names the field.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{type(config).__name__}.{field.name} is {value}, expected a finite number")

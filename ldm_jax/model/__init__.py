@@ -1,0 +1,5 @@
+"""The network: pure functions over a plain nested dict of arrays."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,143 @@
+"""Shapes of the model: one frozen dataclass and the named sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from ldm_jax.encoding.buckets import GRID_CELLS, Bucket
+from ldm_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shapes of the model.
+
+    Attributes:
+      width: D, of the residual stream.
+      layers: N.
+      heads: H, query heads.
+      kv_heads: key and value heads; divides `heads` (grouped-query attention).
+      feed_forward: F, hidden width of SwiGLU.
+      window: W, attention sees the last W steps, this one included.
+      bins: of a continuous action slot.
+      sigma_bins: standard deviation of HL-Gauss targets, in bin widths.
+      qk_norm: RMSNorm on queries and keys.
+      rope_base: of the rotary position embedding.
+      numeric: largest numeric vector of an observation.
+      categorical: most categorical components of an observation.
+      values: rows of the tables of category values and of previous choices; larger ones use two digits.
+      channels: most channels of a grid or image.
+      image_side: largest side of an image, in pixels.
+      text: most bytes of a text.
+      choice_slots: most categorical action slots.
+      choices: largest number of choices of a slot.
+      continuous_slots: most continuous action slots.
+      dtype: of the computation; parameters are float32.
+      remat: what the backward pass recomputes: `"none"`, `"dots"` (all but matrix products and attention, which is
+        also the fastest where memory is slow) or `"full"`.
+      attention: what computes it in training: `"blocks"`, blocks inside the causal band, on any device; `"cudnn"`, the
+        fused kernel of CUDA GPUs, in bfloat16; `"xla"`, all pairs of steps and a mask, the plain form to compare with.
+      tokens_per_step: 1, or 2 as an ablation: the previous action as a token of its own before the observation's (the
+        interleaved encoding of JAT, Gallouedec et al. 2024). It trains, at twice the tokens, and does not act.
+    """
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4
+    feed_forward: int = 256
+    window: int = 32
+    bins: int = 256
+    sigma_bins: float = 2.0
+    qk_norm: bool = True
+    rope_base: float = 10_000.0
+    numeric: int = 128
+    categorical: int = 64
+    values: int = 512
+    channels: int = 4
+    image_side: int = 96
+    text: int = 128
+    choice_slots: int = 16
+    choices: int = 32
+    continuous_slots: int = 32
+    dtype: typing.Literal["float32", "bfloat16"] = "float32"
+    remat: typing.Literal["none", "dots", "full"] = "dots"
+    attention: typing.Literal["blocks", "cudnn", "xla"] = "blocks"
+    tokens_per_step: typing.Literal[1, 2] = 1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", "float") and not value > 0:
+                raise ConfigError(f"ModelConfig.{field.name} is {value}, expected a positive number")
+        if self.width % (2 * self.heads):
+            raise ConfigError(f"width {self.width} is not a multiple of twice the {self.heads} heads")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"{self.heads} heads cannot share {self.kv_heads} kv_heads: expected a divisor")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype is {self.dtype!r}, expected float32 or bfloat16")
+        if self.remat not in ("none", "dots", "full"):
+            raise ConfigError(f"remat is {self.remat!r}, expected none, dots or full")
+        if self.attention not in ("blocks", "cudnn", "xla"):
+            raise ConfigError(f"attention is {self.attention!r}, expected blocks, cudnn or xla")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ConfigError(f"attention is 'cudnn' with dtype {self.dtype}: set dtype=bfloat16, or attention=blocks")
+        if self.tokens_per_step not in (1, 2):
+            raise ConfigError(f"tokens_per_step is {self.tokens_per_step}, expected 1 or 2")
+
+    @property
+    def head_width(self) -> int:
+        """K, the width of one head."""
+        return self.width // self.heads
+
+    @property
+    def bin_width(self) -> float:
+        """Of a continuous slot scaled to -1..1; the bins reach three standard deviations of the target beyond."""
+        return 2.0 / (self.bins - 6.0 * self.sigma_bins)
+
+    def check_fits(self, bucket: Bucket, what: str) -> None:
+        """Checks that environments of a bucket can be put into a model of these shapes.
+
+        Args:
+          bucket: the padded widths.
+          what: whose they are, for the error.
+
+        Raises:
+          ConfigError: names the widths that are too large and what to raise.
+        """
+        needs = {
+            name: getattr(bucket, name)
+            for name in ("numeric", "categorical", "choice_slots", "choices", "continuous_slots")
+        }
+        needs["channels"] = max((grid.channels for grid in bucket.grids), default=0)
+        needs["image_side"] = max((grid.side for grid in bucket.grids if grid.side > GRID_CELLS), default=0)
+        needs["text"] = max(bucket.texts, default=0)
+        too_large = {name: need for name, need in needs.items() if need > getattr(self, name)}
+        if too_large:
+            wanted = ", ".join(
+                f"{name}={need} (the model has {getattr(self, name)})" for name, need in too_large.items()
+            )
+            raise ConfigError(f"{what} needs {wanted}: make the model with these values or leave the environment out")
+
+
+_LARGE: dict[str, typing.Any] = {
+    "numeric": 2048,
+    "categorical": 1024,
+    "values": 1024,
+    "channels": 128,
+    "text": 512,
+    "choice_slots": 320,
+    "choices": 8192,
+    "continuous_slots": 320,
+}
+
+SIZES: dict[str, ModelConfig] = {
+    "nano": ModelConfig(width=32, layers=2, heads=2, kv_heads=2, feed_forward=64, window=8, bins=64),
+    "micro": ModelConfig(),
+    "32m": ModelConfig(width=512, layers=10, heads=8, kv_heads=8, feed_forward=1408, window=256, **_LARGE),
+    "70m": ModelConfig(width=768, layers=10, heads=12, kv_heads=12, feed_forward=2048, window=512, **_LARGE),
+    "308m": ModelConfig(width=1024, layers=24, heads=16, kv_heads=16, feed_forward=2816, window=1024, **_LARGE),
+    "736m": ModelConfig(width=1536, layers=26, heads=24, kv_heads=24, feed_forward=4096, window=1024, **_LARGE),
+}
+"""Named sizes; the backbones of `32m` to `736m` have the parameter counts of LDM-v0 (Kulak 2026, arXiv 2606.24962)."""

@@ -1,0 +1,103 @@
+"""Action slots decoded in parallel from a token's state, and the continuous slots' bins."""
+
+from __future__ import annotations
+
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ldm_jax.encoding.actions import NOT_ALLOWED
+from ldm_jax.encoding.codec import Features, Signature
+from ldm_jax.model.config import ModelConfig
+from ldm_jax.model.layers import Film, Linear, normal
+from ldm_jax.types import Array
+
+
+class Predictions(typing.NamedTuple):
+    """What the model says of the next action; a pytree.
+
+    Attributes:
+      choices: `float32 [R, T, K, V]`, logits, `NOT_ALLOWED` where a choice does not exist or is not allowed.
+      bins: `float32 [R, T, C, bins]`, logits over the bins of each continuous slot.
+    """
+
+    choices: Array
+    bins: Array
+
+
+class Head(nnx.Module):
+    """One hidden layer on state plus slot embedding, then one matrix for choices and one for bins."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        width = cfg.width
+        self.film = Film(cfg, rngs)
+        self.choice_slot = normal(rngs, (cfg.choice_slots, width), 0.5)
+        self.continuous_slot = normal(rngs, (cfg.continuous_slots, width), 0.5)
+        self.hidden = Linear(width, 2 * width, cfg, rngs)
+        self.out = Linear(2 * width, width, cfg, rngs)
+        self.choices = normal(rngs, (width, cfg.choices), 0.2 / np.sqrt(width))
+        self.bins = normal(rngs, (width, cfg.bins), 0.2 / np.sqrt(width))
+
+    def __call__(self, x_RTD: Array, features: Features, signature: Signature, signature_RD: Array) -> Predictions:
+        x = self.film(x_RTD, signature_RD)
+        slots, width = features.action_mask.shape[-2:]
+        allowed = features.action_mask & signature.choice_mask[:, None]
+        logits = self._slots(x, self.choice_slot[:slots], self.choices[:, :width])
+        count = features.previous.continuous.shape[-1]
+        return Predictions(
+            choices=jnp.where(allowed, logits, NOT_ALLOWED),
+            bins=self._slots(x, self.continuous_slot[:count], self.bins[...]),
+        )
+
+    def _slots(self, x_RTD: Array, slot_AD: Array, kernel_DV: Array) -> Array:
+        """Logits `[R, T, A, V]` of `(y + out(gelu(hidden(y)))) @ kernel`, y being token plus slot."""
+        slot_AD, kernel_DV = slot_AD.astype(x_RTD.dtype), kernel_DV.astype(x_RTD.dtype)
+        # The first layer is linear: tokens and slots go through it apart, only what is bent is by token and slot.
+        hidden = jax.nn.gelu(self.hidden(x_RTD)[:, :, None] + self.hidden(slot_AD))
+        width, values = kernel_DV.shape
+        if math.prod(hidden.shape[:-1]) * (2 * width - values) > 2 * width * values:
+            # So are the last two: the product of their matrices is the cheaper way through both.
+            joined = (self.out.kernel[...] @ kernel_DV.astype(jnp.float32)).astype(x_RTD.dtype)
+            logits = (x_RTD @ kernel_DV)[:, :, None] + slot_AD @ kernel_DV + hidden @ joined
+        else:
+            logits = (x_RTD[:, :, None] + slot_AD + self.out(hidden)) @ kernel_DV
+        return logits.astype(jnp.float32)
+
+
+def bin_edges(cfg: ModelConfig) -> np.ndarray:
+    """`float32 [bins + 1]`, edges of the bins of a slot scaled to -1..1; they reach three sigma beyond it."""
+    reach = 1.0 + 3.0 * cfg.sigma_bins * cfg.bin_width
+    return np.linspace(-reach, reach, cfg.bins + 1, dtype=np.float32)
+
+
+def bin_centers(cfg: ModelConfig) -> np.ndarray:
+    """`float32 [bins]`, centers of the bins."""
+    edges = bin_edges(cfg)
+    return (edges[1:] + edges[:-1]) / 2
+
+
+def bin_probabilities(cfg: ModelConfig, mean: Array, scale: Array) -> Array:
+    """Soft targets of continuous slots.
+
+    Args:
+      cfg: bins and sigma.
+      mean: `[...]`, scaled to -1..1.
+      scale: `[...]`, standard deviation of the label itself; 0 for a point.
+
+    Returns:
+      `float32 [..., bins]`, non-negative, with sum 1: mass beyond the range lies in the outermost bins, as an action
+      that is clipped.
+
+    Source:
+      Imani and White 2018; Farebrother et al. 2024, HL-Gauss.
+    """
+    sigma = jnp.sqrt(jnp.square(scale) + (cfg.sigma_bins * cfg.bin_width) ** 2)[..., None]
+    cumulative = jax.scipy.special.ndtr((bin_edges(cfg)[1:-1] - mean[..., None]) / sigma)
+    ends = jnp.zeros((*mean.shape, 1), cumulative.dtype)
+    cumulative = jnp.concatenate([ends, cumulative, 1.0 + ends], -1)
+    # Rounding can make a difference of a saturated function negative.
+    return jnp.maximum(jnp.diff(cumulative, axis=-1), 0.0)

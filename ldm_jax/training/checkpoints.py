@@ -1,0 +1,251 @@
+"""Checkpoints: of a training run, to go on from bit for bit, and of parameters alone."""
+
+from __future__ import annotations
+
+import collections.abc
+import pathlib
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from ldm_jax.errors import LdmError, differences
+from ldm_jax.training.step import TrainState
+from ldm_jax.types import PyTree
+
+Configuration = collections.abc.Mapping[str, typing.Any]
+"""JSON values by name, nested or not."""
+
+
+class CheckpointError(LdmError, ValueError):
+    """A checkpoint that is damaged or belongs to something else."""
+
+
+class Checkpoints:
+    """The checkpoints of one training run, in one folder; use as a context manager.
+
+    A checkpoint is written aside by a thread and then renamed: what a crash leaves behind is never taken for one. On
+    several processes all call the same methods, and the folder is one that all of them see.
+    """
+
+    def __init__(
+        self, directory: str | pathlib.Path, configuration: Configuration, max_to_keep: int = 2, keep_period: int = 0
+    ):
+        """Opens the folder, or makes it.
+
+        Args:
+          directory: of the run.
+          configuration: all that a checkpoint must agree with to be resumed from: model, training, mixture.
+          max_to_keep: how many of the newest checkpoints stay.
+          keep_period: those of steps that this divides stay too; 0 for none.
+        """
+        self.directory = pathlib.Path(directory).absolute()
+        self.configuration = dict(configuration)
+        kept: list[typing.Any] = [checkpoint_managers.LatestN(max_to_keep)]
+        if keep_period:
+            kept.append(checkpoint_managers.EveryNSteps(keep_period))
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "state": ocp.StandardCheckpointHandler(),
+                "configuration": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept), enable_async_checkpointing=True
+            ),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, the one being written included."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint, or None; it may still be on its way to the disk, see `wait`."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Copies a state and writes it while training goes on; waits for the one before to be complete."""
+        rest = _without_key_type(state)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(rest.pop("params")),
+            state=ocp.args.StandardSave(rest),
+            configuration=ocp.args.JsonSave(self.configuration),
+        )
+        self._manager.save(int(state.step), args=items, force=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is still on its way to the disk."""
+        return self._manager.is_saving_in_progress()
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on the disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """Reads the newest checkpoint.
+
+        Args:
+          like: a state, or the shapes of one (`training.state_shapes`), of the run that resumes; on whatever mesh.
+
+        Returns:
+          The state, or None where there is no checkpoint.
+
+        Raises:
+          CheckpointError: the checkpoint is of another configuration or cannot be read.
+        """
+        self.wait()
+        step = self.latest
+        if step is None:
+            return None
+        if found := differences(self.read_configuration(step), self.configuration):
+            raise CheckpointError(
+                f"the checkpoint {self.directory / str(step)} is of another run: {'; '.join(found)}. "
+                "Resume with the same configuration, or choose another folder"
+            )
+        params = self.restore_params(like.params, step)
+        wanted = _without_key_type(like)
+        del wanted["params"]
+        rest = self._read(step, state=ocp.args.StandardRestore(jax.tree.map(_with_device, wanted))).state
+        state = TrainState(params=params, **jax.tree.map(_placed, wanted, rest))
+        return state._replace(key=jax.random.wrap_key_data(state.key))
+
+    def read_configuration(self, step: int) -> Configuration:
+        """The configuration that a checkpoint was saved with; raises CheckpointError where it is damaged."""
+        return self._read(step, configuration=ocp.args.JsonRestore()).configuration
+
+    def restore_params(self, like: PyTree, step: int | None = None) -> PyTree:
+        """Reads the parameters of a checkpoint and nothing else, as acting needs them.
+
+        Args:
+          like: their shapes (`jax.eval_shape` of the model's `init`), with shardings where they go onto a mesh.
+          step: which checkpoint; default: the newest.
+
+        Returns:
+          The parameters.
+
+        Raises:
+          CheckpointError: there is none, it is of another model, or it is damaged.
+        """
+        self.wait()
+        step = self.latest if step is None else step
+        if step is None:
+            raise CheckpointError(f"there is no checkpoint in {self.directory}: train first")
+        try:
+            saved = self._manager.item_metadata(step)["params"]
+        except Exception as error:  # whatever orbax raises for damaged files
+            raise CheckpointError(_damaged(self.directory / str(step), error)) from error
+        _check_shapes(self.directory / str(step), saved, like)
+        read = self._read(step, params=ocp.args.StandardRestore(jax.tree.map(_with_device, like))).params
+        return jax.tree.map(_placed, like, read)
+
+    def _read(self, step: int, **items: typing.Any) -> typing.Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # whatever orbax raises for damaged files
+            raise CheckpointError(_damaged(self.directory / str(step), error)) from error
+
+
+def save_params(directory: pathlib.Path, params: PyTree) -> None:
+    """Writes parameters alone; the folder must not exist."""
+    with _alone() as checkpointer:
+        checkpointer.save(directory.absolute(), params)
+
+
+def load_params(directory: pathlib.Path, like: PyTree) -> PyTree:
+    """Reads what `save_params` wrote.
+
+    Args:
+      directory: the folder.
+      like: shapes and dtypes expected (`jax.eval_shape` of the model's `init`).
+
+    Returns:
+      The parameters.
+
+    Raises:
+      CheckpointError: other shapes, or a damaged folder.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"there is no folder {directory} with parameters")
+    with _alone() as checkpointer:
+        try:
+            saved = checkpointer.metadata(directory.absolute()).item_metadata
+        except Exception as error:
+            raise CheckpointError(_damaged(directory, error)) from error
+        _check_shapes(directory, saved, like)
+        try:
+            return checkpointer.restore(directory.absolute(), jax.tree.map(_with_device, like))
+        except Exception as error:
+            raise CheckpointError(_damaged(directory, error)) from error
+
+
+def _alone() -> ocp.StandardCheckpointer:
+    # Of several processes the one that calls this does not wait for the others.
+    index = jax.process_index()
+    return ocp.StandardCheckpointer(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process-{index}"
+        )
+        if jax.process_count() > 1
+        else ocp.options.MultiprocessingOptions()
+    )
+
+
+def _check_shapes(path: pathlib.Path, saved: typing.Any, wanted: PyTree) -> None:
+    """Raises CheckpointError with every parameter that is not the same there and here."""
+
+    def shapes(tree: PyTree) -> dict[str, str]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))
+        return {
+            jax.tree_util.keystr(name, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+            for name, leaf in leaves
+        }
+
+    if found := differences(shapes(getattr(saved, "tree", saved)), shapes(wanted)):
+        shown = "; ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        raise CheckpointError(
+            f"the parameters in {path} are not of this model: {shown}. "
+            "Use the model configuration they were saved with, or another folder"
+        )
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> str:
+    return f"cannot read the checkpoint {path}: {error}. It is damaged or not of this model: remove it to go on without"
+
+
+def _without_key_type(state: TrainState) -> dict[str, typing.Any]:
+    # Orbax stores plain arrays; a typed key is its data.
+    fields = state._asdict()
+    if _abstract(state.key):
+        data = jax.eval_shape(jax.random.key_data, state.key)
+        fields["key"] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.key.sharding)
+    else:
+        fields["key"] = jax.random.key_data(state.key)
+    return fields
+
+
+def _abstract(leaf: typing.Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _placed(like: typing.Any, leaf: jax.Array) -> jax.Array:
+    # Orbax commits arrays to a device; a state that was bound to none would compile its step anew.
+    bound = like.sharding is not None if _abstract(like) else like.committed
+    return leaf if bound else jnp.asarray(np.asarray(leaf))
+
+
+def _with_device(leaf: typing.Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)

@@ -1,0 +1,140 @@
+"""The one loss: cross-entropy, in nats, between the reference's action distribution and the model's."""
+
+from __future__ import annotations
+
+import typing
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.encoding.codec import Targets
+from ldm_jax.model.config import ModelConfig
+from ldm_jax.model.heads import Predictions, bin_centers, bin_probabilities
+from ldm_jax.model.network import Inputs, Model, Params
+from ldm_jax.types import Array
+
+
+class Example(typing.NamedTuple):
+    """One bucket's rows of a training batch; a pytree.
+
+    Attributes:
+      inputs: what the model reads, leaves `[R, T, ...]`.
+      targets: what it is to predict, leaves `[R, T, ...]`.
+      environment: `int32 [R]`, which environment a row is from; only metrics look at it.
+    """
+
+    inputs: Inputs
+    targets: Targets
+    environment: Array
+
+
+class RowMetrics(typing.NamedTuple):
+    """Sums over the steps of each row; divide by `weight` or `changed_weight`. `float32 [R]`; a pytree.
+
+    Attributes:
+      loss: cross-entropy in nats, averaged over action slots.
+      entropy: of the targets, averaged over action slots: the loss that a perfect model has.
+      correct: steps whose most likely action is the label's, in all slots (a continuous slot: within 5 % of its range).
+      weight: steps with a label.
+      changed_correct: as `correct`, over steps whose label differs from the one before.
+      changed_weight: the number of those.
+      environment: `int32 [R]`, which environment a row is from.
+    """
+
+    loss: Array
+    entropy: Array
+    correct: Array
+    weight: Array
+    changed_correct: Array
+    changed_weight: Array
+    environment: Array
+
+
+def slot_losses(cfg: ModelConfig, predictions: Predictions, targets: Targets) -> tuple[Array, Array, Array]:
+    """Cross-entropy, target entropy and correctness of each action slot.
+
+    Args:
+      cfg: the bins.
+      predictions: `[R, T, K, V]` and `[R, T, C, bins]`.
+      targets: of the same steps.
+
+    Returns:
+      Three arrays `float32 [R, T, K + C]`; padded slots hold zeros or anything and must be masked.
+    """
+    bins = bin_probabilities(cfg, targets.mean, targets.scale)
+    losses, entropies = [], []
+    for probabilities, logits in ((targets.probabilities, predictions.choices), (bins, predictions.bins)):
+        log_probabilities = jax.nn.log_softmax(logits, -1)
+        losses.append(-jnp.sum(jnp.where(probabilities > 0, probabilities * log_probabilities, 0.0), -1))
+        entropies.append(jnp.sum(jax.scipy.special.entr(probabilities), -1))
+    if predictions.choices.shape[-1]:
+        right_choice = predictions.choices.argmax(-1) == targets.probabilities.argmax(-1)
+    else:
+        right_choice = jnp.zeros(predictions.choices.shape[:-1], bool)
+    decoded = jax.nn.softmax(predictions.bins, -1) @ bin_centers(cfg)
+    right_number = jnp.abs(jnp.clip(decoded, -1, 1) - targets.mean) < 0.1
+    correct = jnp.concatenate([right_choice, right_number], -1)
+    return jnp.concatenate(losses, -1), jnp.concatenate(entropies, -1), correct.astype(jnp.float32)
+
+
+def labelled_steps(batch: dict[str, Example]) -> Array:
+    """`float32 []`, the number of steps of a batch that have a label, at least 1."""
+    return jnp.maximum(sum(example.targets.weight.sum() for example in batch.values()), 1.0)
+
+
+def imitation_loss(
+    model: Model, cfg: ModelConfig, params: Params, batch: dict[str, Example], labelled: Array | None = None
+) -> tuple[Array, dict[str, RowMetrics]]:
+    """The mean loss over all labelled steps of a batch.
+
+    Args:
+      model: the pure functions.
+      cfg: its configuration.
+      params: its parameters.
+      batch: by bucket name.
+      labelled: what the sum is divided by; default: the number of the batch's own labelled steps.
+
+    Returns:
+      The loss, and each bucket's metrics by row.
+    """
+    predictions, _ = model.apply(params, {name: example.inputs for name, example in batch.items()})
+    metrics = {}
+    for name, (inputs, targets, environment) in batch.items():
+        losses, entropies, correct = slot_losses(cfg, predictions[name], targets)
+        slots = jnp.concatenate([inputs.signature.choice_slots, inputs.signature.continuous_slots], -1)[:, None]
+        per_slot = slots / slots.sum(-1, keepdims=True)
+        step_loss = jnp.sum(jnp.where(slots > 0, losses, 0.0) * per_slot, -1)
+        step_entropy = jnp.sum(jnp.where(slots > 0, entropies, 0.0) * per_slot, -1)
+        all_correct = jnp.prod(jnp.where(slots > 0, correct, 1.0), -1)
+        changed = targets.weight * targets.changed
+        metrics[name] = RowMetrics(
+            loss=jnp.sum(step_loss * targets.weight, -1),
+            entropy=jnp.sum(step_entropy * targets.weight, -1),
+            correct=jnp.sum(all_correct * targets.weight, -1),
+            weight=jnp.sum(targets.weight, -1),
+            changed_correct=jnp.sum(all_correct * changed, -1),
+            changed_weight=jnp.sum(changed, -1),
+            environment=environment,
+        )
+    total = sum(rows.loss.sum() for rows in metrics.values())
+    return total / (labelled_steps(batch) if labelled is None else labelled), metrics
+
+
+def drop_previous_actions(key: Array, batch: dict[str, Example], probability: float) -> dict[str, Example]:
+    """Hides the previous action in whole windows, so that a policy that copies its last action does not look good.
+
+    Args:
+      key: typed key.
+      batch: by bucket name.
+      probability: of hiding it in a row.
+
+    Returns:
+      The batch with `has_previous` set to 0 in the rows drawn.
+    """
+    dropped = {}
+    for i, (name, example) in enumerate(sorted(batch.items())):
+        features = example.inputs.features
+        keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1.0 - probability, features.has_previous.shape[:1])
+        features = features._replace(has_previous=features.has_previous * keep[:, None])
+        dropped[name] = example._replace(inputs=example.inputs._replace(features=features))
+    return dropped
