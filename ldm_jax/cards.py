@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 
 from ldm_jax import spaces
-from ldm_jax.errors import LdmError
+from ldm_jax.errors import LdmError, differences
 from ldm_jax.types import EnvironmentSpec
 
 
@@ -187,3 +187,31 @@ class EnvironmentCard:
             name = description.get("id", "an environment")
             raise CardError(f"the card of {name} is not of this version: {error}; collect its data again") from error
         return cls(**fields)
+
+
+def check_matches(recorded: EnvironmentSpec | EnvironmentCard, live: EnvironmentSpec, what: str) -> None:
+    """Checks that an environment is still the one that something was recorded of.
+
+    Args:
+      recorded: what was said of the environment then.
+      live: what it says now.
+      what: what was recorded, for the error ("the policy in DIR", "the reference of gymnax/CartPole-v1").
+
+    Raises:
+      CardError: names every difference of id, version, spaces (bounds and dtypes included) and time limit.
+    """
+    if wrong := differences(_identity(recorded), _identity(live)):
+        raise CardError(
+            f"{what} is not of this environment: {'; '.join(wrong)}. "
+            f"Install what it was made with, or make it anew with this environment"
+        )
+
+
+def _identity(description: EnvironmentSpec | EnvironmentCard) -> dict[str, typing.Any]:
+    return {
+        "id": description.id,
+        "version": description.version,
+        "observation_space": spaces.to_json(description.observation_space),
+        "action_space": spaces.to_json(description.action_space),
+        "time_limit": description.time_limit,
+    }

@@ -25,7 +25,7 @@ def differences(found: typing.Any, wanted: typing.Any, name: str = "") -> list[s
       name: of the two, where they are part of something.
 
     Returns:
-      One line for each.
+      One line for each; long values are cut.
     """
     if isinstance(found, collections.abc.Mapping) and isinstance(wanted, collections.abc.Mapping):
         names = sorted({*found, *wanted})
@@ -35,7 +35,14 @@ def differences(found: typing.Any, wanted: typing.Any, name: str = "") -> list[s
             for key in names
             for line in differences(found.get(key, "absent"), wanted.get(key, "absent"), prefix + key)
         ]
-    return [] if _plain(found) == _plain(wanted) else [f"{name} was {found} there and is {wanted} now"]
+    if _plain(found) == _plain(wanted):
+        return []
+    return [f"{name} was {_shorten(found)} there and is {_shorten(wanted)} now"]
+
+
+def _shorten(value: typing.Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:80]} ... ({len(text)} characters)"
 
 
 def _plain(value: typing.Any) -> typing.Any:
