@@ -17,7 +17,7 @@ import numpy as np
 from ldm_jax import spaces
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
-from . import offered
+from . import conversion
 
 
 class Outcome(typing.NamedTuple):
@@ -173,8 +173,8 @@ def make_spec(
         id=f"{library}/{name}",
         library=library,
         version=importlib.metadata.version(distribution or library),
-        observation_space=offered.observation_space(observation_space),
-        action_space=offered.action_space(action_space),
+        observation_space=conversion.observation_space(observation_space),
+        action_space=conversion.action_space(action_space),
         batch_size=batch_size,
         time_limit=time_limit,
         domain=domain,

@@ -37,7 +37,9 @@ Todo = dict[str, str]
 """Ids to look at, each with the reason why it is not even tried, or nothing."""
 
 
-def take_stock(library: str, output: pathlib.Path, workers: int, timeout_s: float, retry: bool) -> list[entries.Entry]:
+def verify_library(
+    library: str, output: pathlib.Path, *, workers: int, timeout_s: float, retry: bool
+) -> list[entries.Entry]:
     """Tries every id of a library that has not been tried yet, and writes its part of the catalog.
 
     Args:
@@ -183,7 +185,9 @@ def launch() -> None:
         failed = []
         for library in libraries.value or known:
             try:
-                found = take_stock(library, folder, workers.value, timeout_s.value, retry.value)
+                found = verify_library(
+                    library, folder, workers=workers.value, timeout_s=timeout_s.value, retry=retry.value
+                )
                 progress.log("catalog", library=library, verified=sum(line.verified for line in found), ids=len(found))
             except (EnvironmentFaultError, LibraryMissingError, UnknownEnvironmentError, entries.CatalogError) as error:
                 failed.append(f"error: {library}: {error}")

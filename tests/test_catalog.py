@@ -222,7 +222,7 @@ def test_ids_of_groups_drawn_anew_every_day_build_what_they_need_and_step():
 # How it is made.
 
 
-def _take_stock(output):
+def _verify_library(output):
     command = [sys.executable, "-m", "experiments.verify_catalog", "--libraries=gymnasium", "--workers=1"]
     return subprocess.Popen([*command, f"--output={output}"], start_new_session=True, stderr=subprocess.DEVNULL)
 
@@ -230,7 +230,7 @@ def _take_stock(output):
 def test_killed_at_any_time_the_census_repeats_nothing(tmp_path):
     output = tmp_path / "catalog"
     journal = output / "gymnasium.journal"
-    process = _take_stock(output)
+    process = _verify_library(output)
     while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
         assert process.poll() is None
         time.sleep(0.02)
@@ -242,7 +242,7 @@ def test_killed_at_any_time_the_census_repeats_nothing(tmp_path):
     marked = {line["id"]: {**line, "steps_per_s": 123456.0 + i} for i, line in enumerate(found) if line["verified"]}
     lines = [json.dumps(marked.get(line["id"], line)) for line in found]
     journal.write_text("\n".join(lines) + "\n" + lines[0][:40])
-    assert _take_stock(output).wait() == 0
+    assert _verify_library(output).wait() == 0
     whole = {line.id: line for line in entries.read(output / "gymnasium.jsonl")}
     assert set(whole) == {f"gymnasium/{name}" for name in registry.candidates("gymnasium")}
     assert marked and all(whole[id].steps_per_s == line["steps_per_s"] for id, line in marked.items())
@@ -250,7 +250,7 @@ def test_killed_at_any_time_the_census_repeats_nothing(tmp_path):
     assert not journal.exists()
     # Once more, with nothing left to do: the file stays as it is.
     before = (output / "gymnasium.jsonl").read_bytes()
-    assert _take_stock(output).wait() == 0
+    assert _verify_library(output).wait() == 0
     assert (output / "gymnasium.jsonl").read_bytes() == before
 
 

@@ -18,7 +18,7 @@ from ldm_jax import spaces
 from ldm_jax.environment import EnvironmentFaultError, LibraryMissingError
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
-from .. import offered
+from .. import checks, conversion
 from ..catalog import taxonomy
 from ..cores import available_cores
 from ..tokens import Token, check_newest
@@ -107,7 +107,7 @@ class EnvpoolEnvironment:
         self.rows_outside = 0
         self._about = pool
         self._rows = np.arange(spec.batch_size, dtype=np.int32)
-        self._observations = offered.Observations(spec.observation_space, spec.batch_size)
+        self._observations = checks.Observations(spec.observation_space, spec.batch_size)
         self._action_shape = (spec.batch_size, *(spec.action_space.shape or ()))
         # Of each leaf with B before it: asked for at every step, and slow to make.
         self._structs = {
@@ -196,17 +196,17 @@ class EnvpoolEnvironment:
         reward_B = np.asarray(reward_B, np.float32)
         if reward_B.shape != (self.spec.batch_size,):
             self._fault(f"the reward has shape {list(reward_B.shape)}, expected {[self.spec.batch_size]}")
-        if not offered.every(np.isfinite(reward_B)):
+        if not checks.every(np.isfinite(reward_B)):
             rows = np.flatnonzero(~np.isfinite(reward_B))
             self._fault(f"the reward is {reward_B[rows[0]]} in rows {rows[:8].tolist()}")
         if any_first:
             reward_B = np.where(first_B, np.float32(0), reward_B)  # MetaWorld rewards a reset
         values = [self._fit(leaf, value) for leaf, value in zip(self._observations.leaves, rest, strict=True)]
-        if odd := self._observations.odd(values):
-            for leaf, value in odd:
+        if violations := self._observations.violations(values):
+            for leaf, value in violations:
                 if faults := list(leaf.faults(value, np.ones(len(value), bool))):
                     self._fault(f"{faults[0][2]}, in rows {[row for row, _, _ in faults[:8]]}")
-            self.rows_outside += offered.count_outside(odd)
+            self.rows_outside += checks.count_outside(violations)
         fields: tuple[typing.Any, ...] = (
             spaces.unflatten(self.spec.observation_space, values),
             reward_B,
@@ -218,7 +218,7 @@ class EnvpoolEnvironment:
         self._token = Token()
         return self._token, TimeStep(*fields)
 
-    def _fit(self, leaf: offered.Leaf, value: np.ndarray) -> np.ndarray:
+    def _fit(self, leaf: checks.CheckedLeaf, value: np.ndarray) -> np.ndarray:
         """The value `[B, ...]` in the shape and dtype of its space."""
         struct = self._structs[leaf.path]
         if value.shape != struct.shape:
@@ -354,7 +354,7 @@ def _convert_observation(space: typing.Any, left_out: str = "", name: str = "") 
     if isinstance(space, gymnasium.spaces.Dict):
         children = {key: child for key, child in space.items() if key != left_out}
         return gymnasium.spaces.Dict({key: _convert_observation(child, "", key) for key, child in children.items()})
-    if isinstance(space, gymnasium.spaces.Discrete) and (size := int(space.n)) > offered.MAX_CATEGORIES:
+    if isinstance(space, gymnasium.spaces.Discrete) and (size := int(space.n)) > conversion.MAX_CATEGORIES:
         start = int(space.start)
         return gymnasium.spaces.Box(start, start + size - 1, (), np.int32)
     if name == "mission":

@@ -17,7 +17,7 @@ from ldm_jax import spaces
 from ldm_jax.environment import EnvironmentFaultError, LibraryMissingError
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
-from .. import offered
+from .. import checks, conversion
 from ..catalog import taxonomy
 from ..tokens import Token, check_newest
 
@@ -42,7 +42,7 @@ class GymnasiumEnvironment:
         self.spec = spec
         self.rows_outside = 0
         self._inner, self._masked = inner, masked
-        self._observations = offered.Observations(spec.observation_space, spec.batch_size)
+        self._observations = checks.Observations(spec.observation_space, spec.batch_size)
         self._actions = spaces.leaves(inner.single_action_space)
         self._token: Token | None = None
 
@@ -87,11 +87,11 @@ class GymnasiumEnvironment:
         if not np.isfinite(reward_B).all():
             self._fault(f"the reward is {reward_B}, expected finite numbers")
         values = [self._fit(leaf, spaces.get(observation, leaf.path)) for leaf in self._observations.leaves]
-        odd = self._observations.odd(values)
-        for leaf, value in odd:
+        violations = self._observations.violations(values)
+        for leaf, value in violations:
             for _, _, text in leaf.faults(value, np.ones(batch_size, bool)):
                 self._fault(text)
-        self.rows_outside += offered.count_outside(odd)
+        self.rows_outside += checks.count_outside(violations)
         self._last_B = np.asarray(terminated_B | truncated_B)
         mask = None
         if self._masked:
@@ -108,7 +108,7 @@ class GymnasiumEnvironment:
             mask,
         )
 
-    def _fit(self, leaf: offered.Leaf, value: typing.Any) -> np.ndarray:
+    def _fit(self, leaf: checks.CheckedLeaf, value: typing.Any) -> np.ndarray:
         struct = spaces.leaf_shape_dtype(leaf.space)
         if isinstance(leaf.space, gymnasium.spaces.Text):
             (size,) = struct.shape
@@ -181,12 +181,12 @@ def make(name: str, batch_size: int, time_limit: int | None) -> GymnasiumEnviron
         ) from error
     except Exception as error:
         raise EnvironmentFaultError(f"{LIBRARY}/{name} cannot be made: {error}") from error
-    action_space = offered.action_space(inner.single_action_space)
+    action_space = conversion.action_space(inner.single_action_space)
     spec = EnvironmentSpec(
         id=f"{LIBRARY}/{name}",
         library=LIBRARY,
         version=gymnasium.__version__,
-        observation_space=offered.observation_space(inner.single_observation_space),
+        observation_space=conversion.observation_space(inner.single_observation_space),
         action_space=action_space,
         batch_size=batch_size,
         time_limit=limit,

@@ -27,7 +27,7 @@ from ldm_jax import spaces
 from ldm_jax.environment import EnvironmentFaultError
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
-from .. import offered
+from .. import checks, conversion
 from ..cores import available_cores
 from ..tokens import Token, check_newest
 from .host import IDLE, REMAKE, RESET, SEED, STEP, LocalProcess, Process, Worker, WorkerFaultError
@@ -253,7 +253,7 @@ class IsolatedEnvironment:
             for value, before in zip(values, self._values, strict=True):
                 value[cut_B] = before[cut_B]
         self._values = values
-        self.rows_outside += offered.count_outside(self._observations.odd(values))
+        self.rows_outside += checks.count_outside(self._observations.violations(values))
         self._token = Token()
         return self._token, TimeStep(
             spaces.unflatten(self.spec.observation_space, values),
@@ -307,10 +307,10 @@ class IsolatedEnvironment:
     def _find_faults(self, asked_B: np.ndarray) -> typing.Iterator[Fault]:
         """Looks through the arrays for numbers that no environment may return."""
         finite_B = np.isfinite(self._arrays["reward"])
-        if not offered.every(finite_B):
+        if not checks.every(finite_B):
             rows = np.flatnonzero(~finite_B & asked_B)
             yield from (Fault("nan", (int(row),), "the reward is not finite") for row in rows)
-        for leaf, value in self._observations.odd(self._observed):
+        for leaf, value in self._observations.violations(self._observed):
             for row, kind, text in leaf.faults(value, asked_B):
                 yield Fault(kind, (row,), text)
 
@@ -355,8 +355,8 @@ class IsolatedEnvironment:
         program = self._program
         try:
             self._declared = about["observation_space"], about["action_space"]
-            observation_space = offered.observation_space(spaces.from_json(self._declared[0]))
-            action_space = offered.action_space(spaces.from_json(self._declared[1]))
+            observation_space = conversion.observation_space(spaces.from_json(self._declared[0]))
+            action_space = conversion.action_space(spaces.from_json(self._declared[1]))
         except (KeyError, TypeError, ValueError) as error:
             raise EnvironmentFaultError(f"{program.id} declares spaces that are not supported: {error}") from error
         versions = {normal(name): version for name, version in about["versions"].items()}
@@ -380,7 +380,7 @@ class IsolatedEnvironment:
     def _lay_out(self, choices: int) -> None:
         """Makes the file of arrays and a view of each."""
         batch_size = self.spec.batch_size
-        self._observations = offered.Observations(self.spec.observation_space, batch_size)
+        self._observations = checks.Observations(self.spec.observation_space, batch_size)
         self._action_leaves = spaces.leaves(self.spec.action_space)
         wanted: dict[str, tuple[tuple[int, ...], typing.Any]] = {
             "command": ((), np.uint8),
