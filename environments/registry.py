@@ -175,11 +175,9 @@ def domain(library: str, name: str) -> str:
     return adapter.domain(name) if hasattr(adapter, "domain") else ""
 
 
-def place(library: str) -> str:
-    """Where a library is served: the module of its adapter, or the folder of its group."""
-    if library in groups.libraries():
-        return f"environments/images/{groups.libraries()[library].recipe.name}"
-    return _libraries()[library]
+def group(library: str) -> str:
+    """The group whose interpreter serves a library; empty where an adapter in this interpreter does."""
+    return groups.libraries()[library].recipe.name if library in groups.libraries() else ""
 
 
 def _check_offered(library: str, name: str, adapter: typing.Any) -> None:

@@ -67,7 +67,7 @@ def entry(
         observation_space=None if spec is None else spaces.to_json(spec.observation_space),
         action_space=None if spec is None else spaces.to_json(spec.action_space),
         time_limit=0 if spec is None else spec.time_limit,
-        adapter=registry.place(library),
+        group=registry.group(library),
         verified=not reason,
         reason=reason,
         steps_per_s=float(f"{steps_per_s:.3g}"),
@@ -81,7 +81,7 @@ def name_anew(line: entries.Entry) -> entries.Entry:
         task=taxonomy.task(line.library, line.name),
         family=taxonomy.family(line.library, line.name),
         domain=registry.domain(line.library, line.name) or line.domain,
-        adapter=registry.place(line.library),
+        group=registry.group(line.library),
         reason=reason_of(line.reason) if line.reason else "",
     )
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import types
 import typing
 
+from ldm_jax import files
 from ldm_jax.errors import LdmError
 
 FOLDER = pathlib.Path(__file__).parent
@@ -37,7 +37,7 @@ class Entry:
       observation_space: of one environment, as `ldm_jax.spaces.from_json` takes it; None where it could not be made.
       action_space: the same for actions.
       time_limit: steps after which an episode is truncated, imposed where the library has no limit; 0 if not known.
-      adapter: the module that serves it in this interpreter, or the folder of the group whose interpreter it needs.
+      group: the group among `images/` whose interpreter serves it; empty where an adapter in this interpreter does.
       verified: whether it could be made, was reset, stepped 100 times with every observation in its space and every
         number finite, and reset again.
       reason: why it does not work; empty where it does.
@@ -54,7 +54,7 @@ class Entry:
     observation_space: dict[str, typing.Any] | None
     action_space: dict[str, typing.Any] | None
     time_limit: int
-    adapter: str
+    group: str
     verified: bool
     reason: str
     steps_per_s: float
@@ -71,7 +71,7 @@ class Entry:
     @property
     def isolated(self) -> bool:
         """Whether the library needs an interpreter of its own."""
-        return "/" in self.adapter
+        return bool(self.group)
 
     @property
     def action(self) -> str:
@@ -124,9 +124,4 @@ def read(path: pathlib.Path) -> list[Entry]:
 
 def write(path: pathlib.Path, found: typing.Iterable[Entry]) -> None:
     """Writes entries to a file, sorted by id, at once or not at all."""
-    aside = path.with_suffix(".writing")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(entry.to_line() + "\n" for entry in sorted(found, key=lambda entry: entry.id))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    files.write(path, "".join(entry.to_line() + "\n" for entry in sorted(found, key=lambda entry: entry.id)))

@@ -23,7 +23,8 @@ An id is *verified* if it could be made, was reset, stepped 100 times at random 
 type of its space and every number finite, and was reset again. *Tasks* are ids with versions, library prefixes,
 observation types and letter case folded, over all libraries together; *families* fold sizes, rewards, difficulties and
 seeds too. Rates are steps per second of one environment in one process, medians, on the machine that made the catalog:
-an order of magnitude.
+an order of magnitude. A *group* is the interpreter that a library is kept in, `environments/images/<group>/`; libraries
+without one live in this interpreter.
 """
 
 
@@ -63,7 +64,7 @@ def render(entries: typing.Sequence[Entry]) -> str:
                 "observations",
                 "actions",
                 "steps/s",
-                "served by",
+                "group",
             ),
             [_library(library, [entry for entry in entries if entry.library == library]) for library in libraries],
         ),
@@ -86,7 +87,7 @@ def _library(library: str, entries: list[Entry]) -> tuple[str, ...]:
         _kinds(entry.observation_space for entry in works),
         _kinds(entry.action_space for entry in works),
         f"{float(f'{statistics.median(entry.steps_per_s for entry in works):.2g}'):,.6g}",
-        f"`{works[0].adapter.removeprefix('environments.').removeprefix('environments/')}`",
+        f"`{works[0].group}`" if works[0].group else "",
     )
 
 
