@@ -55,7 +55,7 @@ class QuickstartConfig:
 
 SMOKE = QuickstartConfig(
     environments=("gymnax/Catch-bsuite", "gymnax/CartPole-v1", "envpool/FrozenLake-v1"),
-    references=references.ReferencesConfig(budget=0.2, rows=32, episodes=2),
+    references=references.ReferencesConfig(budget=0.2, num_envs=32, episodes=2),
     collect=collect.CollectStageConfig(data=collecting.CollectConfig(streams=16, steps=256)),
     pretrain=pretrain.PretrainConfig(
         model=SIZES["nano"], training=TrainingConfig(steps=60, warmup=5), window=16, checkpoint_steps=20

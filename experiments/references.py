@@ -27,21 +27,21 @@ class ReferencesConfig:
     Attributes:
       seed: of training and scoring.
       budget: fraction of each recipe's environment steps that is spent.
-      rows: parallel rows of scoring.
-      episodes: per row, of each policy scored.
+      num_envs: parallel environments of scoring.
+      episodes: in each of them, of each policy scored.
       workers: processes; small networks do not fill two cores. Results do not depend on it.
     """
 
     seed: int = 0
     budget: float = 1.0
-    rows: int = 64
+    num_envs: int = 64
     episodes: int = 4
     workers: int = dataclasses.field(default=2, metadata={FREE: True})
 
     def __post_init__(self):
         if not self.budget > 0:
             raise ValueError(f"budget is {self.budget}, expected a positive fraction")
-        for name in ("rows", "episodes", "workers"):
+        for name in ("num_envs", "episodes", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
 
@@ -99,7 +99,7 @@ def _make(config: ReferencesConfig, unit: Unit, advance: typing.Callable[[int], 
     clock, seed = progress.clock(), seed_of(config.seed, "references", unit.id)
     policy = train_reference(registry.make, unit.id, unit.recipe, seed, progress.up_to(advance))
     trained_s = clock()
-    scored = score_reference(registry.make, policy, seed, config.rows, config.episodes)
+    scored = score_reference(registry.make, policy, seed, config.num_envs, config.episodes)
     save_reference(unit.directory, scored)
     return {
         "id": unit.id,

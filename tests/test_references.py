@@ -16,7 +16,9 @@ from ldm_jax import cards, rollout, spaces
 from ldm_jax.encoding.actions import Slots, action_layout, to_slots
 from ldm_jax.types import EnvironmentSpec, TimeStep
 
-QUICK = ppo.PPOConfig(budget_steps=30_000, rows=32, steps=64, learning_rate=2e-3, hidden=(32,), minibatches=4)
+QUICK = ppo.PPOConfig(
+    budget_steps=30_000, num_envs=32, rollout_length=64, learning_rate=2e-3, hidden=(32,), minibatches=4
+)
 
 
 def recipe_of(**changes):
@@ -27,7 +29,7 @@ def trees_equal(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
 
 
-def slow_advantages(value, reward, terminated, truncated, discount, trace):
+def slow_advantages(value, reward, terminated, truncated, discount, gae_lambda):
     """Row by row, episode by episode, as the sum over all later errors that the definition is."""
     steps, rows = value.shape[0] - 1, value.shape[1]
     result, valid = np.zeros((steps, rows)), np.zeros((steps, rows), bool)
@@ -39,7 +41,7 @@ def slow_advantages(value, reward, terminated, truncated, discount, trace):
             for k in range(t, steps):
                 after = 0.0 if terminated[k + 1, b] else value[k + 1, b]
                 error = reward[k + 1, b] + discount * after - value[k, b]
-                result[t, b] += (discount * trace) ** (k - t) * error
+                result[t, b] += (discount * gae_lambda) ** (k - t) * error
                 if terminated[k + 1, b] or truncated[k + 1, b]:
                     break
     return result, valid
@@ -116,7 +118,7 @@ def rich():
     network = ppo._network(RICH, config)
     params = {
         "perceptrons": network.init(np.random.default_rng(0)),
-        "log_deviation": np.zeros(2, np.float32),
+        "log_std": np.zeros(2, np.float32),
     }
     return config, network, params
 
@@ -125,7 +127,7 @@ def test_any_space_is_seen_and_acted_in(rich):
     _, network, params = rich
     timestep = rich_timestep(np.random.default_rng(1))
     agent = ppo.agent(RICH, ppo.PPOConfig(hidden=(16,)))
-    learned = {"network": params, "moments": networks.no_moments(network.size)._asdict()}
+    learned = {"network": params, "moments": networks.init_moments(network.size)._asdict()}
     layout = action_layout(RICH_ACTION)
     step = jax.jit(agent.step)
     for form in policy.FORMS:
@@ -145,7 +147,7 @@ def test_any_space_is_seen_and_acted_in(rich):
 
 def test_each_part_of_an_observation_reaches_policy_and_value(rich):
     _, network, params = rich
-    moments, rng = networks.no_moments(network.size), np.random.default_rng(2)
+    moments, rng = networks.init_moments(network.size), np.random.default_rng(2)
     timestep = rich_timestep(rng)
     apply = jax.jit(network.apply)
     before = apply(params["perceptrons"], moments, timestep.observation, None)
@@ -158,7 +160,7 @@ def test_each_part_of_an_observation_reaches_policy_and_value(rich):
 
 def test_a_row_that_does_not_count_changes_no_gradient(rich):
     config, network, params = rich
-    layout, moments = action_layout(RICH_ACTION), networks.no_moments(network.size)
+    layout, moments = action_layout(RICH_ACTION), networks.init_moments(network.size)
     timestep = rich_timestep(np.random.default_rng(3))
     ones = jnp.ones(ROWS)
     slots = Slots(jnp.zeros((ROWS, 3), jnp.int32), jnp.full((ROWS, 2), 0.3))
@@ -180,17 +182,17 @@ def test_a_mask_that_allows_nothing_does_no_harm():
     layout = action_layout(gym_spaces.Discrete(3))
     network = networks.network(gym_spaces.Discrete(2), layout, (8,), "tanh")
     params = network.init(np.random.default_rng(0))
-    logits, _, _ = network.apply(params, networks.no_moments(0), np.zeros(1, np.int32), np.zeros((1, 3), bool))
+    logits, _, _ = network.apply(params, networks.init_moments(0), np.zeros(1, np.int32), np.zeros((1, 3), bool))
     assert np.isfinite(logits).all() and (np.abs(logits) < 10).all()
 
 
 @pytest.fixture(scope="module")
 def catch():
     """One environment, made once, so that training in it compiles once."""
-    made = environments.make("gymnax/Catch-bsuite", batch_size=QUICK.rows)
+    made = environments.make("gymnax/Catch-bsuite", batch_size=QUICK.num_envs)
 
     def make(id, batch_size):
-        return made if batch_size == QUICK.rows else environments.make(id, batch_size=batch_size)
+        return made if batch_size == QUICK.num_envs else environments.make(id, batch_size=batch_size)
 
     return make
 
@@ -198,7 +200,7 @@ def catch():
 @pytest.fixture(scope="module")
 def scored(catch):
     trained = references.train_reference(catch, "gymnax/Catch-bsuite", recipe_of(), seed=1)
-    return references.score_reference(catch, trained, seed=1, rows=QUICK.rows)
+    return references.score_reference(catch, trained, seed=1, num_envs=QUICK.num_envs)
 
 
 def test_ppo_learns_where_everything_is_traced(scored):
@@ -212,7 +214,7 @@ def test_ppo_learns_where_everything_is_traced(scored):
 def test_the_same_seed_gives_the_same_policy_bitwise(catch, scored):
     again = references.train_reference(catch, "gymnax/Catch-bsuite", recipe_of(), seed=1)
     assert trees_equal(again.params["policy"], scored.policy.params["policy"])
-    rescored = references.score_reference(catch, again, seed=1, rows=QUICK.rows, episodes_per_row=4)
+    rescored = references.score_reference(catch, again, seed=1, num_envs=QUICK.num_envs, episodes_per_env=4)
     assert rescored.reference_returns == scored.reference_returns
 
 
@@ -229,7 +231,7 @@ def test_ppo_learns_in_a_simulator_with_hidden_state():
         recipe_of(budget_steps=80_000),
         progress=lambda *report: reports.append(report),
     )
-    scored = references.score_reference(environments.make, trained, rows=32)
+    scored = references.score_reference(environments.make, trained, num_envs=32)
     assert scored.reference_returns.mean > 150  # random: 22
     assert reports[-1][0] == reports[-1][1] >= 0.95 * 80_000
 
@@ -238,7 +240,7 @@ def test_ppo_learns_in_a_simulator_with_hidden_state():
 def test_planning_solves_small_worlds(id, least):
     how = references.Recipe("tabular", tabular.TabularConfig(budget_steps=150_000))
     scored = references.score_reference(
-        environments.make, references.train_reference(environments.make, id, how), episodes_per_row=2
+        environments.make, references.train_reference(environments.make, id, how), episodes_per_env=2
     )
     assert scored.reference_returns.mean >= least
     assert scored.admission.admitted
@@ -248,7 +250,7 @@ def test_a_table_shares_the_probability_among_the_best_actions():
     # Two ways from 0 to the end at 2, one through 1: action 0 stays, 1 and 2 both go.
     rows = [(0, 0, 0, 0), (0, 1, 1, 0), (0, 2, 1, 0), (1, 0, 1, 0), (1, 1, 2, 1), (1, 2, 2, 1)]
     transitions = np.array(rows, np.int64)
-    model = tabular.Model(3, 3, transitions, np.full(6, 4), np.full(6, -4.0))
+    model = tabular.EmpiricalMDP(3, 3, transitions, np.full(6, 4), np.full(6, -4.0))
     probability = np.exp(tabular._best(model, tabular.TabularConfig()))
     np.testing.assert_allclose(probability[:2], [[0, 0.5, 0.5]] * 2, atol=1e-9)
 
@@ -256,7 +258,7 @@ def test_a_table_shares_the_probability_among_the_best_actions():
 def test_the_model_leaves_out_ignored_steps():
     last = np.array([[False], [True], [False]])
     timestep = TimeStep(None, np.array([[0.0], [1.0], [0.0]]), last, np.zeros_like(last), None)
-    model = tabular.add_experience(tabular.no_model(4, 2), np.array([[1], [3], [0]]), np.array([[1], [0]]), timestep)
+    model = tabular.add_experience(tabular.empty_mdp(4, 2), np.array([[1], [3], [0]]), np.array([[1], [0]]), timestep)
     np.testing.assert_array_equal(model.transitions, [[1, 1, 3, 1]])
     np.testing.assert_array_equal(model.rewards, [1.0])
 
@@ -271,7 +273,7 @@ def test_a_reference_no_better_than_random_is_refused():
         spec,
         config,
     )
-    scored = references.score_reference(environments.make, uniform, rows=32)
+    scored = references.score_reference(environments.make, uniform, num_envs=32)
     assert not scored.admission.admitted
     assert "random" in scored.admission.reason
 
@@ -286,7 +288,7 @@ def test_a_saved_reference_acts_and_scores_the_same(tmp_path, catch, scored):
     assert loaded.policy.spec == scored.policy.spec
     assert loaded.reference_returns == scored.reference_returns
     assert loaded.random_returns == scored.random_returns
-    environment = catch("gymnax/Catch-bsuite", QUICK.rows)
+    environment = catch("gymnax/Catch-bsuite", QUICK.num_envs)
 
     def act(reference):
         loop = rollout.start(environment, reference.agent, jax.random.key(0))
@@ -329,8 +331,8 @@ def test_recipes_follow_the_spaces():
     box, discrete = gym_spaces.Box(-1, 1, (2,)), gym_spaces.Discrete(4)
     assert choose(discrete, discrete).algorithm == "tabular"
     assert choose(gym_spaces.Discrete(10**6), discrete).algorithm == "ppo"
-    assert choose(box, discrete).config.entropy > 0
-    assert choose(box, box).config.entropy == 0
+    assert choose(box, discrete).config.entropy_coef > 0
+    assert choose(box, box).config.entropy_coef == 0
     assert choose(box, box, "here/Pendulum-v1").config.discount == 0.95
     for changes in recipes.TUNED.values():
         dataclasses.replace(ppo.PPOConfig(), **changes)
@@ -341,7 +343,7 @@ def test_recipes_follow_the_spaces():
     [
         ({"minibatches": 7}, "minibatches"),
         ({"discount": 1.5}, "discount"),
-        ({"rows": 0}, "rows"),
+        ({"num_envs": 0}, "num_envs"),
         ({"activation": "no"}, "no"),
     ],
 )

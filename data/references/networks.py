@@ -61,7 +61,7 @@ class Network(typing.NamedTuple):
     size: int
 
 
-def no_moments(size: int) -> Moments:
+def init_moments(size: int) -> Moments:
     """Moments before anything was seen: mean 0, variance 1."""
     return Moments(np.float32(1e-4), np.zeros(size, np.float32), np.ones(size, np.float32))
 

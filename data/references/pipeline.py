@@ -58,7 +58,7 @@ def train_reference(
     spec = make(id, batch_size=1).spec
     chosen = recipe(spec) if how is None else how
     module, _ = ALGORITHMS[chosen.algorithm]
-    environment = make(id, batch_size=chosen.config.rows)
+    environment = make(id, batch_size=chosen.config.num_envs)
     try:
         params = module.train(environment, chosen.config, seed, progress)
     finally:
@@ -76,11 +76,11 @@ def score_reference(
     make: Make,
     policy: ReferencePolicy,
     seed: int = 0,
-    rows: int = 64,
-    episodes_per_row: int = 4,
+    num_envs: int = 64,
+    episodes_per_env: int = 4,
     progress: rollout.Progress | None = None,
 ) -> ScoredReference:
-    """Scores a reference and a random policy on fresh episodes, equally many in every row.
+    """Scores a reference and a random policy on fresh episodes, equally many in every one of the parallel environments.
 
     The better of the greedy and the sampled form is found on episodes of its own, and scored afresh: choosing by
     the reported episodes would flatter it.
@@ -89,22 +89,22 @@ def score_reference(
       make: makes the environment, as for training.
       policy: the reference, in either form.
       seed: of the episodes.
-      rows: parallel environments.
-      episodes_per_row: E; `rows * episodes_per_row` of at least 100 make a score.
+      num_envs: parallel environments.
+      episodes_per_env: E; `num_envs * episodes_per_env` of at least 100 make a score.
       progress: is told the episodes done and their total.
 
     Returns:
       The reference in its better form, and the scores.
     """
     root = jax.random.fold_in(jax.random.key(seed), _SCORING)
-    environment = make(policy.spec.id, batch_size=rows)
-    each = rows * episodes_per_row
+    environment = make(policy.spec.id, batch_size=num_envs)
+    each = num_envs * episodes_per_env
 
     def returns(stage: int, form: Form) -> cards.Returns:
         report = None if progress is None else (lambda done, _: progress(stage * each + done, 4 * each))
         params, key = with_form(policy.params["policy"], form), jax.random.fold_in(root, stage)
         return cards.Returns.of(
-            rollout.evaluate(environment, policy.agent, params, key, episodes_per_row, report).returns
+            rollout.evaluate(environment, policy.agent, params, key, episodes_per_env, report).returns
         )
 
     try:

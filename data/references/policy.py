@@ -26,12 +26,12 @@ class SlotPolicy(typing.NamedTuple):
     Attributes:
       logits: `float32 [B, M]` over the flat choices, `MASKED` where not allowed.
       mean: `float32 [B, C]`, in normalized units: a slot's range is -1 to 1.
-      deviation: `float32 [B, C]`, in the same units.
+      std: `float32 [B, C]`, in the same units.
     """
 
     logits: Array
     mean: Array
-    deviation: Array
+    std: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,11 +91,11 @@ def slot_agent(layout: ActionLayout, policy: typing.Callable[[PyTree, TimeStep],
     half_range = ((layout.high - layout.low) / 2).astype(np.float32)
 
     def step(params, carry, timestep: TimeStep, key):
-        logits, mean, deviation = policy(params["policy"], timestep)
+        logits, mean, std = policy(params["policy"], timestep)
         greedy, sampled = params["form"] == FORMS.index("greedy"), params["form"] == FORMS.index("sampled")
         policy_key, random_key = jax.random.split(key)
         point = jnp.clip(mean, -1, 1)
-        slots = sample_slots(layout, policy_key, logits, mean, deviation)
+        slots = sample_slots(layout, policy_key, logits, mean, std)
         categorical = jnp.where(sampled, slots.categorical, best_choices(layout, logits))
         action = from_slots(layout, Slots(categorical, jnp.where(sampled, slots.continuous, point)))
         uniform = spaces.sample(random_key, layout.space, timestep.reward.shape[0], timestep.action_mask)
@@ -103,7 +103,7 @@ def slot_agent(layout: ActionLayout, policy: typing.Callable[[PyTree, TimeStep],
         record = Distribution(
             logits,
             denormalize(layout, jnp.where(greedy, point, mean)),
-            jnp.where(greedy, 0.0, deviation) * half_range,
+            jnp.where(greedy, 0.0, std) * half_range,
         )
         return carry, action, record
 
@@ -121,8 +121,8 @@ def best_choices(layout: ActionLayout, logits: Array) -> Array:
     return jnp.argmax(choice_logits(layout, logits), -1).astype(jnp.int32)
 
 
-def sample_slots(layout: ActionLayout, key: Array, logits: Array, mean: Array, deviation: Array) -> Slots:
+def sample_slots(layout: ActionLayout, key: Array, logits: Array, mean: Array, std: Array) -> Slots:
     """Samples every slot; continuous ones are not clipped."""
     choice_key, noise_key = jax.random.split(key)
     categorical = jax.random.categorical(choice_key, choice_logits(layout, logits)).astype(jnp.int32)
-    return Slots(categorical, mean + deviation * jax.random.normal(noise_key, mean.shape))
+    return Slots(categorical, mean + std * jax.random.normal(noise_key, mean.shape))

@@ -33,54 +33,56 @@ class PPOConfig:
     """Hyperparameters; the defaults do for most small environments.
 
     Attributes:
-      budget_steps: environment steps of training, over all rows.
-      rows: parallel environments.
-      steps: length of a rollout, in steps per row.
+      budget_steps: environment steps of training, over all parallel environments.
+      num_envs: parallel environments.
+      rollout_length: steps of a rollout in each environment.
       learning_rate: of Adam, falling linearly to 0.
       discount: gamma.
-      trace: lambda of the advantage estimation.
+      gae_lambda: lambda of the advantage estimation.
       epochs: passes over a rollout.
-      minibatches: per pass; divides rows times steps.
-      clip: of the probability ratio.
-      entropy: weight of the entropy bonus.
-      value_weight: of the value loss.
+      minibatches: per pass; divides num_envs times rollout_length.
+      clip_eps: how far the probability ratio may go from 1 before the objective stops rewarding it.
+      entropy_coef: weight of the entropy bonus.
+      value_coef: weight of the value loss.
       max_gradient_norm: of the whole gradient.
       hidden: widths of the hidden layers of policy and value.
       activation: a name in `jax.nn`.
-      deviation: initial standard deviation of continuous slots, in half ranges.
-      learn_deviation: whether it is trained.
+      initial_std: initial standard deviation of continuous slots, in half ranges.
+      learn_std: whether it is trained.
       noise_correlation: of the exploration noise of continuous slots from step to step, 0 (white) to below 1.
     """
 
     budget_steps: int = 500_000
-    rows: int = 64
-    steps: int = 128
+    num_envs: int = 64
+    rollout_length: int = 128
     learning_rate: float = 1e-3
     discount: float = 0.99
-    trace: float = 0.95
+    gae_lambda: float = 0.95
     epochs: int = 4
     minibatches: int = 8
-    clip: float = 0.2
-    entropy: float = 0.01
-    value_weight: float = 0.5
+    clip_eps: float = 0.2
+    entropy_coef: float = 0.01
+    value_coef: float = 0.5
     max_gradient_norm: float = 0.5
     hidden: tuple[int, ...] = (64, 64)
     activation: str = "tanh"
-    deviation: float = 1.0
-    learn_deviation: bool = True
+    initial_std: float = 1.0
+    learn_std: bool = True
     noise_correlation: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "hidden", tuple(self.hidden))  # a list, when it comes from JSON
-        for name in ("budget_steps", "rows", "steps", "epochs", "minibatches", "learning_rate", "clip", "deviation"):
+        positive = ("budget_steps", "num_envs", "rollout_length", "epochs", "minibatches", "learning_rate", "clip_eps")
+        for name in (*positive, "initial_std"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("discount", "trace", "noise_correlation"):
+        for name in ("discount", "gae_lambda", "noise_correlation"):
             if not 0 <= getattr(self, name) <= 1 or self.noise_correlation == 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number from 0 to 1")
-        if self.rows * self.steps % self.minibatches:
+        if self.num_envs * self.rollout_length % self.minibatches:
             raise ValueError(
-                f"a rollout of {self.rows} rows x {self.steps} steps does not split into {self.minibatches} minibatches"
+                f"a rollout of {self.num_envs} environments x {self.rollout_length} steps does not split into "
+                f"{self.minibatches} minibatches"
             )
         if not self.hidden or not callable(getattr(jax.nn, self.activation, None)):
             raise ValueError(f"got hidden {self.hidden} and activation {self.activation!r}, expected jax.nn's names")
@@ -88,22 +90,22 @@ class PPOConfig:
     @property
     def updates(self) -> int:
         """Rollouts that the budget pays for, at least one."""
-        return max(1, self.budget_steps // (self.rows * self.steps))
+        return max(1, self.budget_steps // (self.num_envs * self.rollout_length))
 
 
-class Kept(typing.NamedTuple):
+class ActorRecord(typing.NamedTuple):
     """What the learning agent records: slots as sampled, before clipping, their log-probability and the value."""
 
     slots: Slots
-    log_probability: Array
+    log_prob: Array
     value: Array
 
 
-class Learner(typing.NamedTuple):
+class LearnerState(typing.NamedTuple):
     """All that training changes; a pytree.
 
     Attributes:
-      params: of the network, with `log_deviation`.
+      params: of the network, with `log_std`.
       moments: of the observation's numbers.
       optimizer: Adam's state.
       reward_moments: of the discounted sum of rewards, `[1]`.
@@ -124,7 +126,7 @@ class Learner(typing.NamedTuple):
 
 
 def advantages(
-    value: Array, reward: Array, terminated: Array, truncated: Array, discount: float, trace: float
+    value: Array, reward: Array, terminated: Array, truncated: Array, discount: float, gae_lambda: float
 ) -> tuple[Array, Array]:
     """Generalized advantages under next-step reset.
 
@@ -137,7 +139,7 @@ def advantages(
       terminated: `bool [T + 1, B]`.
       truncated: `bool [T + 1, B]`.
       discount: gamma.
-      trace: lambda.
+      gae_lambda: lambda.
 
     Returns:
       Advantages `float32 [T, B]`, 0 where not valid, and `bool [T, B]`, whether the action counts.
@@ -151,7 +153,7 @@ def advantages(
 
     def back(advantage, now):
         error, valid, ends = now
-        advantage = jnp.where(valid, error + discount * trace * jnp.where(ends, 0.0, advantage), 0.0)
+        advantage = jnp.where(valid, error + discount * gae_lambda * jnp.where(ends, 0.0, advantage), 0.0)
         return advantage, advantage
 
     _, result = jax.lax.scan(back, jnp.zeros_like(value[0]), (error, valid, last[1:]), reverse=True)
@@ -165,7 +167,7 @@ class Batch(typing.NamedTuple):
       observation: each leaf `[N, ...]`.
       action_mask: `bool [N, M]` or None.
       slots: what was sampled.
-      log_probability: `float32 [N]`, of it, when acting.
+      log_prob: `float32 [N]`, of it, when acting.
       advantage: `float32 [N]`.
       target: `float32 [N]`, of the value.
       valid: `bool [N]`; the other rows count for nothing, whatever they hold.
@@ -174,7 +176,7 @@ class Batch(typing.NamedTuple):
     observation: PyTree
     action_mask: Array | None
     slots: Slots
-    log_probability: Array
+    log_prob: Array
     advantage: Array
     target: Array
     valid: Array
@@ -195,28 +197,28 @@ def loss(
         lambda x: jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), batch
     )
     logits, mean, value = network.apply(params["perceptrons"], moments, batch.observation, batch.action_mask)
-    log_deviation = params["log_deviation"]
-    if not config.learn_deviation:
-        log_deviation = jax.lax.stop_gradient(log_deviation)
-    log_probability, entropy = _judge(layout, batch.slots, logits, mean, log_deviation)
+    log_std = params["log_std"]
+    if not config.learn_std:
+        log_std = jax.lax.stop_gradient(log_std)
+    log_prob, entropy = _log_prob_and_entropy(layout, batch.slots, logits, mean, log_std)
 
     def average(x):
         return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
 
     centered = batch.advantage - average(batch.advantage)
     advantage = centered / (jnp.sqrt(average(centered**2)) + 1e-8)
-    ratio = jnp.exp(jnp.where(valid, log_probability - batch.log_probability, 0.0))
-    clipped = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
+    ratio = jnp.exp(jnp.where(valid, log_prob - batch.log_prob, 0.0))
+    clipped = jnp.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps)
     objective = jnp.minimum(ratio * advantage, clipped * advantage)
     value_loss = 0.5 * (value - batch.target) ** 2
-    return average(-objective + config.value_weight * value_loss - config.entropy * entropy)
+    return average(-objective + config.value_coef * value_loss - config.entropy_coef * entropy)
 
 
 def train(environment: Environment, config: PPOConfig, seed: int, progress: rollout.Progress | None = None) -> PyTree:
     """Trains a policy.
 
     Args:
-      environment: `config.rows` rows.
+      environment: `config.num_envs` rows.
       config: hyperparameters.
       seed: of everything random.
       progress: is told the environment steps done and their total.
@@ -227,8 +229,10 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: roll
     Raises:
       FloatingPointError: training diverged.
     """
-    if environment.spec.batch_size != config.rows:
-        raise ValueError(f"the environment has {environment.spec.batch_size} rows, expected rows = {config.rows}")
+    if environment.spec.batch_size != config.num_envs:
+        raise ValueError(
+            f"the environment has {environment.spec.batch_size} rows, expected num_envs = {config.num_envs}"
+        )
     reset_key, key = jax.random.split(jax.random.key(seed))
     learning_agent = _learning_agent(typing.cast(typing.Hashable, environment), config)
     learner: typing.Any = _begin(environment, config, seed)
@@ -242,7 +246,9 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: roll
             for update in range(begin, end):
                 act_key, learn_key = jax.random.split(jax.random.fold_in(key, update))
                 params = (learner.params, learner.moments)
-                loop, trajectory = rollout.rollout(environment, learning_agent, params, loop, act_key, config.steps)
+                loop, trajectory = rollout.rollout(
+                    environment, learning_agent, params, loop, act_key, config.rollout_length
+                )
                 learner = _learn(environment, config, learner, trajectory, loop.timestep, learn_key)
         if not np.isfinite(learner.loss):
             raise FloatingPointError(
@@ -254,9 +260,11 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: roll
         if not mean < top[0] - 2 * np.hypot(error, top[1]):
             kept = learner
         top = max(top, (mean, error))
-        learner = learner._replace(finished=networks.no_moments(1))
+        learner = learner._replace(finished=networks.init_moments(1))
         if progress is not None:
-            progress(end * config.rows * config.steps, config.updates * config.rows * config.steps)
+            progress(
+                end * config.num_envs * config.rollout_length, config.updates * config.num_envs * config.rollout_length
+            )
     return jax.tree.map(np.asarray, {"network": kept.params, "moments": kept.moments._asdict()})
 
 
@@ -277,7 +285,7 @@ def agent(spec: EnvironmentSpec, config: PPOConfig) -> Agent:
         logits, mean, _ = network.apply(
             params["network"]["perceptrons"], moments, timestep.observation, timestep.action_mask
         )
-        return SlotPolicy(logits, mean, jnp.broadcast_to(jnp.exp(params["network"]["log_deviation"]), mean.shape))
+        return SlotPolicy(logits, mean, jnp.broadcast_to(jnp.exp(params["network"]["log_std"]), mean.shape))
 
     return slot_agent(layout, policy)
 
@@ -302,22 +310,22 @@ def _learning_agent(environment: typing.Any, config: PPOConfig) -> Agent:
         correlation = config.noise_correlation
         going = correlation * noise + (1 - correlation**2) ** 0.5 * white.continuous
         noise = jnp.where(timestep.first[:, None], white.continuous, going)
-        slots = Slots(white.categorical, mean + jnp.exp(learned["log_deviation"]) * noise)
-        log_probability, _ = _judge(layout, slots, logits, mean, learned["log_deviation"])
-        return noise, from_slots(layout, slots), Kept(slots, log_probability, value)
+        slots = Slots(white.categorical, mean + jnp.exp(learned["log_std"]) * noise)
+        log_prob, _ = _log_prob_and_entropy(layout, slots, logits, mean, learned["log_std"])
+        return noise, from_slots(layout, slots), ActorRecord(slots, log_prob, value)
 
     return Agent(init, step)
 
 
-def _judge(layout: ActionLayout, slots: Slots, logits: Array, mean: Array, log_deviation: Array):
+def _log_prob_and_entropy(layout: ActionLayout, slots: Slots, logits: Array, mean: Array, log_std: Array):
     """Log-probability of the slots and entropy of the distribution, `[N]` each, summed over slots."""
     choices = choice_logits(layout, logits)
     chosen = jnp.take_along_axis(choices, slots.categorical[..., None], -1)[..., 0]
-    whitened = (slots.continuous - mean) * jnp.exp(-log_deviation)
+    whitened = (slots.continuous - mean) * jnp.exp(-log_std)
     constant = 0.5 * np.log(2 * np.pi)
-    log_probability = chosen.sum(-1) - (0.5 * whitened**2 + log_deviation + constant).sum(-1)
-    entropy = -(jnp.exp(choices) * choices).sum((-2, -1)) + (log_deviation + constant + 0.5).sum()
-    return log_probability, entropy
+    log_prob = chosen.sum(-1) - (0.5 * whitened**2 + log_std + constant).sum(-1)
+    entropy = -(jnp.exp(choices) * choices).sum((-2, -1)) + (log_std + constant + 0.5).sum()
+    return log_prob, entropy
 
 
 def _optimizer(config: PPOConfig) -> optax.GradientTransformation:
@@ -326,21 +334,21 @@ def _optimizer(config: PPOConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.adam(schedule, eps=1e-5))
 
 
-def _begin(environment: Environment, config: PPOConfig, seed: int) -> Learner:
+def _begin(environment: Environment, config: PPOConfig, seed: int) -> LearnerState:
     layout, network = action_layout(environment.spec.action_space), _network(environment.spec, config)
     params = {
         "perceptrons": network.init(np.random.default_rng(seed)),
-        "log_deviation": np.full(layout.continuous, np.log(config.deviation), np.float32),
+        "log_std": np.full(layout.continuous, np.log(config.initial_std), np.float32),
     }
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(_optimizer(config).init, params))
-    return Learner(
+    return LearnerState(
         params,
-        networks.no_moments(network.size),
+        networks.init_moments(network.size),
         zeros,  # Adam begins at zeros
-        networks.no_moments(1),
-        np.zeros(config.rows, np.float32),
-        np.zeros(config.rows, np.float32),
-        networks.no_moments(1),
+        networks.init_moments(1),
+        np.zeros(config.num_envs, np.float32),
+        np.zeros(config.num_envs, np.float32),
+        networks.init_moments(1),
         np.float32(0),
     )
 
@@ -353,7 +361,7 @@ def _train_inside(environment, config, learner, loop, key, begin, end):
         learner, loop = state
         act_key, learn_key = jax.random.split(jax.random.fold_in(key, i))
         params = (learner.params, learner.moments)
-        loop, trajectory = rollout.rollout(environment, learning_agent, params, loop, act_key, config.steps)
+        loop, trajectory = rollout.rollout(environment, learning_agent, params, loop, act_key, config.rollout_length)
         return _learn(environment, config, learner, trajectory, loop.timestep, learn_key), loop
 
     return jax.lax.fori_loop(begin, end, update, (learner, loop))
@@ -378,14 +386,14 @@ def _learn(environment, config, learner, trajectory, following, key):
             (steps.truncated, following.truncated),
         )
     )
-    reward, learner = _follow_rewards(config, learner, reward, terminated | truncated)
-    advantage, valid = advantages(value, reward, terminated, truncated, config.discount, config.trace)
+    reward, learner = _normalize_rewards(config, learner, reward, terminated | truncated)
+    advantage, valid = advantages(value, reward, terminated, truncated, config.discount, config.gae_lambda)
     target = advantage + value[:-1]
 
     def flat(tree):
         return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
-    data = flat(Batch(steps.observation, steps.action_mask, kept.slots, kept.log_probability, advantage, target, valid))
+    data = flat(Batch(steps.observation, steps.action_mask, kept.slots, kept.log_prob, advantage, target, valid))
 
     def descend(state, index_N):
         params, optimizer_state = state
@@ -403,7 +411,9 @@ def _learn(environment, config, learner, trajectory, following, key):
     return learner._replace(params=params, moments=moments, optimizer=optimizer_state, loss=losses.mean())
 
 
-def _follow_rewards(config: PPOConfig, learner: Learner, reward: Array, last: Array) -> tuple[Array, Learner]:
+def _normalize_rewards(
+    config: PPOConfig, learner: LearnerState, reward: Array, last: Array
+) -> tuple[Array, LearnerState]:
     """Scales rewards `[T + 1, B]` by the deviation of their discounted sum, leaving their mean; books the returns."""
     valid = ~last[:-1]
 

@@ -41,22 +41,22 @@ class Recipe:
 
 TUNED: typing.Mapping[str, dict[str, typing.Any]] = types.MappingProxyType(
     {
-        "CartPole": {"budget_steps": 300_000, "discount": 0.999, "trace": 0.98},
+        "CartPole": {"budget_steps": 300_000, "discount": 0.999, "gae_lambda": 0.98},
         "Pendulum": {"discount": 0.95},
         # White noise never reaches the goal; noise that lasts does at once. Were its size trained, it would be lost.
-        "MountainCarContinuous": {"budget_steps": 200_000, "noise_correlation": 0.95, "learn_deviation": False},
+        "MountainCarContinuous": {"budget_steps": 200_000, "noise_correlation": 0.95, "learn_std": False},
         "Catch": {"budget_steps": 300_000},
         "Breakout": {"budget_steps": 1_500_000, "activation": "relu", "learning_rate": 2e-3},
         "Reacher": {"budget_steps": 1_000_000},
         "PointRobot": {"budget_steps": 1_500_000, "discount": 0.97, "learning_rate": 5e-4},
         "LunarLander": {
             "budget_steps": 1_000_000,
-            "rows": 32,
-            "steps": 256,
+            "num_envs": 32,
+            "rollout_length": 256,
             "minibatches": 16,
             "learning_rate": 5e-4,
             "discount": 0.999,
-            "trace": 0.98,
+            "gae_lambda": 0.98,
         },
         "MiniGrid-Empty-5x5": {"budget_steps": 200_000},
     }
@@ -74,6 +74,6 @@ def recipe(spec: EnvironmentSpec) -> Recipe:
         return Recipe("tabular", tabular.TabularConfig())
     continuous = any(isinstance(leaf.space, spaces.Box) for leaf in leaves(spec.action_space))
     image = any(is_image(leaf.space) for leaf in leaves(spec.observation_space))
-    config = ppo.PPOConfig(budget_steps=1_000_000 if image else 500_000, entropy=0.0 if continuous else 0.01)
+    config = ppo.PPOConfig(budget_steps=1_000_000 if image else 500_000, entropy_coef=0.0 if continuous else 0.01)
     name = re.sub(r"-(v\d+|bsuite|misc|MinAtar)$", "", spec.id.partition("/")[2])
     return Recipe("ppo", dataclasses.replace(config, **TUNED.get(name, {})))

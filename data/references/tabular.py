@@ -37,31 +37,31 @@ class TabularConfig:
     """How long to explore and how far to look ahead.
 
     Attributes:
-      budget_steps: environment steps of exploration, over all rows.
-      rows: parallel environments.
-      steps: per row between two plans.
+      budget_steps: environment steps of exploration, over all parallel environments.
+      num_envs: parallel environments.
+      rollout_length: steps in each environment between two plans.
       discount: gamma; close to 1 where a time limit far away ends episodes.
-      random: share of random actions while exploring.
+      epsilon: share of random actions while exploring.
     """
 
     budget_steps: int = 250_000
-    rows: int = 64
-    steps: int = 128
+    num_envs: int = 64
+    rollout_length: int = 128
     discount: float = 0.999
-    random: float = 0.1
+    epsilon: float = 0.1
 
     def __post_init__(self):
-        for name in ("budget_steps", "rows", "steps"):
+        for name in ("budget_steps", "num_envs", "rollout_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("discount", "random"):
+        for name in ("discount", "epsilon"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
 
     @property
     def rounds(self) -> int:
         """Plans that the budget pays for, at least one."""
-        return max(1, self.budget_steps // (self.rows * self.steps))
+        return max(1, self.budget_steps // (self.num_envs * self.rollout_length))
 
 
 def is_tabular(spec: EnvironmentSpec) -> bool:
@@ -73,7 +73,7 @@ def is_tabular(spec: EnvironmentSpec) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Model:
+class EmpiricalMDP:
     """What was seen, each distinct transition once; an empirical Markov decision process.
 
     Attributes:
@@ -101,12 +101,12 @@ class Model:
         return np.bincount(self.pairs, self.counts, self.states * self.actions).astype(np.int64)
 
 
-def no_model(states: int, actions: int) -> Model:
+def empty_mdp(states: int, actions: int) -> EmpiricalMDP:
     """A model of nothing seen yet."""
-    return Model(states, actions, np.zeros((0, 4), np.int64), np.zeros(0, np.int64), np.zeros(0))
+    return EmpiricalMDP(states, actions, np.zeros((0, 4), np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 
-def add_experience(model: Model, state: np.ndarray, action: np.ndarray, timestep: TimeStep) -> Model:
+def add_experience(model: EmpiricalMDP, state: np.ndarray, action: np.ndarray, timestep: TimeStep) -> EmpiricalMDP:
     """Takes in a rollout.
 
     Args:
@@ -122,10 +122,10 @@ def add_experience(model: Model, state: np.ndarray, action: np.ndarray, timestep
     transitions, index = np.unique(rows, axis=0, return_inverse=True)
     counts = np.bincount(index.ravel(), np.concatenate([model.counts, np.ones(len(seen))])).astype(np.int64)
     rewards = np.bincount(index.ravel(), np.concatenate([model.rewards, reward[valid]]))
-    return Model(model.states, model.actions, transitions, counts, rewards)
+    return EmpiricalMDP(model.states, model.actions, transitions, counts, rewards)
 
 
-def plan(model: Model, reward: np.ndarray, untried: float, discount: float) -> np.ndarray:
+def plan(model: EmpiricalMDP, reward: np.ndarray, untried: float, discount: float) -> np.ndarray:
     """Values of all actions in all states, by value iteration.
 
     Args:
@@ -159,7 +159,7 @@ def train(
     """Explores, learns the model and plans in it.
 
     Args:
-      environment: `config.rows` rows of one category seen and one chosen.
+      environment: `config.num_envs` rows of one category seen and one chosen.
       config: how long.
       seed: of everything random.
       progress: is told the environment steps done and their total.
@@ -172,7 +172,7 @@ def train(
         raise ValueError(f"{spec.id} sees {spec.observation_space} and takes {spec.action_space}: too much for a table")
     seen, taken = _discrete(spec.observation_space), _discrete(spec.action_space)
     first_state, first_action = int(seen.start), int(taken.start)
-    model = no_model(int(seen.n), int(taken.n))
+    model = empty_mdp(int(seen.n), int(taken.n))
     explorer = agent(spec, config)
     reset_key, key = jax.random.split(jax.random.key(seed))
     loop = rollout.start(environment, explorer, reset_key)
@@ -180,7 +180,7 @@ def train(
     for round in range(config.rounds):
         params = with_form({"logits": logits}, "sampled")
         loop, trajectory = rollout.rollout(
-            environment, explorer, params, loop, jax.random.fold_in(key, round), config.steps
+            environment, explorer, params, loop, jax.random.fold_in(key, round), config.rollout_length
         )
         timestep = jax.tree.map(lambda x, y: np.concatenate([x, y[None]]), trajectory.timestep, loop.timestep)
         action = np.asarray(trajectory.action) - first_action
@@ -190,9 +190,12 @@ def train(
             greedy = np.exp(_ties(plan(model, bonus, 1 / (1 - EXPLORATION_DISCOUNT), EXPLORATION_DISCOUNT), 1.0))
         else:
             greedy = np.exp(_best(model, config))
-        logits = np.log((1 - config.random) * greedy + config.random / model.actions).astype(np.float32)
+        logits = np.log((1 - config.epsilon) * greedy + config.epsilon / model.actions).astype(np.float32)
         if progress is not None:
-            progress((round + 1) * config.rows * config.steps, config.rounds * config.rows * config.steps)
+            progress(
+                (round + 1) * config.num_envs * config.rollout_length,
+                config.rounds * config.num_envs * config.rollout_length,
+            )
     return {"logits": _best(model, config).astype(np.float32)}
 
 
@@ -217,7 +220,7 @@ def _discrete(space: gymnasium.Space) -> spaces.Discrete:
     return space
 
 
-def _best(model: Model, config: TabularConfig) -> np.ndarray:
+def _best(model: EmpiricalMDP, config: TabularConfig) -> np.ndarray:
     """Logits `[S, A]` of the best plan in the model."""
     sums = np.bincount(model.pairs, model.rewards, model.states * model.actions)
     reward = sums / np.maximum(model.tried, 1)
