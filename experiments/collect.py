@@ -15,7 +15,8 @@ from data import collect
 from data.references import ScoredReference, load_reference
 from data.store import Dataset, append_part, create_dataset, remove_group
 from experiments.harness import progress
-from experiments.harness.workdir import claim, listed, seed_of
+from experiments.harness.stage import stage
+from experiments.harness.workdir import listed, pin_config, seed_of
 from ldm_jax.cards import EnvironmentCard
 
 
@@ -32,6 +33,7 @@ class CollectStageConfig:
     data: collect.CollectConfig = dataclasses.field(default_factory=collect.CollectConfig)
 
 
+@stage("collect")
 def run(config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> None:
     """Collects in every environment whose reference was admitted.
 
@@ -45,7 +47,7 @@ def run(config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[s
       StoreError: its `dataset/` is not one, or cannot be written.
     """
     ids = environments or listed(workdir / "references")
-    claim(workdir, "collect", config, owns=("dataset",))
+    pin_config(workdir, "collect", config, owns=("dataset",))
     dataset, missing = create_dataset(workdir / "dataset"), []
     for id in ids:
         scored = load_reference(workdir / "references" / id)

@@ -15,6 +15,7 @@ import jax
 
 from experiments import pretrain
 from experiments.harness.flags import rebuild
+from experiments.harness.stage import stage
 from experiments.harness.training_loop import FAILURE
 from ldm_jax import training
 from ldm_jax.model.network import make_model
@@ -33,6 +34,7 @@ class DiagnoseConfig:
     batch: str = ""
 
 
+@stage("diagnose")
 def run(config: DiagnoseConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> diagnosis.Diagnosis:
     """Repeats the step.
 

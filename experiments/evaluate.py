@@ -19,9 +19,11 @@ import numpy as np
 import environments as registry
 from data.references import load_reference
 from experiments.harness import progress
-from experiments.harness.workdir import claim, key_of, listed, write
+from experiments.harness.stage import stage
+from experiments.harness.workdir import key_of, listed, pin_config
 from experiments.report.page import write_report
 from experiments.report.targets import PUBLIC_TARGETS
+from ldm_jax import files
 from ldm_jax import policy as policies
 from ldm_jax.evaluation import aggregates, scores
 from ldm_jax.model.network import count_parameters
@@ -47,6 +49,7 @@ class EvaluateConfig:
             raise ValueError(f"got {self.rows} rows x {self.episodes} episodes, expected at least 2 rows x 1")
 
 
+@stage("evaluate")
 def run(config: EvaluateConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
     """Evaluates in all environments the policy knows, scores it and writes the report.
 
@@ -64,7 +67,7 @@ def run(config: EvaluateConfig, workdir: pathlib.Path, environments: tuple[str, 
     """
     policy = policies.load(workdir / "policy")
     ids = environments or listed(workdir / "references")
-    claim(workdir, "evaluate", config, owns=("evaluation", "report"))
+    pin_config(workdir, "evaluate", config, owns=("evaluation", "report"))
     digest, results = fingerprint(policy), []
     paths = {id: workdir / "evaluation" / f"{id}.json" for id in ids if id in policy.cards}
     missing = [id for id, path in paths.items() if _kept(path, digest) is None]
@@ -122,7 +125,7 @@ def _evaluate(
     returns = episodes.returns.astype(np.float64)
     result = {"id": id, "policy": digest, "returns": returns.tolist(), "lengths": episodes.lengths.tolist()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(result))
+    files.write(path, json.dumps(result))
     progress.log("evaluated", id=id, model=float(returns.mean()), episodes=returns.size, seconds=clock())
 
 

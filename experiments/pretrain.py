@@ -21,7 +21,8 @@ from data.store import open_dataset
 from experiments.harness import training_loop, validation
 from experiments.harness.mesh import HostsConfig, MeshConfig, barrier, connect, device_bytes, make_mesh
 from experiments.harness.metrics_log import Meter, RunLog
-from experiments.harness.workdir import FREE, WorkdirError, claim, resolved
+from experiments.harness.stage import stage
+from experiments.harness.workdir import FREE, WorkdirError, pin_config, resolved
 from ldm_jax import policy, sharding, training
 from ldm_jax.acting import Decoding
 from ldm_jax.errors import ConfigError
@@ -89,6 +90,7 @@ class PretrainConfig:
             )
 
 
+@stage("pretrain")
 def run(
     config: PretrainConfig, workdir: pathlib.Path, environments: tuple[str, ...] = (), data: pathlib.Path | None = None
 ) -> None:
@@ -124,7 +126,7 @@ def run(
     cost.check_state_fits(shapes, device_bytes())
     held_out = mix(dataset, codecs, *size, Streams(config.held_out, True), share) if config.held_out else None
     validate = validation.Validation(config.evaluation, model, config.model, codecs, held_out, config.decoding, mesh)
-    claim(workdir, "pretrain", config, owns=("checkpoints", "metrics.jsonl", "tensorboard", "policy"))
+    pin_config(workdir, "pretrain", config, owns=("checkpoints", "metrics.jsonl", "tensorboard", "policy"))
     barrier("claimed")
     configuration = {"pretrain": resolved(config), "environments": list(ids), "data": mixture.fingerprint}
     with (

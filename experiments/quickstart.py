@@ -12,7 +12,9 @@ import typing
 
 from data import collect as collecting
 from experiments import collect, evaluate, pretrain, references
-from experiments.harness.workdir import check_ids, claim
+from experiments.harness.ids import check_ids
+from experiments.harness.stage import stage
+from experiments.harness.workdir import pin_config
 from ldm_jax.model.config import SIZES
 from ldm_jax.training.optimizer import TrainingConfig
 
@@ -65,6 +67,7 @@ SMOKE = QuickstartConfig(
 """Small enough for a test: it shows that all parts fit, not what they can do."""
 
 
+@stage("quickstart")
 def run(config: QuickstartConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
     """Runs all stages.
 
@@ -82,7 +85,7 @@ def run(config: QuickstartConfig, workdir: pathlib.Path, environments: tuple[str
     """
     ids = environments or config.environments
     check_ids(ids)
-    claim(workdir, "quickstart", dataclasses.replace(config, environments=ids), owns=("*",))
+    pin_config(workdir, "quickstart", dataclasses.replace(config, environments=ids), owns=("*",))
     references.run(config.references, workdir, ids)
     collect.run(config.collect, workdir, ids)
     pretrain.run(config.pretrain, workdir)

@@ -17,7 +17,9 @@ import typing
 import environments as registry
 from data.references import Recipe, load_reference, recipe, save_reference, score_reference, train_reference
 from experiments.harness import progress
-from experiments.harness.workdir import FREE, WorkdirError, check_ids, claim, seed_of
+from experiments.harness.ids import check_ids
+from experiments.harness.stage import stage
+from experiments.harness.workdir import FREE, WorkdirError, pin_config, seed_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Unit(typing.NamedTuple):
     directory: pathlib.Path
 
 
+@stage("references")
 def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> None:
     """Makes the references that are missing.
 
@@ -71,7 +74,7 @@ def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str
             "no environment was named; give --environments=gymnax/CartPole-v1,envpool/Taxi-v3 or the like"
         )
     check_ids(environments)
-    claim(workdir, "references", config, owns=("references",))
+    pin_config(workdir, "references", config, owns=("references",))
     units = []
     for id in environments:
         directory = workdir / "references" / id

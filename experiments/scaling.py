@@ -18,8 +18,10 @@ import numpy as np
 from data.store import open_dataset
 from experiments import pretrain
 from experiments.harness import progress, validation
-from experiments.harness.workdir import claim, write
+from experiments.harness.stage import stage
+from experiments.harness.workdir import pin_config
 from experiments.report import figures
+from ldm_jax import files
 from ldm_jax.errors import ConfigError
 from ldm_jax.evaluation import scaling_law
 from ldm_jax.model.config import SIZES, ModelConfig
@@ -73,6 +75,7 @@ def shape(name: str, base: ModelConfig) -> ModelConfig:
     return dataclasses.replace(base, width=width, layers=layers, heads=heads, kv_heads=heads, feed_forward=2 * width)
 
 
+@stage("scaling")
 def run(config: ScalingConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
     """Trains what is missing, and fits.
 
@@ -90,7 +93,7 @@ def run(config: ScalingConfig, workdir: pathlib.Path, environments: tuple[str, .
     """
     ids = environments or open_dataset(workdir / "dataset").ids
     folder = workdir / "scaling"
-    claim(folder, "scaling_config", config, owns=("*",))
+    pin_config(folder, "scaling_config", config, owns=("*",))
     points = []
     for budget in sorted(float(word) for word in config.tokens.split(",")):  # the cheap runs first
         for name in config.sizes.split(","):
@@ -108,7 +111,7 @@ def run(config: ScalingConfig, workdir: pathlib.Path, environments: tuple[str, .
             points.append(point)
             progress.log("scaling", **point)
     found = {"points": points, **_fit(points)}
-    write(folder / "scaling.json", json.dumps(found, indent=1) + "\n")
+    files.write(folder / "scaling.json", json.dumps(found, indent=1) + "\n")
     (folder / "scaling.png").write_bytes(figures.scaling(found, "png"))
     print(_table(found), f"figure: {folder / 'scaling.png'}", sep="\n")
     return found

@@ -21,7 +21,7 @@ from data.store import open_dataset, verify
 from environments import UnknownEnvironmentError
 from experiments import collect, pretrain, quickstart, references
 from experiments.harness.flags import rebuild
-from experiments.harness.workdir import WorkdirError, claim, resolved
+from experiments.harness.workdir import WorkdirError, pin_config, resolved
 from ldm_jax import policy
 from ldm_jax.environment import LibraryMissingError
 
@@ -232,9 +232,9 @@ def test_flags_rebuild_the_configuration():
     assert rebuild(quickstart.SMOKE, values).collect.data.streams == 4
 
 
-def test_claim_is_the_same_for_the_same_configuration(tmp_path):
+def test_pin_config_is_the_same_for_the_same_configuration(tmp_path):
     for workers in (1, 2):
-        claim(tmp_path / "run", "references", references.ReferencesConfig(workers=workers), owns=("references",))
+        pin_config(tmp_path / "run", "references", references.ReferencesConfig(workers=workers), owns=("references",))
     assert json.loads((tmp_path / "run" / "references.json").read_text()) == resolved(references.ReferencesConfig())
 
 

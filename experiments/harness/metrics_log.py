@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.harness import progress
-from experiments.harness.workdir import write
+from ldm_jax import files
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.training.cost import flops_per_token
 from ldm_jax.training.metrics import Metrics
@@ -39,7 +39,7 @@ class RunLog:
         path = workdir / "metrics.jsonl"
         if path.exists():  # what came after the checkpoint is about to be measured again
             rows = path.read_text().splitlines()
-            write(path, "".join(f"{row}\n" for row in itertools.takewhile(lambda row: _step(row) <= begun, rows)))
+            files.write(path, "".join(f"{row}\n" for row in itertools.takewhile(lambda row: _step(row) <= begun, rows)))
         self._file = path.open("a")
         self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=begun + 1)
 
