@@ -28,8 +28,7 @@ import jax
 import numpy as np
 
 from environments.cores import available_cores
-from environments.isolation import containers, groups
-from environments.isolation.environment import IsolatedEnvironment, Isolation, Program
+from environments.isolation import IsolatedEnvironment, Isolation, WorkerSpec, containers, groups
 from environments.isolation.host import IDLE
 
 from .timing import Times, compare
@@ -82,7 +81,7 @@ def in_process(case: Case) -> typing.Iterator[Step]:
 @contextlib.contextmanager
 def isolated(case: Case, image: str, workers: int = 1) -> typing.Iterator[tuple[Step, IsolatedEnvironment]]:
     """Steps of workers in containers of an image, or in processes where it is empty; and their environment."""
-    program = Program(
+    spec = WorkerSpec(
         python=containers.PYTHON if image else sys.executable,
         library="workload",
         name=case.name,
@@ -94,7 +93,7 @@ def isolated(case: Case, image: str, workers: int = 1) -> typing.Iterator[tuple[
         path=(str(LIBRARY),),
         image=image,
     )
-    with contextlib.closing(IsolatedEnvironment(program, case.rows, None, Isolation(workers=workers))) as environment:
+    with contextlib.closing(IsolatedEnvironment(spec, case.rows, None, Isolation(workers=workers))) as environment:
         state, _ = environment.reset(jax.random.key(0))
         action = np.zeros(case.rows, np.int32)
 
@@ -141,7 +140,7 @@ def round_trip_us(image: str, repetitions: int, seconds: float) -> float:
 def find_image() -> tuple[str | None, str]:
     """The image that containers are made of, and why there is none where it is None."""
     try:
-        image = containers.build(groups.libraries()[IMAGE_OF].recipe)
+        image = containers.build(groups.libraries()[IMAGE_OF].venv)
         with isolated(CASES["nothing"], image):
             return image, ""
     except Exception as error:  # whatever it is, the rest can be measured without

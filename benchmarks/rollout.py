@@ -35,7 +35,7 @@ import numpy as np
 import environments
 import ldm_jax
 from environments.cores import available_cores
-from environments.isolation.environment import IsolatedEnvironment, Isolation, Program
+from environments.isolation import IsolatedEnvironment, Isolation, WorkerSpec
 from ldm_jax import rollout
 from ldm_jax.types import Agent, EnvironmentSpec
 
@@ -199,8 +199,8 @@ def make(name: str, rows: int, workers: int = 0) -> ldm_jax.Environment:
     library, _, own = name.partition("/")
     if library != "gymnasium":
         return environments.make(name, rows)
-    program = Program(sys.executable, library, own, library, (library,), library, "classic control")
-    return IsolatedEnvironment(program, rows, None, Isolation(workers=workers))
+    spec = WorkerSpec(sys.executable, library, own, library, (library,), library, "classic control")
+    return IsolatedEnvironment(spec, rows, None, Isolation(workers=workers))
 
 
 def measure(name: str, rows: int, width: int, repetitions: int, seconds: float) -> dict[str, typing.Any]:

@@ -35,7 +35,7 @@ from .catalog.taxonomy import first_match
 from .isolation import groups
 
 if typing.TYPE_CHECKING:
-    from .isolation.environment import Isolation
+    from .isolation.program import Isolation
 
 ENTRY_POINT_GROUP = "ldm_jax.environments"
 
@@ -97,7 +97,7 @@ def make_candidate(id: str) -> Environment:
     Raises:
       Exception: whatever the library raises.
     """
-    from .isolation.environment import Isolation
+    from .isolation.program import Isolation
 
     library, _, name = id.partition("/")
     adapter = _adapter(library)
@@ -177,7 +177,7 @@ def domain(library: str, name: str) -> str:
 
 def group(library: str) -> str:
     """The group whose interpreter serves a library; empty where an adapter in this interpreter does."""
-    return groups.libraries()[library].recipe.name if library in groups.libraries() else ""
+    return groups.libraries()[library].venv.name if library in groups.libraries() else ""
 
 
 def _check_offered(library: str, name: str, adapter: typing.Any) -> None:
@@ -219,7 +219,7 @@ def _make(
         except ModuleNotFoundError as error:
             raise _missing(library, error) from error
     if isinstance(isolation, str):
-        from .isolation.environment import Isolation
+        from .isolation.program import Isolation
 
         isolation = Isolation(isolation)
     return adapter.make(name, batch_size, time_limit, isolation)

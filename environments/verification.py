@@ -95,7 +95,7 @@ def reason_of(error: BaseException | str) -> str:
         lines = [line for line in lines[frames[-1] + 1 :] if not line.startswith(" ")] or lines
     text = re.sub(r"(?<![:/\w])(/[\w.+-]+)+/", "", lines[0].strip())
     text = re.sub(r" \(fault \d+ since the reset.*$", "", text)
-    text = re.sub(r"^(.*\bhang: [^;]*); its last words: .*$", r"\1", text)  # they are of something else, long before
+    text = re.sub(r"^(.*\bhang: [^;]*); its log ends: .*$", r"\1", text)  # they are of something else, long before
     text = re.sub(r"^\S+(?= declares spaces)", "it", text)
     text = re.sub(r"^\S+ cannot be made: |^\S+, step \d+ after the reset(, rows \[0\])?: ", "", text)
     return text if len(text) <= _MAX_REASON_CHARS else text[: _MAX_REASON_CHARS - 4] + " ..."

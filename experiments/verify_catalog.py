@@ -59,7 +59,7 @@ def verify_library(
     path, journal = output / f"{library}.jsonl", output / f"{library}.journal"
     version = registry.version(library)
     if library in groups.libraries():
-        venvs.build(groups.libraries()[library].recipe)  # ids are tried there, so that no image is built to list them
+        venvs.build(groups.libraries()[library].venv)  # ids are tried there, so that no image is built to list them
     before = [known for known in (entries.read(path) if path.exists() else ()) if known.verified or not retry]
     before += _read_journal(journal)
     candidates = {f"{library}/{name}": reason for name, reason in registry.candidates(library).items()}

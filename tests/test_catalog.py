@@ -106,10 +106,10 @@ It was 0.7 before. (fault 1 since the reset, expected at most 0; since it was ma
             "a/b, step 2 after the reset, rows [0]: nan: it is inf (fault 1 since the reset, expected ...",
             "nan: it is inf",
         ),
-        ("hang: no answer within 60 s; its last words: warning: old\nversion", "hang: no answer within 60 s"),
+        ("hang: no answer within 60 s; its log ends: warning: old\nversion", "hang: no answer within 60 s"),
         (
-            "crash: it was ended by SIGSEGV; its last words: assertion",
-            "crash: it was ended by SIGSEGV; its last words: assertion",
+            "crash: it was ended by SIGSEGV; its log ends: assertion",
+            "crash: it was ended by SIGSEGV; its log ends: assertion",
         ),
         (KeyError(), "KeyError"),
         ("see https://some.where/a/b or 1/2", "see https://some.where/a/b or 1/2"),
@@ -166,7 +166,7 @@ def test_ids_that_do_not_work_are_refused_with_the_reason_of_the_catalog():
 def _is_here(library):
     """Whether it can be made without installing or building anything."""
     if library in groups.libraries():
-        return venvs.built(groups.libraries()[library].recipe) is not None
+        return venvs.built(groups.libraries()[library].venv) is not None
     return importlib.util.find_spec(library) is not None
 
 

@@ -26,18 +26,17 @@ from test_isolation import (
     check_killed_workers_are_replaced,
     pids,
     play,
-    program,
     row,
     same,
     soon,
+    worker_spec,
 )
 
 import environments
 from data import collect as collecting
 from data.references import ReferencePolicy, ScoredReference
 from data.store import create_dataset
-from environments.isolation import containers, groups, scratch, venvs
-from environments.isolation.environment import IsolatedEnvironment, Isolation
+from environments.isolation import IsolatedEnvironment, Isolation, containers, groups, scratch, venvs
 from experiments import collect
 from ldm_jax import cards
 from ldm_jax.encoding.actions import Distribution
@@ -64,13 +63,13 @@ def built(python):
     """The name of an image, and what else a program in it needs to be told."""
     containers_here.need()
     library, api = IMAGES[python]
-    return {"image": containers.build(groups.libraries()[library].recipe), "api": api}
+    return {"image": containers.build(groups.libraries()[library].venv), "api": api}
 
 
 @contextlib.contextmanager
 def make(image, name, batch_size=4, **limits):
     environment = IsolatedEnvironment(
-        program(name, containers.PYTHON, **image),
+        worker_spec(name, containers.PYTHON, **image),
         batch_size,
         None,
         Isolation(**({"workers": 2, "call_timeout_s": LIMIT_S} | limits)),
@@ -130,7 +129,7 @@ def test_a_container_sees_and_may_do_next_to_nothing(image):
 def test_the_interface_of_gymnasium_and_that_of_gym_0_21_pass_the_kit(image):
     environments.check_environment(
         lambda batch_size, time_limit: IsolatedEnvironment(
-            program("Steady", containers.PYTHON, **image), batch_size, time_limit, Isolation()
+            worker_spec("Steady", containers.PYTHON, **image), batch_size, time_limit, Isolation()
         )
     )
 
@@ -272,16 +271,16 @@ def test_a_service_that_is_killed_is_started_anew_and_the_run_goes_on(new_image)
 def test_a_group_may_bring_a_containerfile_of_its_own(tmp_path, monkeypatch):
     containers_here.need()
     (tmp_path / "requirements.txt").write_text("")
-    recipe = venvs.Recipe("own", "3.13", tmp_path / "requirements.txt", (), ("json",), ())
-    shared = containers.tag(recipe)
+    spec = venvs.VenvSpec("own", "3.13", tmp_path / "requirements.txt", (), ("json",), ())
+    shared = containers.tag(spec)
     lines = ["ARG BASE", "FROM ${BASE}", "COPY said.txt /said.txt", "RUN python3 -m venv --without-pip /venv"]
     (tmp_path / "Containerfile").write_text("\n".join(lines))
     (tmp_path / "said.txt").write_text("one")
-    before = containers.tag(recipe)
+    before = containers.tag(spec)
     (tmp_path / "said.txt").write_text("two")
-    assert len({shared, before, containers.tag(recipe)}) == 3  # its files make a difference
+    assert len({shared, before, containers.tag(spec)}) == 3  # its files make a difference
     monkeypatch.setenv("LDM_JAX_CACHE", str(tmp_path / "cache"))
-    name = containers.build(recipe)
+    name = containers.build(spec)
     try:
         assert containers._podman("run", "--rm", name, "cat", "/said.txt").stdout == "two"
         assert re.fullmatch("sha256:[0-9a-f]{64}", containers.digest(name))

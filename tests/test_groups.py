@@ -18,10 +18,9 @@ import environments
 import ldm_jax
 from environments import registry, verification
 from environments.catalog import entries
-from environments.isolation import containers, groups, venvs
-from environments.isolation.environment import Isolation
+from environments.isolation import Isolation, containers, groups, venvs
 
-GROUPS = sorted(groups.IMAGES.glob("*/group.json"))
+GROUPS = sorted(groups.FOLDER.glob("*/group.json"))
 HERE = ".".join(map(str, sys.version_info[:2]))
 
 
@@ -51,7 +50,7 @@ def group(tmp_path, cache, monkeypatch):
     }
     (folder / "group.json").write_text(json.dumps(description))
     (folder / "requirements.txt").write_text("# nothing\n")
-    monkeypatch.setattr(groups, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(groups, "FOLDER", tmp_path / "images")
     groups.libraries.cache_clear()
     monkeypatch.setattr(containers, "problem", lambda: "this test is about virtual environments")
     # What pip would install is borrowed from the environment that runs the tests.
@@ -68,7 +67,7 @@ def _write_catalog():
     entries.write(entries.FOLDER / "corridor.jsonl", [works, crashes])
 
 
-def _borrow(library, recipe, base, folder, log, count):
+def _borrow(library, spec, base, folder, log, count):
     subprocess.run([base, "-m", "venv", "--without-pip", str(folder)], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "borrowed.pth").write_text(f"{os.path.dirname(os.path.dirname(np.__file__))}\n{library}\n")
@@ -83,8 +82,8 @@ def test_every_group_is_described_and_pinned_exactly():
         libraries = groups.read_group(path)
         names = {line.partition("==")[0].lower() for line in venvs.pinned(path.parent / "requirements.txt")}
         for library in libraries:
-            assert library.program["distribution"].lower() in names
-            assert library.program["api"] in names
+            assert library.worker["distribution"].lower() in names
+            assert library.worker["api"] in names
             assert library.version != "unknown"
 
 
@@ -116,12 +115,12 @@ def test_a_wrong_description_is_named(group, change, text):
 
 def test_the_hash_follows_what_makes_a_difference(group):
     (library,) = groups.read_group(group / "group.json")
-    recipe = library.recipe
-    assert recipe.digest == dataclasses.replace(recipe, apt=("libx",)).digest
-    digests = {recipe.digest, dataclasses.replace(recipe, python="3.9").digest}
-    digests.add(dataclasses.replace(recipe, build=("wheel==1",)).digest)
-    recipe.requirements.write_text("numpy==2.0.0\n")
-    assert len(digests | {recipe.digest}) == 4
+    spec = library.venv
+    assert spec.digest == dataclasses.replace(spec, apt=("libx",)).digest
+    digests = {spec.digest, dataclasses.replace(spec, python="3.9").digest}
+    digests.add(dataclasses.replace(spec, build=("wheel==1",)).digest)
+    spec.requirements.write_text("numpy==2.0.0\n")
+    assert len(digests | {spec.digest}) == 4
 
 
 def test_what_was_built_is_imported_under_the_variables_of_its_libraries(group, tmp_path):
@@ -131,8 +130,8 @@ def test_what_was_built_is_imported_under_the_variables_of_its_libraries(group, 
     description["libraries"]["corridor"].update(imports=["headless"], variables={"DISPLAY_NONE": "1"})
     path.write_text(json.dumps(description))
     (library,) = groups.read_group(path)
-    for recipe, status in ((library.recipe, 0), (dataclasses.replace(library.recipe, variables=()), 1)):
-        command = [sys.executable, "-c", recipe.trial]
+    for spec, status in ((library.venv, 0), (dataclasses.replace(library.venv, variables=()), 1)):
+        command = [sys.executable, "-c", spec.trial]
         environment = {"PYTHONPATH": str(tmp_path)}
         assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == status
 
@@ -245,13 +244,13 @@ def test_where_there_is_no_podman_auto_is_a_virtual_environment_and_container_sa
 def test_a_build_that_fails_leaves_nothing_but_its_log(tmp_path, cache, caplog):
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("no-such-package-anywhere==1.0\n")
-    recipe = venvs.Recipe("broken", HERE, requirements, (), ("math",), ("libmissing0",))
+    spec = venvs.VenvSpec("broken", HERE, requirements, (), ("math",), ("libmissing0",))
     environment = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
         for name, value in environment.items():
             patch.setenv(name, value)
         with pytest.raises(ldm_jax.LibraryMissingError, match=r"(?s)apt-get install libmissing0.*no-such-package"):
-            venvs.build(recipe)
+            venvs.build(spec)
     assert [path.suffix for path in (cache / "venvs").iterdir()].count(".log") == 1
     assert not [path for path in (cache / "venvs").iterdir() if path.is_dir()]
 
@@ -275,7 +274,7 @@ def test_two_ids_of_every_library_pass_the_kit(name, kind):
     library = groups.libraries()[name]
     if kind == "container":
         containers_here.need()
-    expected = "sha256:[0-9a-f]{64}" if kind == "container" else f"venv:{library.recipe.digest}"
+    expected = "sha256:[0-9a-f]{64}" if kind == "container" else f"venv:{library.venv.digest}"
     ids = environments.list_ids(name)
     for id in (ids[0], ids[-1]):
         environments.check_environment(

@@ -22,29 +22,27 @@ from spaces_strategies import any_spaces
 
 import environments
 import ldm_jax
-from environments.isolation import environment as isolation
+from environments.isolation import IsolatedEnvironment, Isolation, WorkerSpec, scratch
 from environments.isolation import host as workers
-from environments.isolation import scratch
-from environments.isolation.environment import IsolatedEnvironment, Isolation, Program
 from ldm_jax import spaces
 
 LIBRARY = pathlib.Path(__file__).parent / "misbehaving_library"
 LIMIT_S = 0.5
 
 
-def program(name, python=sys.executable, api="gymnasium", **options):
+def worker_spec(name, python=sys.executable, api="gymnasium", **options):
     fixed = {"library": "misbehaving", "imports": ("misbehaving",), "domain": "test"}
     path, variables = (str(LIBRARY), *options.pop("path", ())), {"MISBEHAVING_API": api}
-    return Program(
+    return WorkerSpec(
         python, name=f"{name}-v0", api=api, distribution=api, path=path, variables=variables, **fixed, **options
     )
 
 
 @contextlib.contextmanager
-def make(name, batch_size=4, time_limit=None, program_options=(), **limits):
+def make(name, batch_size=4, time_limit=None, spec_options=(), **limits):
     limits = {"workers": 2, "call_timeout_s": LIMIT_S} | limits
     environment = IsolatedEnvironment(
-        program(name, **dict(program_options)), batch_size, time_limit, Isolation(**limits)
+        worker_spec(name, **dict(spec_options)), batch_size, time_limit, Isolation(**limits)
     )
     try:
         yield environment
@@ -99,7 +97,7 @@ def pids(environment):
 def test_environments_in_workers_pass_the_kit(name, options):
     environments.check_environment(
         lambda batch_size, time_limit: IsolatedEnvironment(
-            program(name, **options), batch_size, time_limit, Isolation(workers=2)
+            worker_spec(name, **options), batch_size, time_limit, Isolation(workers=2)
         )
     )
 
@@ -112,7 +110,7 @@ def test_environments_of_gym_0_26_pass_the_kit(tmp_path):
     for name in ("Steady", "Everything"):
         environments.check_environment(
             lambda batch_size, time_limit, name=name: IsolatedEnvironment(
-                program(name, api="gym", path=(str(tmp_path),)), batch_size, time_limit, Isolation(workers=2)
+                worker_spec(name, api="gym", path=(str(tmp_path),)), batch_size, time_limit, Isolation(workers=2)
             )
         )
 
@@ -122,7 +120,7 @@ def test_the_number_of_workers_changes_nothing(name, options):
     actions = np.random.default_rng(0).integers(0, 3, (40, 5))
     runs = []
     for count in (1, 2, 5):
-        with make(name, 5, program_options=options, workers=count) as environment:
+        with make(name, 5, spec_options=options, workers=count) as environment:
             runs.append(play(environment, actions))
             assert len(pids(environment)) == count
     assert all(same(one, other) for run in runs[1:] for one, other in zip(runs[0], run, strict=True))
@@ -173,14 +171,14 @@ def test_what_cannot_be_offered_is_refused_with_a_reason(name, text):
     before = len(os.listdir("/proc/self/fd"))
     limit = 2.0 if name == "HangsWhenMade" else 60.0
     with pytest.raises(ldm_jax.EnvironmentFaultError, match=text):
-        IsolatedEnvironment(program(name), 1, None, Isolation(start_timeout_s=limit))
+        IsolatedEnvironment(worker_spec(name), 1, None, Isolation(start_timeout_s=limit))
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_an_interpreter_that_is_missing_is_named():
-    options = program("Steady").__dict__ | {"python": "/no/such/python"}
+    options = worker_spec("Steady").__dict__ | {"python": "/no/such/python"}
     with pytest.raises(ldm_jax.EnvironmentFaultError, match="/no/such/python cannot be started"):
-        IsolatedEnvironment(Program(**options), 1, None, Isolation())
+        IsolatedEnvironment(WorkerSpec(**options), 1, None, Isolation())
 
 
 # Faults. Four rows, two workers: row 1 makes trouble in step 6, and again later.
@@ -410,7 +408,7 @@ def test_the_server_is_written_for_python_3_7():
 def test_a_worker_of_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(workers, "PROTOCOL", 99)
     with pytest.raises(ldm_jax.EnvironmentFaultError, match="got the protocol 99, expected 2"):
-        IsolatedEnvironment(program("Steady"), 1, None, Isolation())
+        IsolatedEnvironment(worker_spec("Steady"), 1, None, Isolation())
 
 
 @pytest.mark.parametrize(
@@ -418,7 +416,7 @@ def test_a_worker_of_another_version_is_refused(monkeypatch):
 )
 def test_wrong_limits_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
-        isolation.Isolation(**wrong)
+        Isolation(**wrong)
 
 
 def test_folders_of_processes_that_start_at_the_same_time_are_not_taken_for_left_ones():

@@ -66,15 +66,15 @@ def problem() -> str | None:
     return None if result.returncode == 0 else f"a container cannot start: {result.stderr.strip()[-500:]}"
 
 
-def tag(recipe: venvs.Recipe) -> str:
+def tag(spec: venvs.VenvSpec) -> str:
     """The name of a group's image, which follows everything that it is made of."""
-    containerfile = _containerfile(recipe)
-    made_of = hashlib.sha256("\n".join([recipe.digest, *recipe.apt, containerfile.read_text("utf-8")]).encode())
+    containerfile = _containerfile(spec)
+    made_of = hashlib.sha256("\n".join([spec.digest, *spec.apt, containerfile.read_text("utf-8")]).encode())
     if containerfile != _CONTAINERFILE:  # it may use all that is in its folder
         for path in sorted(containerfile.parent.iterdir()):
             if path.is_file() and path.name != "group.json":
                 made_of.update(path.name.encode() + b"\0" + path.read_bytes())
-    return f"localhost/ldm_jax/{recipe.name}:{made_of.hexdigest()[:16]}"
+    return f"localhost/ldm_jax/{spec.name}:{made_of.hexdigest()[:16]}"
 
 
 def digest(name: str) -> str:
@@ -82,42 +82,42 @@ def digest(name: str) -> str:
     return f"sha256:{_podman('image', 'inspect', '--format={{.Id}}', name).stdout.strip().removeprefix('sha256:')}"
 
 
-def built(recipe: venvs.Recipe) -> bool:
+def built(spec: venvs.VenvSpec) -> bool:
     """Whether a group's image has been built, and has been seen to run."""
-    return _mark(recipe).exists()
+    return _mark(spec).exists()
 
 
-def build(recipe: venvs.Recipe) -> str:
+def build(spec: venvs.VenvSpec) -> str:
     """The name of a group's image, which is built if it is not there.
 
     Raises:
       LibraryMissingError: there can be no containers here, or the build fails.
     """
     if why := problem():
-        raise LibraryMissingError(f"{recipe.name} cannot run in a container: {why}")
-    name = tag(recipe)
-    if built(recipe) and _exists(name):
+        raise LibraryMissingError(f"{spec.name} cannot run in a container: {why}")
+    name = tag(spec)
+    if built(spec) and _exists(name):
         return name
     folder = venvs.cache_folder() / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    with venvs.locked(folder / f"{recipe.name}.lock"):
-        if built(recipe) and _exists(name):
+    with venvs.locked(folder / f"{spec.name}.lock"):
+        if built(spec) and _exists(name):
             return name
         start = time.monotonic()
         _log.warning("building the container image %s, this once", name)
-        containerfile = _containerfile(recipe)
-        arguments = {"APT": " ".join(recipe.apt), "BUILD": " ".join(recipe.build)}
+        containerfile = _containerfile(spec)
+        arguments = {"APT": " ".join(spec.apt), "BUILD": " ".join(spec.build)}
         if re.search(r"(?m)^ARG BASE\b", containerfile.read_text("utf-8")):
-            arguments["BASE"] = _base(recipe.python, folder)
+            arguments["BASE"] = _base(spec.python, folder)
         options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
         for path in ("/etc/ssl/certs/ca-certificates.crt", "/etc/pip.conf"):
             if os.path.exists(path):  # the machine may reach its package index by these; no layer keeps them
                 options.append(f"--volume={path}:{path}:ro")
-        context = str(recipe.requirements.parent)
+        context = str(spec.requirements.parent)
         _podman("build", "--network=host", f"--tag={name}", f"--file={containerfile}", *options, context)
         # Where a shared library is missing, this is where it is seen.
-        _podman("run", "--rm", *_WALLS, name, PYTHON, "-I", "-c", recipe.trial)
-        _mark(recipe).touch()
+        _podman("run", "--rm", *_WALLS, name, PYTHON, "-I", "-c", spec.trial)
+        _mark(spec).touch()
         _log.warning("built the container image %s in %.0f s", name, time.monotonic() - start)
     return name
 
@@ -233,13 +233,13 @@ class ContainerProcess:
         raise WorkerFaultError("start", f"the worker in the container {how}")
 
 
-def _containerfile(recipe: venvs.Recipe) -> pathlib.Path:
-    own = recipe.requirements.parent / "Containerfile"
+def _containerfile(spec: venvs.VenvSpec) -> pathlib.Path:
+    own = spec.requirements.parent / "Containerfile"
     return own if own.exists() else _CONTAINERFILE
 
 
-def _mark(recipe: venvs.Recipe) -> pathlib.Path:
-    return venvs.cache_folder() / "images" / f"{tag(recipe).rpartition('/')[2].replace(':', '-')}.built"
+def _mark(spec: venvs.VenvSpec) -> pathlib.Path:
+    return venvs.cache_folder() / "images" / f"{tag(spec).rpartition('/')[2].replace(':', '-')}.built"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ that nothing can be left behind.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import logging
 import mmap
@@ -31,108 +30,16 @@ from .. import checks, conversion
 from ..cores import available_cores
 from ..tokens import Token, check_newest
 from .host import IDLE, REMAKE, RESET, SEED, STEP, LocalProcess, Process, Worker, WorkerFaultError
+from .program import Isolation, WorkerSpec
 from .scratch import make_scratch
 from .venvs import normal
 
-KINDS = ("auto", "container", "venv")
 DEFAULT_TIME_LIMIT = 1000
 """Steps, where neither the caller nor the library names a limit."""
 _ALIGNMENT = 64  # bytes
 _REPORTS = 16
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Isolation:
-    """How a library is isolated and what its workers may cost.
-
-    Attributes:
-      kind: `container`, a Podman container, which isolates the machine too; `venv`, a virtual environment with its own
-        interpreter, which isolates dependencies alone; or `auto`, a container where there is Podman.
-      workers: processes per environment; 0 is one per core, at most one per row.
-      call_timeout_s: seconds that one call to the library may take.
-      start_timeout_s: seconds for a worker to import its library and make its first environment.
-      max_faults: faults survived from one `reset(key)` to the next; one more raises.
-      memory_limit_bytes: what one worker may hold.
-    """
-
-    kind: str = "auto"
-    workers: int = 0
-    call_timeout_s: float = 60.0
-    start_timeout_s: float = 180.0
-    max_faults: int = 10
-    memory_limit_bytes: int = 4 << 30
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"isolation is {self.kind!r}, expected one of {', '.join(KINDS)}")
-        if self.workers < 0 or self.max_faults < 0:
-            raise ValueError(f"workers {self.workers} and max_faults {self.max_faults} cannot be negative")
-        if self.call_timeout_s <= 0 or self.start_timeout_s <= 0 or self.memory_limit_bytes <= 0:
-            raise ValueError(f"limits of time and memory must be positive, got {self}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What a worker runs: an interpreter, and an environment of a library in it.
-
-    Attributes:
-      python: the interpreter, in the container where there is one.
-      library: the first part of the id.
-      name: the library's own id; empty for a worker that only says which there are.
-      api: `gymnasium` or `gym`, whose registry has the id.
-      imports: modules that put it there.
-      distribution: the package whose version counts.
-      domain: what the task is about.
-      kwargs: options of the library's own `make`.
-      bridge: file of a module whose `register` puts more ids there; see `environments.bridges`.
-      path: folders to import from, beside the interpreter's own.
-      variables: environment variables of the process.
-      seed_option: the option of `make` that takes the seed, where `reset` takes none.
-      seed_arguments: arguments of the environment's method `seed` that want a number before every reset.
-      seed_every_reset: whether `reset` without a seed draws true randomness.
-      remake: whether `reset` under the same seed is only reproducible on a new environment.
-      global_randomness: whether the library draws from the interpreter's global generators.
-      time_limit: steps; 0 takes what the library says.
-      image: of the container to run it in; empty for a process of this machine.
-      digest: of what it runs in, see `EnvironmentSpec.image_digest`.
-    """
-
-    python: str
-    library: str
-    name: str
-    api: str
-    imports: tuple[str, ...]
-    distribution: str
-    domain: str
-    kwargs: typing.Mapping[str, typing.Any] = dataclasses.field(default_factory=dict)
-    bridge: str = ""
-    path: tuple[str, ...] = ()
-    variables: typing.Mapping[str, str] = dataclasses.field(default_factory=dict)
-    seed_option: str = ""
-    seed_arguments: tuple[str, ...] = ()
-    seed_every_reset: bool = False
-    remake: bool = False
-    global_randomness: bool = False
-    time_limit: int = 0
-    image: str = ""
-    digest: str = ""
-
-    @property
-    def id(self) -> str:
-        """The id of the environment, `library/name`."""
-        return f"{self.library}/{self.name}"
-
-    def job(self, memory_limit_bytes: int) -> dict[str, typing.Any]:
-        """What the worker is told, in JSON values."""
-        told = ("library", "name", "api", "imports", "bridge", "path", "seed_option", "seed_every_reset", "remake")
-        return {name: getattr(self, name) for name in told} | {
-            "kwargs": dict(self.kwargs),
-            "seed_arguments": self.seed_arguments,
-            "global_randomness": self.global_randomness or bool(self.seed_arguments),
-            "memory_limit": memory_limit_bytes,
-        }
 
 
 class Fault(typing.NamedTuple):
@@ -159,8 +66,8 @@ class IsolatedEnvironment:
     reports: collections.deque[Fault]
     rows_outside: int
 
-    def __init__(self, program: Program, batch_size: int, time_limit: int | None, isolation: Isolation):
-        self._program, self._isolation = program, isolation
+    def __init__(self, spec: WorkerSpec, batch_size: int, time_limit: int | None, isolation: Isolation):
+        self._worker_spec, self._isolation = spec, isolation
         self.faults, self.reports, self.rows_outside = collections.Counter(), collections.deque(maxlen=_REPORTS), 0
         count = min(batch_size, isolation.workers or available_cores())
         edges = np.linspace(0, batch_size, count + 1).round().astype(int)
@@ -172,14 +79,14 @@ class IsolatedEnvironment:
         self._finalize = weakref.finalize(self, _end, self._workers, remove_scratch)
         try:
             self._workers[0] = first = self._start()
-            about = first.welcome(isolation.start_timeout_s)
+            about = first.handshake(isolation.start_timeout_s)
             self.spec = self._describe(about, batch_size, time_limit)
             self._lay_out(about["mask"])
             self._attach(0)
         except WorkerFaultError as error:
             fault = self._lose(0, error)
             self.close()
-            raise EnvironmentFaultError(f"{program.id} cannot be made: {fault.text}") from None
+            raise EnvironmentFaultError(f"{spec.id} cannot be made: {fault.text}") from None
         except BaseException:
             self.close()
             raise
@@ -272,23 +179,23 @@ class IsolatedEnvironment:
                 self._workers[i] = self._start()
             except WorkerFaultError as error:
                 yield self._lose(i, error)
-        waiting, beats = [], self._arrays["beat"]
+        waiting, heartbeats = [], self._arrays["heartbeat"]
         for i in busy:
             if (worker := self._workers[i]) is None:
                 continue
             try:
                 if not worker.attached:
-                    about = worker.welcome(self._isolation.start_timeout_s)
+                    about = worker.handshake(self._isolation.start_timeout_s)
                     self._check_alike(about)
                     self._attach(i)
-                beat = int(beats[i])
+                heartbeat = int(heartbeats[i])
                 worker.send(b"G")
-                waiting.append((i, worker, time.monotonic(), beat))
+                waiting.append((i, worker, time.monotonic(), heartbeat))
             except WorkerFaultError as error:
                 yield self._lose(i, error)
-        for i, worker, sent, beat in waiting:
+        for i, worker, sent, heartbeat in waiting:
             try:
-                kind, content = worker.receive(self._isolation.call_timeout_s, beats[i : i + 1], (sent, beat))
+                kind, content = worker.receive(self._isolation.call_timeout_s, heartbeats[i : i + 1], (sent, heartbeat))
                 if kind == b"F":
                     yield from self._read_faults(i, content)
             except WorkerFaultError as error:
@@ -343,7 +250,7 @@ class IsolatedEnvironment:
         return Fault(error.kind, tuple(self._shares[i]), str(error))
 
     def _start(self) -> Worker:
-        return _start(self._program, self._isolation, self._scratch)
+        return _start(self._worker_spec, self._isolation, self._scratch)
 
     def _attach(self, i: int) -> None:
         worker, rows = self._workers[i], self._shares[i]
@@ -352,25 +259,25 @@ class IsolatedEnvironment:
         worker.attach(content, self._file.fileno(), self._isolation.start_timeout_s)
 
     def _describe(self, about: dict[str, typing.Any], batch_size: int, time_limit: int | None) -> EnvironmentSpec:
-        program = self._program
+        spec = self._worker_spec
         try:
             self._declared = about["observation_space"], about["action_space"]
             observation_space = conversion.observation_space(spaces.from_json(self._declared[0]))
             action_space = conversion.action_space(spaces.from_json(self._declared[1]))
         except (KeyError, TypeError, ValueError) as error:
-            raise EnvironmentFaultError(f"{program.id} declares spaces that are not supported: {error}") from error
+            raise EnvironmentFaultError(f"{spec.id} declares spaces that are not supported: {error}") from error
         versions = {normal(name): version for name, version in about["versions"].items()}
         return EnvironmentSpec(
-            id=program.id,
-            library=program.library,
-            version=versions.get(normal(program.distribution), "unknown"),
+            id=spec.id,
+            library=spec.library,
+            version=versions.get(normal(spec.distribution), "unknown"),
             observation_space=observation_space,
             action_space=action_space,
             batch_size=batch_size,
-            time_limit=time_limit or program.time_limit or about["time_limit"] or DEFAULT_TIME_LIMIT,
-            domain=program.domain,
+            time_limit=time_limit or spec.time_limit or about["time_limit"] or DEFAULT_TIME_LIMIT,
+            domain=spec.domain,
             jittable=False,
-            image_digest=program.digest,
+            image_digest=spec.digest,
         )
 
     def _check_alike(self, about: dict[str, typing.Any]) -> None:
@@ -395,7 +302,7 @@ class IsolatedEnvironment:
         if choices:
             wanted["mask"] = ((choices,), np.bool_)
         arrays = {name: ((batch_size, *shape), np.dtype(dtype)) for name, (shape, dtype) in wanted.items()}
-        arrays["beat"] = ((len(self._shares),), np.dtype(np.uint64))
+        arrays["heartbeat"] = ((len(self._shares),), np.dtype(np.uint64))
         self._layout, self._size = [], 0
         for name, (shape, dtype) in arrays.items():
             self._layout.append((name, shape, dtype.str, self._size))
@@ -410,11 +317,11 @@ class IsolatedEnvironment:
         self._observed = [self._arrays[f"observation/{i}"] for i in range(len(self._observations.leaves))]
 
 
-def registered(program: Program, isolation: Isolation) -> dict[str, str]:
-    """What the imports of a program put into the registry.
+def registered(spec: WorkerSpec, isolation: Isolation) -> dict[str, str]:
+    """What the imports of a worker put into the registry.
 
     Args:
-      program: without a name.
+      spec: of a worker without a name.
       isolation: where it runs and how long that may take.
 
     Returns:
@@ -425,28 +332,28 @@ def registered(program: Program, isolation: Isolation) -> dict[str, str]:
     """
     scratch, remove_scratch = make_scratch()
     try:
-        worker = _start(program, isolation, scratch)
+        worker = _start(spec, isolation, scratch)
         try:
-            return worker.welcome(isolation.start_timeout_s)["ids"]
+            return worker.handshake(isolation.start_timeout_s)["ids"]
         finally:
             worker.kill()
     except WorkerFaultError as error:
-        raise EnvironmentFaultError(f"the environments of {program.library} cannot be listed: {error}") from None
+        raise EnvironmentFaultError(f"the environments of {spec.library} cannot be listed: {error}") from None
     finally:
         remove_scratch()
 
 
-def _start(program: Program, limits: Isolation, scratch: str) -> Worker:
+def _start(spec: WorkerSpec, limits: Isolation, scratch: str) -> Worker:
     def launch(log: typing.IO[bytes]) -> Process:
-        if not program.image:
-            return LocalProcess(program.python, scratch, program.variables, log)
+        if not spec.image:
+            return LocalProcess(spec.python, scratch, spec.variables, log)
         from .containers import ContainerProcess
 
-        readable = (*program.path, *filter(None, [program.bridge]))
-        place = (program.image, scratch, program.variables, readable)
+        readable = (*spec.path, *filter(None, [spec.bridge]))
+        place = (spec.image, scratch, spec.variables, readable)
         return ContainerProcess(*place, limits.memory_limit_bytes, limits.start_timeout_s)
 
-    return Worker(launch, program.job(limits.memory_limit_bytes))
+    return Worker(launch, spec.job(limits.memory_limit_bytes))
 
 
 def _end(workers: list[Worker | None], remove_scratch: typing.Callable[[], None]) -> None:

@@ -20,11 +20,12 @@ from ..catalog.taxonomy import first_match
 from . import venvs
 
 if typing.TYPE_CHECKING:
-    from .environment import IsolatedEnvironment, Isolation, Program
+    from .environment import IsolatedEnvironment
+    from .program import Isolation, WorkerSpec
 
 _log = logging.getLogger(__name__)
 
-IMAGES = pathlib.Path(__file__).parents[1] / "images"
+FOLDER = pathlib.Path(__file__).parents[1] / "images"
 BRIDGES = pathlib.Path(__file__).parents[1] / "bridges"
 
 
@@ -34,16 +35,16 @@ class IsolatedLibrary:
 
     Attributes:
       name: of the library, the first part of its ids.
-      recipe: what its interpreter is made of.
-      program: fields of `isolation.Program` that all of its environments share.
+      venv: what its interpreter is made of.
+      worker: fields of `isolation.WorkerSpec` that all of its environments share.
       domains: what the tasks are about, by pattern of ids, where it is not the domain of the whole library.
       include: patterns of the ids that are the library's, where the modules they come from do not tell.
       exclude: patterns of ids that are not even tried, with the reason.
     """
 
     name: str
-    recipe: venvs.Recipe
-    program: typing.Mapping[str, typing.Any]
+    venv: venvs.VenvSpec
+    worker: typing.Mapping[str, typing.Any]
     domains: typing.Mapping[str, str]
     include: tuple[str, ...]
     exclude: typing.Mapping[str, str]
@@ -51,16 +52,16 @@ class IsolatedLibrary:
     @property
     def version(self) -> str:
         """The version of the library that its group pins."""
-        pins = dict(line.split("==") for line in venvs.pinned(self.recipe.requirements))
+        pins = dict(line.split("==") for line in venvs.pinned(self.venv.requirements))
         found = {venvs.normal(name.partition("[")[0]): version for name, version in pins.items()}
-        return found.get(venvs.normal(self.program["distribution"]), "unknown")
+        return found.get(venvs.normal(self.worker["distribution"]), "unknown")
 
     @property
     def is_built(self) -> bool:
         """Whether an environment can be made without building anything first."""
         from . import containers
 
-        return venvs.built(self.recipe) is not None or containers.built(self.recipe)
+        return venvs.built(self.venv) is not None or containers.built(self.venv)
 
     def candidates(self) -> dict[str, str]:
         """The ids that the library registers, each with the reason why it is not offered, empty where it is.
@@ -82,17 +83,17 @@ class IsolatedLibrary:
 
         return IsolatedEnvironment(self.prepare(name, isolation), batch_size, time_limit, isolation)
 
-    def prepare(self, name: str, isolation: Isolation) -> Program:
+    def prepare(self, name: str, isolation: Isolation) -> WorkerSpec:
         """What a worker runs to make an environment, with its interpreter, which is built if it is not there."""
-        from .environment import Program
+        from .program import WorkerSpec
 
         python, image, digest = self._build(isolation.kind)
-        fields = {**self.program, "domain": self.domain(name)}
-        return Program(python=python, image=image, digest=digest, library=self.name, name=name, **fields)
+        fields = {**self.worker, "domain": self.domain(name)}
+        return WorkerSpec(python=python, image=image, digest=digest, library=self.name, name=name, **fields)
 
     def domain(self, name: str) -> str:
         """What the task of an id is about."""
-        return first_match(self.domains, name) or self.program["domain"]
+        return first_match(self.domains, name) or self.worker["domain"]
 
     def _build(self, kind: str) -> tuple[str, str, str]:
         """The interpreter, the image of the container that it is in, if it is in one, and the digest of either."""
@@ -100,22 +101,23 @@ class IsolatedLibrary:
 
         if kind == "container" or (kind == "auto" and containers.problem() is None):
             try:
-                image = containers.build(self.recipe)
+                image = containers.build(self.venv)
                 return containers.PYTHON, image, containers.digest(image)
             except LibraryMissingError as error:
                 if kind == "container":
                     raise
                 _log.warning("%s runs in a virtual environment, as its container cannot be built: %s", self.name, error)
-        return venvs.build(self.recipe), "", f"venv:{self.recipe.digest}"
+        return venvs.build(self.venv), "", f"venv:{self.venv.digest}"
 
 
 @functools.cache
 def _candidates(library: IsolatedLibrary) -> typing.Mapping[str, str]:
-    from .environment import Isolation, registered
+    from .environment import registered
+    from .program import Isolation
 
-    isolation = Isolation("venv" if venvs.built(library.recipe) else "auto", workers=1)
+    isolation = Isolation("venv" if venvs.built(library.venv) else "auto", workers=1)
     modules = registered(library.prepare("", isolation), isolation)
-    ours = {"bridge", *(name.partition(".")[0] for name in library.program["imports"])}
+    ours = {"bridge", *(name.partition(".")[0] for name in library.worker["imports"])}
     if library.include:
         names = [name for name in modules if first_match(dict.fromkeys(library.include, "x"), name)]
     else:
@@ -131,7 +133,7 @@ def libraries() -> typing.Mapping[str, IsolatedLibrary]:
       ValueError: a group's description is not as it should be.
     """
     found: dict[str, IsolatedLibrary] = {}
-    for path in sorted(IMAGES.glob("*/group.json")):
+    for path in sorted(FOLDER.glob("*/group.json")):
         for library in read_group(path):
             if library.name in found:
                 raise ValueError(f"{path} describes the library {library.name!r}, which another group has too")
@@ -150,7 +152,7 @@ def read_group(path: pathlib.Path) -> list[IsolatedLibrary]:
         descriptions = group.pop("libraries")
         imports = dict.fromkeys(name for library in descriptions.values() for name in library["imports"])
         variables = dict(item for library in descriptions.values() for item in library.get("variables", {}).items())
-        recipe = venvs.Recipe(
+        venv = venvs.VenvSpec(
             name=path.parent.name,
             python=group.pop("python"),
             requirements=path.parent / "requirements.txt",
@@ -161,12 +163,12 @@ def read_group(path: pathlib.Path) -> list[IsolatedLibrary]:
         )
         if group:
             raise ValueError(f"unknown fields {', '.join(group)}")
-        return [_library(name, recipe, dict(fields)) for name, fields in descriptions.items()]
+        return [_library(name, venv, dict(fields)) for name, fields in descriptions.items()]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a group of libraries: {error!r}") from error
 
 
-def _library(name: str, recipe: venvs.Recipe, fields: dict[str, typing.Any]) -> IsolatedLibrary:
+def _library(name: str, venv: venvs.VenvSpec, fields: dict[str, typing.Any]) -> IsolatedLibrary:
     domains, exclude = (types.MappingProxyType(dict(fields.pop(key, {}))) for key in ("domains", "exclude"))
     include = tuple(fields.pop("include", ()))
     program = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
@@ -183,4 +185,4 @@ def _library(name: str, recipe: venvs.Recipe, fields: dict[str, typing.Any]) -> 
         raise ValueError(f"the library {name!r} has unknown fields {', '.join(sorted(unknown))}")
     if missing := {"api", "imports", "distribution", "domain"} - set(program):
         raise ValueError(f"the library {name!r} lacks the fields {', '.join(sorted(missing))}")
-    return IsolatedLibrary(name, recipe, types.MappingProxyType(program), domains, include, exclude)
+    return IsolatedLibrary(name, venv, types.MappingProxyType(program), domains, include, exclude)

@@ -126,7 +126,7 @@ class Worker:
 
     Args:
       launch: starts the process, given the file that it prints to.
-      job: what it is to serve (`Program.job`); it begins at once, and `welcome` waits for it.
+      job: what it is to serve (`WorkerSpec.job`); it begins at once, and `handshake` waits for it.
 
     Attributes:
       pid: of the process.
@@ -153,7 +153,7 @@ class Worker:
         finally:
             os.close(their_end)
 
-    def welcome(self, timeout_s: float) -> dict[str, typing.Any]:
+    def handshake(self, timeout_s: float) -> dict[str, typing.Any]:
         """What the worker says of the environment it has made."""
         kind, content = self.receive(timeout_s)
         if kind == b"E":
@@ -173,7 +173,7 @@ class Worker:
         if self._poll(0):
             # It speaks though nobody has asked: an end, or bytes that would be taken for the next answer.
             self._read(1, 0.0)
-            raise WorkerFaultError("garbage", "the worker wrote to the socket without being asked" + self._words())
+            raise WorkerFaultError("garbage", "the worker wrote to the socket without being asked" + self._log_tail())
         body = b"" if content is None else json.dumps(content).encode()
         try:
             self._socket.sendall(self._head(kind, body) + body)
@@ -181,28 +181,29 @@ class Worker:
             raise self._ended() from error
 
     def receive(
-        self, timeout_s: float, beat: np.ndarray | None = None, sent: tuple[float, int] | None = None
+        self, timeout_s: float, heartbeat: np.ndarray | None = None, sent: tuple[float, int] | None = None
     ) -> tuple[bytes, dict[str, typing.Any]]:
         """The next message.
 
         Args:
           timeout_s: time that one call to the library may take.
-          beat: `uint64 [1]`, rises with each call; None where the message is about a single one.
-          sent: when the question was sent (monotonic seconds) and what the beat was then.
+          heartbeat: `uint64 [1]`, rises with each call; None where the message is about a single one.
+          sent: when the question was sent (monotonic seconds) and what the heartbeat was then.
 
         Raises:
           WorkerFaultError: the end of the connection, silence, or what is not a message.
         """
         since, seen = sent or (time.monotonic(), 0)
         while not self._poll(max(0.0, since + timeout_s - time.monotonic())):
-            if beat is None or int(beat[0]) == seen:
-                raise WorkerFaultError("hang", f"no answer within the limit of {timeout_s:g} s a call" + self._words())
-            since, seen = time.monotonic(), int(beat[0])
+            if heartbeat is None or int(heartbeat[0]) == seen:
+                text = f"no answer within the limit of {timeout_s:g} s a call" + self._log_tail()
+                raise WorkerFaultError("hang", text)
+            since, seen = time.monotonic(), int(heartbeat[0])
         head = self._read(HEAD.size, timeout_s)
         kind, length, question = HEAD.unpack(head)
         if kind not in (b"S", b"E", b"K", b"F") or length > MAX_MESSAGE_BYTES or question != self._question:
             raise WorkerFaultError(
-                "garbage", f"the worker wrote {head!r}, which begins no answer to what it was asked" + self._words()
+                "garbage", f"the worker wrote {head!r}, which begins no answer to what it was asked" + self._log_tail()
             )
         try:
             content = json.loads(self._read(length, timeout_s)) if length else {}
@@ -248,7 +249,7 @@ class Worker:
         data = b""
         while len(data) < size:
             if not self._poll(timeout_s):
-                raise WorkerFaultError("garbage", f"the worker wrote {len(data)} of {size} bytes" + self._words())
+                raise WorkerFaultError("garbage", f"the worker wrote {len(data)} of {size} bytes" + self._log_tail())
             try:
                 part = self._socket.recv(size - len(data))
             except OSError as error:
@@ -260,10 +261,10 @@ class Worker:
 
     def _ended(self) -> WorkerFaultError:
         how = self._process.ended(GOODBYE_S) or "closed the connection"
-        return WorkerFaultError("crash", f"the worker {how}" + self._words())
+        return WorkerFaultError("crash", f"the worker {how}" + self._log_tail())
 
-    def _words(self) -> str:
-        """The last words of the worker, to end a report with."""
+    def _log_tail(self) -> str:
+        """The end of what the worker printed, to end a report with."""
         size = os.fstat(self._log.fileno()).st_size
         text = os.pread(self._log.fileno(), MAX_LOG_CHARS, max(0, size - MAX_LOG_CHARS)).decode("utf-8", "replace")
-        return f"; its last words: {text.strip()}" if text.strip() else ""
+        return f"; its log ends: {text.strip()}" if text.strip() else ""

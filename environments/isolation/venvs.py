@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class VenvSpec:
     """What a virtual environment is made of.
 
     Attributes:
@@ -70,37 +70,37 @@ def cache_folder() -> pathlib.Path:
     return (pathlib.Path(parent) if parent else pathlib.Path.home() / ".cache") / "ldm_jax"
 
 
-def built(recipe: Recipe) -> str | None:
+def built(spec: VenvSpec) -> str | None:
     """The interpreter of a virtual environment that has been built; None where it has not."""
     # A link whose target has been uninstalled does not exist either.
-    python = _place(recipe) / "bin" / "python"
+    python = _place(spec) / "bin" / "python"
     return str(python) if python.exists() else None
 
 
-def build(recipe: Recipe) -> str:
+def build(spec: VenvSpec) -> str:
     """The interpreter of a virtual environment, which is built if it is not there.
 
     Raises:
       LibraryMissingError: there is no such interpreter, or a package cannot be installed or imported.
     """
-    if python := built(recipe):
+    if python := built(spec):
         return python
-    place = _place(recipe)
+    place = _place(spec)
     place.parent.mkdir(parents=True, exist_ok=True)
     with locked(place.with_suffix(".lock")):
-        if python := built(recipe):  # by another process, while this one waited
+        if python := built(spec):  # by another process, while this one waited
             return python
-        base = find_python(recipe.python, f"the libraries of the group {recipe.name}")
+        base = find_python(spec.python, f"the libraries of the group {spec.name}")
         aside = place.with_suffix(".building")
         start = time.monotonic()
-        count = len(recipe.build) + len(pinned(recipe.requirements))
-        _log.warning("building the virtual environment %s of %d packages, this once: %s", recipe.name, count, place)
+        count = len(spec.build) + len(pinned(spec.requirements))
+        _log.warning("building the virtual environment %s of %d packages, this once: %s", spec.name, count, place)
         for folder in (aside, place):  # what a build that was killed has left; or an interpreter that is gone
             shutil.rmtree(folder, ignore_errors=True)
-        _install(recipe, base, aside, place.with_suffix(".log"), count)
+        _install(spec, base, aside, place.with_suffix(".log"), count)
         aside.rename(place)
-        _log.warning("built the virtual environment %s in %.0f s", recipe.name, time.monotonic() - start)
-    python = built(recipe)
+        _log.warning("built the virtual environment %s in %.0f s", spec.name, time.monotonic() - start)
+    python = built(spec)
     assert python is not None
     return python
 
@@ -153,8 +153,8 @@ def normal(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def _place(recipe: Recipe) -> pathlib.Path:
-    return cache_folder() / "venvs" / f"{recipe.name}-{recipe.digest}"
+def _place(spec: VenvSpec) -> pathlib.Path:
+    return cache_folder() / "venvs" / f"{spec.name}-{spec.digest}"
 
 
 def _candidates(version: str) -> typing.Iterator[str]:
@@ -179,16 +179,16 @@ def _numbers(path: pathlib.Path) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", path.parents[1].name)]
 
 
-def _install(recipe: Recipe, base: str, folder: pathlib.Path, log: pathlib.Path, count: int) -> None:
+def _install(spec: VenvSpec, base: str, folder: pathlib.Path, log: pathlib.Path, count: int) -> None:
     python = str(folder / "bin" / "python")
     pip = [python, "-I", "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--no-deps"]
     steps = [[base, "-I", "-m", "venv", str(folder)]]
-    if recipe.build:
-        steps.append([*pip, *recipe.build])
+    if spec.build:
+        steps.append([*pip, *spec.build])
         pip.append("--no-build-isolation")
     # Without dependencies: what the file does not name is not installed, whatever is released tomorrow.
-    steps.append([*pip, "--requirement", str(recipe.requirements)])
-    steps.append([python, "-I", "-c", recipe.trial])
+    steps.append([*pip, "--requirement", str(spec.requirements)])
+    steps.append([python, "-I", "-c", spec.trial])
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     collected = 0
     with log.open("w", encoding="utf-8") as file:
@@ -209,13 +209,13 @@ def _install(recipe: Recipe, base: str, folder: pathlib.Path, log: pathlib.Path,
                     lines.append(line)
                     if line.startswith(("Collecting ", "Processing ")):
                         collected += 1
-                        _log.info("%s: %d of %d, %s", recipe.name, collected, count, pathlib.Path(line.split()[1]).name)
+                        _log.info("%s: %d of %d, %s", spec.name, collected, count, pathlib.Path(line.split()[1]).name)
             if process.returncode:
                 shutil.rmtree(folder, ignore_errors=True)
-                needs = f"; they need `apt-get install {' '.join(recipe.apt)}`" if recipe.apt else ""
+                needs = f"; they need `apt-get install {' '.join(spec.apt)}`" if spec.apt else ""
                 raise LibraryMissingError(
-                    f"the virtual environment {recipe.name} cannot be built: {' '.join(step)} exited with status "
-                    f"{process.returncode}{needs}; all of its words are in {log}, the last ones:\n{''.join(lines)}"
+                    f"the virtual environment {spec.name} cannot be built: {' '.join(step)} exited with status "
+                    f"{process.returncode}{needs}; all of its log is in {log}, the last lines:\n{''.join(lines)}"
                 )
 
 

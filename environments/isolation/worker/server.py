@@ -19,8 +19,8 @@ host asks and the worker answers, one for one:
       -> K
 
 Arrays are in the memory-mapped file: for each row a command and a seed, the action, and what came of it. The host
-decides when a row is reset, so that the worker keeps no books about episodes. `beat` counts calls to the library, so
-that the host can tell a slow batch from a call that hangs.
+decides when a row is reset, so that the worker keeps no books about episodes. `heartbeat` counts calls to the library,
+so that the host can tell a slow batch from a call that hangs.
 """
 
 import array
@@ -389,8 +389,8 @@ class Rows:
             name: np.ndarray(shape, dtype, memory, offset) for name, shape, dtype, offset in content["arrays"]
         }
         self.range = range(content["first"], content["first"] + content["rows"])
-        self.beat = self.arrays["beat"][content["worker"] : content["worker"] + 1]
-        self.calls = int(self.beat[0])
+        self.heartbeat = self.arrays["heartbeat"][content["worker"] : content["worker"] + 1]
+        self.calls = int(self.heartbeat[0])
         # Looked up at every step of every row.
         self.rewards, self.terminateds, self.truncateds = (
             self.arrays[name] for name in ("reward", "terminated", "truncated")
@@ -439,7 +439,7 @@ class Rows:
     def count(self):
         """Counts a call to the library, for the host to see."""
         self.calls += 1
-        self.beat[0] = self.calls
+        self.heartbeat[0] = self.calls
 
     def step(self, row, command):
         """Steps one row."""
