@@ -97,7 +97,14 @@ class JittableEnvironment:
         key, reset_key = jax.random.split(key)
         new = self._reset_rows(reset_key)
         no_B = jnp.zeros(self.spec.batch_size, bool)
-        time_step = TimeStep(new.observation, jnp.zeros(no_B.shape), no_B, no_B, ~no_B, new.action_mask)
+        time_step = TimeStep(
+            observation=new.observation,
+            reward=jnp.zeros(no_B.shape),
+            terminated=no_B,
+            truncated=no_B,
+            first=~no_B,
+            action_mask=new.action_mask,
+        )
         return Rows(key, new.state, jnp.zeros(no_B.shape, jnp.int32), no_B), time_step
 
     def _pure_step(self, state: Rows, action: PyTree) -> tuple[Rows, TimeStep]:
@@ -113,7 +120,14 @@ class JittableEnvironment:
         terminated_B = seen.terminated & ~first_B
         truncated_B = (seen.truncated | (elapsed_B >= self.spec.time_limit)) & ~first_B
         reward_B = jnp.where(first_B, 0, seen.reward)
-        time_step = TimeStep(seen.observation, reward_B, terminated_B, truncated_B, first_B, seen.action_mask)
+        time_step = TimeStep(
+            observation=seen.observation,
+            reward=reward_B,
+            terminated=terminated_B,
+            truncated=truncated_B,
+            first=first_B,
+            action_mask=seen.action_mask,
+        )
         return Rows(key, seen.state, elapsed_B, terminated_B | truncated_B), time_step
 
     def _reset_rows(self, key: Array) -> Outcome:

@@ -107,7 +107,7 @@ def _make(config: ReferencesConfig, unit: Unit, advance: typing.Callable[[int], 
     return {
         "id": unit.id,
         "algorithm": scored.policy.reference.algorithm,
-        "form": scored.policy.reference.form,
+        "decoding": scored.policy.reference.decoding,
         "random": scored.random_returns.mean,
         "reference": scored.reference_returns.mean,
         "admitted": scored.admission.admitted,

@@ -98,13 +98,13 @@ class Reference:
 
     Attributes:
       algorithm: `"ppo"`, `"tabular"`, ...
-      form: `"greedy"` or `"sampled"`, whichever scored better; scores and labels follow it.
+      decoding: `"greedy"` or `"sample"`, whichever scored better; scores and labels follow it.
       budget_steps: environment steps spent on training.
       seed: of the training.
     """
 
     algorithm: str
-    form: typing.Literal["greedy", "sampled"]
+    decoding: typing.Literal["greedy", "sample"]
     budget_steps: int
     seed: int
 

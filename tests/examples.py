@@ -45,7 +45,7 @@ def make_card(observation_space, action_space, name="test/Some-v0"):
         statistics=statistics,
         random_returns=cards.Returns.of(rng.normal(0, 1, (8, 2))),
         reference_returns=cards.Returns.of(rng.normal(10, 1, (8, 2))),
-        reference=cards.Reference("none", "greedy", 0, 0),
+        reference=cards.Reference(algorithm="none", decoding="greedy", budget_steps=0, seed=0),
     )
 
 
@@ -135,4 +135,5 @@ def timestep_at(codec, arrays, t):
     """Time step t of some streams, `[B, ...]`, from `random_stream` arrays stacked to `[B, T, ...]`."""
     space = codec.card.observation_space
     observation = spaces.unflatten(space, [arrays[f"observation/{leaf.name}"][:, t] for leaf in spaces.leaves(space)])
-    return TimeStep(observation, *(arrays[name][:, t] for name in ("reward", "terminated", "truncated", "first")))
+    flags = {name: arrays[name][:, t] for name in ("reward", "terminated", "truncated", "first")}
+    return TimeStep(observation=observation, **flags)

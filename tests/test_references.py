@@ -109,7 +109,7 @@ def rich_timestep(rng):
     no, zeros = np.zeros(ROWS, bool), np.zeros(ROWS, np.float32)
     mask = rng.random((ROWS, CHOICES)) < 0.5
     mask[:, [0, 3, 8]] = True
-    return TimeStep(observation, zeros, no, no, ~no, mask)
+    return TimeStep(observation=observation, reward=zeros, terminated=no, truncated=no, first=~no, action_mask=mask)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_any_space_is_seen_and_acted_in(rich):
         if form == "greedy":
             assert (np.asarray(record.scale) == 0).all()
             np.testing.assert_allclose(record.mean, action[0], rtol=1e-6)
-        if form == "sampled":
+        if form == "sample":
             np.testing.assert_allclose(record.scale, np.broadcast_to([3.0, 0.5], (ROWS, 2)))
 
 
@@ -257,7 +257,13 @@ def test_a_table_shares_the_probability_among_the_best_actions():
 
 def test_the_model_leaves_out_ignored_steps():
     last = np.array([[False], [True], [False]])
-    timestep = TimeStep(None, np.array([[0.0], [1.0], [0.0]]), last, np.zeros_like(last), None)
+    timestep = TimeStep(
+        observation=None,
+        reward=np.array([[0.0], [1.0], [0.0]]),
+        terminated=last,
+        truncated=np.zeros_like(last),
+        first=None,
+    )
     model = tabular.add_experience(tabular.empty_mdp(4, 2), np.array([[1], [3], [0]]), np.array([[1], [0]]), timestep)
     np.testing.assert_array_equal(model.transitions, [[1, 1, 3, 1]])
     np.testing.assert_array_equal(model.rewards, [1.0])
@@ -268,8 +274,8 @@ def test_a_reference_no_better_than_random_is_refused():
     spec, config = environments.make(id).spec, tabular.TabularConfig()
     uniform = references.ReferencePolicy(
         tabular.agent(spec, config),
-        policy.with_form({"logits": np.zeros((16, 4), np.float32)}, "sampled"),
-        cards.Reference("tabular", "sampled", 1, 0),
+        policy.with_form({"logits": np.zeros((16, 4), np.float32)}, "sample"),
+        cards.Reference("tabular", "sample", 1, 0),
         spec,
         config,
     )

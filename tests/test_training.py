@@ -300,7 +300,7 @@ def test_agents_act_within_the_space_and_forget(name):
     params, memory = INIT(jax.random.key(0)), agent.init(3)
     observation = examples.random_tree(codec.card.observation_space, (3,), np.random.default_rng(0))
     no = np.zeros(3, bool)
-    timestep = TimeStep(observation, np.zeros(3, np.float32), no, no, no)
+    timestep = TimeStep(observation=observation, reward=np.zeros(3, np.float32), terminated=no, truncated=no, first=no)
     step = jax.jit(agent.step)
     for t in range(3):
         memory, action, _ = step(params, memory, timestep, jax.random.key(t))

@@ -65,8 +65,8 @@ def train_reference(
         environment.close()
     return ReferencePolicy(
         module.agent(spec, chosen.config),
-        with_form(params, "sampled"),
-        cards.Reference(chosen.algorithm, "sampled", chosen.config.budget_steps, seed),
+        with_form(params, "sample"),
+        cards.Reference(chosen.algorithm, "sample", chosen.config.budget_steps, seed),
         spec,
         chosen.config,
     )
@@ -108,8 +108,8 @@ def score_reference(
         )
 
     try:
-        better: typing.Literal["greedy", "sampled"] = (
-            "greedy" if returns(0, "greedy").mean >= returns(1, "sampled").mean else "sampled"
+        better: typing.Literal["greedy", "sample"] = (
+            "greedy" if returns(0, "greedy").mean >= returns(1, "sample").mean else "sample"
         )
         reference_returns, random_returns = returns(2, better), returns(3, "random")
     finally:

@@ -16,7 +16,7 @@ from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from .networks import MASKED
 
-Form = typing.Literal["greedy", "sampled", "random"]
+Form = typing.Literal["greedy", "sample", "random"]
 FORMS = typing.get_args(Form)
 
 
@@ -52,12 +52,12 @@ class ReferencePolicy:
     spec: EnvironmentSpec
     config: typing.Any
 
-    def in_form(self, form: typing.Literal["greedy", "sampled"]) -> ReferencePolicy:
+    def in_form(self, form: typing.Literal["greedy", "sample"]) -> ReferencePolicy:
         """The same policy, acting greedily or by sampling."""
         return dataclasses.replace(
             self,
             params=with_form(self.params["policy"], form),
-            reference=dataclasses.replace(self.reference, form=form),
+            reference=dataclasses.replace(self.reference, decoding=form),
         )
 
 
@@ -92,7 +92,7 @@ def slot_agent(layout: ActionLayout, policy: typing.Callable[[PyTree, TimeStep],
 
     def step(params, carry, timestep: TimeStep, key):
         logits, mean, std = policy(params["policy"], timestep)
-        greedy, sampled = params["form"] == FORMS.index("greedy"), params["form"] == FORMS.index("sampled")
+        greedy, sampled = params["form"] == FORMS.index("greedy"), params["form"] == FORMS.index("sample")
         policy_key, random_key = jax.random.split(key)
         point = jnp.clip(mean, -1, 1)
         slots = sample_slots(layout, policy_key, logits, mean, std)

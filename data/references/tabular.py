@@ -178,7 +178,7 @@ def train(
     loop = rollout.start(environment, explorer, reset_key)
     logits = np.zeros((model.states, model.actions), np.float32)
     for round in range(config.rounds):
-        params = with_form({"logits": logits}, "sampled")
+        params = with_form({"logits": logits}, "sample")
         loop, trajectory = rollout.rollout(
             environment, explorer, params, loop, jax.random.fold_in(key, round), config.rollout_length
         )

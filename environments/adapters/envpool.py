@@ -207,16 +207,16 @@ class EnvpoolEnvironment:
                 if faults := list(leaf.faults(value, np.ones(len(value), bool))):
                     self._fault(f"{faults[0][2]}, in rows {[row for row, _, _ in faults[:8]]}")
             self.rows_outside += checks.count_outside(violations)
-        fields: tuple[typing.Any, ...] = (
-            spaces.unflatten(self.spec.observation_space, values),
-            reward_B,
-            terminated_B,
-            truncated_B,
-            first_B,
-            None if mask is None else self._allowed(mask),
+        time_step = TimeStep(
+            observation=spaces.unflatten(self.spec.observation_space, values),
+            reward=reward_B,
+            terminated=terminated_B,
+            truncated=truncated_B,
+            first=first_B,
+            action_mask=None if mask is None else self._allowed(mask),
         )
         self._token = Token()
-        return self._token, TimeStep(*fields)
+        return self._token, time_step
 
     def _fit(self, leaf: checks.CheckedLeaf, value: np.ndarray) -> np.ndarray:
         """The value `[B, ...]` in the shape and dtype of its space."""

@@ -100,12 +100,12 @@ class GymnasiumEnvironment:
             mask |= ~mask.any(1, keepdims=True)
         self._token = Token()
         return self._token, TimeStep(
-            spaces.unflatten(self.spec.observation_space, values),
-            reward_B,
-            np.array(terminated_B, bool),
-            np.array(truncated_B, bool),
-            first_B.copy(),
-            mask,
+            observation=spaces.unflatten(self.spec.observation_space, values),
+            reward=reward_B,
+            terminated=np.array(terminated_B, bool),
+            truncated=np.array(truncated_B, bool),
+            first=first_B.copy(),
+            action_mask=mask,
         )
 
     def _fit(self, leaf: checks.CheckedLeaf, value: typing.Any) -> np.ndarray:

@@ -163,12 +163,12 @@ class IsolatedEnvironment:
         self.rows_outside += checks.count_outside(self._observations.violations(values))
         self._token = Token()
         return self._token, TimeStep(
-            spaces.unflatten(self.spec.observation_space, values),
-            np.where(neither_B, arrays["reward"], np.float32(0)),
-            terminated_B,
-            truncated_B,
-            first_B,
-            arrays["mask"].copy() if "mask" in arrays else None,
+            observation=spaces.unflatten(self.spec.observation_space, values),
+            reward=np.where(neither_B, arrays["reward"], np.float32(0)),
+            terminated=terminated_B,
+            truncated=truncated_B,
+            first=first_B,
+            action_mask=arrays["mask"].copy() if "mask" in arrays else None,
         )
 
     def _exchange(self, todo_B: np.ndarray) -> typing.Iterator[Fault]:

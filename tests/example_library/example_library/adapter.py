@@ -34,7 +34,8 @@ class Corridor:
         key, start_key = jax.random.split(key)
         place, no = self._start(start_key), jnp.zeros(self.spec.batch_size, bool)
         state = (key, place, jnp.zeros(self.spec.batch_size, jnp.int32), no)
-        return state, TimeStep(self._see(place), jnp.zeros(self.spec.batch_size), no, no, ~no)
+        reward = jnp.zeros(self.spec.batch_size)
+        return state, TimeStep(observation=self._see(place), reward=reward, terminated=no, truncated=no, first=~no)
 
     def step(self, state, action):
         key, place, elapsed, first = state
@@ -43,7 +44,13 @@ class Corridor:
         elapsed = jnp.where(first, 0, elapsed + 1)
         terminated = ~first & (place == LENGTH - 1)
         truncated = ~first & (elapsed >= self.spec.time_limit)
-        time_step = TimeStep(self._see(place), terminated.astype(jnp.float32), terminated, truncated, first)
+        time_step = TimeStep(
+            observation=self._see(place),
+            reward=terminated.astype(jnp.float32),
+            terminated=terminated,
+            truncated=truncated,
+            first=first,
+        )
         return (key, place, elapsed, terminated | truncated), time_step
 
     def close(self):
