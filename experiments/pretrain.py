@@ -147,7 +147,7 @@ def run(
         params = validate.whole(state.params)
     if jax.process_index() == 0 and (begun < config.training.steps or not (workdir / "policy").exists()):
         cards = {codec.card.id: codec.card for codec in codecs}
-        policy.save(workdir / "policy", policy.Policy(config.model, params, cards, config.decoding))
+        policy.Policy(config.model, params, cards, config.decoding).save(workdir / "policy")
     barrier("saved")
 
 

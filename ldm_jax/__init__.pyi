@@ -23,7 +23,6 @@ from .model.network import Model as Model
 from .model.network import make_model as make_model
 from .policy import Policy as Policy
 from .policy import load as load
-from .policy import save as save
 from .types import Agent as Agent
 from .types import EnvironmentSpec as EnvironmentSpec
 from .types import TimeStep as TimeStep

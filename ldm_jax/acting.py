@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import typing
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ldm_jax.encoding.actions import Slots
 from ldm_jax.encoding.codec import Codec
-from ldm_jax.errors import ConfigError
+from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.model.config import ModelConfig
-from ldm_jax.model.decoder import Cache
+from ldm_jax.model.decoder import Cache, init_cache
 from ldm_jax.model.heads import Predictions, bin_centers
-from ldm_jax.model.network import Inputs, Model, Params
-from ldm_jax.spaces import zeros
+from ldm_jax.model.network import Inputs, Model, Params, make_model
+from ldm_jax.spaces import choices, get, leaf_shape_dtype, leaves, zeros
 from ldm_jax.types import Agent, Array, PyTree, TimeStep
 
 Decoding = typing.Literal["greedy", "mode", "sample"]
 """How an action is taken from its distribution: `greedy` takes the most likely choice and the mean of the bins, `mode`
 the most likely choice and bin, `sample` draws both."""
+
+
+class ActingError(LdmError, ValueError):
+    """A time step, or a choice of rows, that does not fit the agent it was given to."""
 
 
 class AgentState(typing.NamedTuple):
@@ -34,43 +43,58 @@ class AgentState(typing.NamedTuple):
     previous_action: PyTree
 
 
+def check_decoding(decoding: str) -> None:
+    """Checks that a decoding is one that agents know.
+
+    Args:
+      decoding: what was asked for.
+
+    Raises:
+      ConfigError: it is none of `Decoding`.
+    """
+    known = typing.get_args(Decoding)
+    if decoding not in known:
+        raise ConfigError(f"decoding is {decoding!r}, expected one of {', '.join(known)}")
+
+
 def decode(cfg: ModelConfig, predictions: Predictions, decoding: Decoding, key: Array) -> Slots:
     """Takes an action from the predicted distributions.
 
     Args:
       cfg: the bins.
-      predictions: `[..., K, V]` and `[..., C, bins]`.
-      decoding: how.
+      predictions: logits `[..., K, V]` and `[..., C, bins]`.
+      decoding: how, one of `Decoding`.
       key: typed key; used by `sample`.
 
     Returns:
       Slots `[..., K]` and `[..., C]`, the continuous ones within -1..1.
     """
+    chex.assert_equal_shape_prefix([predictions.choice_logits, predictions.bin_logits], -2)
     centers = jnp.asarray(bin_centers(cfg))
     choice_key, bin_key = jax.random.split(key)
-    if predictions.choices.shape[-1] == 0:
-        choices = jnp.zeros(predictions.choices.shape[:-1], jnp.int32)
+    if predictions.choice_logits.shape[-1] == 0:
+        choices = jnp.zeros(predictions.choice_logits.shape[:-1], jnp.int32)
     elif decoding == "sample":
-        choices = jax.random.categorical(choice_key, predictions.choices)
+        choices = jax.random.categorical(choice_key, predictions.choice_logits)
     else:
-        choices = predictions.choices.argmax(-1)
+        choices = predictions.choice_logits.argmax(-1)
     if decoding == "greedy":
-        numbers = jax.nn.softmax(predictions.bins, -1) @ centers
+        numbers = jax.nn.softmax(predictions.bin_logits, -1) @ centers
     elif decoding == "mode":
-        numbers = centers[predictions.bins.argmax(-1)]
+        numbers = centers[predictions.bin_logits.argmax(-1)]
     else:
-        numbers = centers[jax.random.categorical(bin_key, predictions.bins)]
+        numbers = centers[jax.random.categorical(bin_key, predictions.bin_logits)]
     return Slots(choices.astype(jnp.int32), jnp.clip(numbers, -1.0, 1.0))
 
 
-def make_agent(model: Model, cfg: ModelConfig, codec: Codec, decoding: Decoding) -> Agent:
+def make_agent(cfg: ModelConfig, codec: Codec, decoding: Decoding) -> Agent:
     """An agent that acts in one environment; its params are the model's.
 
-    A row starts with an empty context and keeps it over its episodes.
+    A row starts with an empty context and keeps it over its episodes. Agents of equal arguments are equal, so that
+    programs compiled for one serve the others.
 
     Args:
-      model: the pure functions.
-      cfg: the model's configuration.
+      cfg: shapes of the model.
       codec: of the environment.
       decoding: how actions are taken from their distribution.
 
@@ -80,47 +104,135 @@ def make_agent(model: Model, cfg: ModelConfig, codec: Codec, decoding: Decoding)
     Raises:
       ConfigError: the environment does not fit the model, the model is one that does not act, or an unknown decoding.
     """
-    if decoding not in typing.get_args(Decoding):
-        raise ConfigError(f"decoding is {decoding!r}, expected one of {', '.join(typing.get_args(Decoding))}")
+    check_decoding(decoding)
     if cfg.tokens_per_step != 1:
         raise ConfigError(
             f"the model has tokens_per_step={cfg.tokens_per_step}, which is there to compare training with: "
             "train one with tokens_per_step=1 to act"
         )
     cfg.check_fits(codec.bucket, codec.card.id)
+    return Agent(_Init(cfg, codec), _Step(cfg, codec, decoding))
 
-    def init(batch_size: int) -> AgentState:
+
+class _ByValue:
+    """A function that is equal to another whose arguments say the same, and that can be copied and pickled."""
+
+    _arguments: tuple[typing.Any, ...]
+
+    @functools.cached_property
+    def _key(self) -> str:
+        return json.dumps([type(self).__name__, *map(_said, self._arguments)], sort_keys=True)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByValue) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __reduce__(self) -> tuple[typing.Any, ...]:
+        return type(self), self._arguments
+
+
+def _said(argument: ModelConfig | Codec | str) -> typing.Any:
+    if isinstance(argument, Codec):
+        # Scores of others are on the card too, and have no say in what is done.
+        card = {name: part for name, part in argument.card.to_json().items() if not name.endswith("_returns")}
+        return [card, dataclasses.asdict(argument.bucket)]
+    return dataclasses.asdict(argument) if isinstance(argument, ModelConfig) else argument
+
+
+class _Init(_ByValue):
+    """`init` of an agent."""
+
+    def __init__(self, cfg: ModelConfig, codec: Codec):
+        self._arguments = (cfg, codec)
+
+    def __call__(self, batch_size: int) -> AgentState:
+        cfg, codec = self._arguments
         previous = jax.tree.map(jnp.asarray, zeros(codec.card.action_space, (batch_size,)))
-        return AgentState(model.init_cache(batch_size), previous)
+        return AgentState(init_cache(cfg, batch_size), previous)
 
-    def step(
-        params: Params, memory: AgentState, timestep: TimeStep, key: Array
+
+class _Step(_ByValue):
+    """`step` of an agent."""
+
+    def __init__(self, cfg: ModelConfig, codec: Codec, decoding: Decoding):
+        self._arguments = (cfg, codec, decoding)
+
+    @functools.cached_property
+    def _model(self) -> Model:
+        return make_model(self._arguments[0])
+
+    def __call__(
+        self, params: Params, state: AgentState, timestep: TimeStep, key: Array
     ) -> tuple[AgentState, PyTree, tuple[()]]:
+        cfg, codec, decoding = self._arguments
         timestep = jax.tree.map(jnp.asarray, timestep)
-        features = codec.features(timestep, memory.previous_action, memory.cache.length > 0)
-        rows = timestep.reward.shape[0]
+        rows = state.cache.length.shape[0]
+        _check(codec, timestep, rows)
+        features = codec.features(timestep, state.previous_action, state.cache.length > 0)
         inputs = Inputs(
             features=jax.tree.map(lambda leaf: leaf[:, None], features),
             signature=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape)), codec.signature),
         )
-        predictions, cache = model.apply(params, {"rows": inputs}, memory.cache)
+        predictions, cache = self._model.apply(params, {"rows": inputs}, state.cache)
         assert cache is not None  # one was given
         now = jax.tree.map(lambda leaf: leaf[:, 0], predictions["rows"])
         action = codec.action(decode(cfg, now, decoding, key))
         return AgentState(cache, action), action, ()
 
-    return Agent(init, step)
+
+def _check(codec: Codec, timestep: TimeStep, rows: int) -> None:
+    """Raises ActingError where a time step is not one of `rows` rows of the codec's environment; reads shapes alone."""
+    card = codec.card
+    expected: dict[str, jax.ShapeDtypeStruct] = {}
+    found: dict[str, Array] = {}
+    for leaf in leaves(card.observation_space):
+        name = f"observation, part {leaf.name!r},"
+        expected[name] = leaf_shape_dtype(leaf.space)
+        try:
+            found[name] = get(timestep.observation, leaf.path)
+        except (KeyError, IndexError, TypeError) as error:
+            raise ActingError(
+                f"a time step given to the agent of {card.id} has no {name} expected by {card.observation_space}"
+            ) from error
+    for field in ("reward", "terminated", "truncated", "first"):
+        expected[field] = jax.ShapeDtypeStruct((), np.float32 if field == "reward" else np.bool_)
+        found[field] = getattr(timestep, field)
+    if timestep.action_mask is not None:
+        allowed = sum(size for leaf in leaves(card.action_space) for size in choices(leaf.space))
+        expected["action_mask"] = jax.ShapeDtypeStruct((allowed,), np.bool_)
+        found["action_mask"] = timestep.action_mask
+    for name, want in expected.items():
+        value = found[name]
+        if value.shape != (rows, *want.shape) or not np.can_cast(value.dtype, want.dtype, "same_kind"):
+            raise ActingError(
+                f"the {name} given to the agent of {card.id} is {value.dtype}{list(value.shape)}, expected "
+                f"{want.dtype}{[rows, *want.shape]}: each leaf of a time step has the agent's {rows} rows in front"
+            )
 
 
-def forget(memory: AgentState, rows: Array) -> AgentState:
-    """Empties the context of some rows.
+def forget(state: AgentState, rows: Array) -> AgentState:
+    """Makes some rows as `init` makes them, whatever they had seen.
 
     Args:
-      memory: of B rows.
-      rows: `bool [B]`, which to empty.
+      state: of B rows.
+      rows: `bool [B]`, true for those that are to forget.
 
     Returns:
-      The memory.
+      The state.
+
+    Raises:
+      ActingError: `rows` is something else, such as the indices of rows.
     """
-    cache = memory.cache
-    return memory._replace(cache=cache._replace(length=jnp.where(rows, 0, cache.length)))
+    count, rows = state.cache.length.shape[0], jnp.asarray(rows)
+    if rows.shape != (count,) or rows.dtype != np.bool_:
+        raise ActingError(f"rows is {rows}, expected {count} booleans, true for the rows that are to forget")
+
+    def clear(leaf: Array, axis: int = 0) -> Array:
+        # Selected, not multiplied: what is forgotten may be NaN.
+        return jnp.where(jnp.expand_dims(rows, [i for i in range(leaf.ndim) if i != axis]), jnp.zeros_like(leaf), leaf)
+
+    keys, values, length = state.cache
+    cache = Cache(clear(keys, 1), clear(values, 1), clear(length))
+    return AgentState(cache, jax.tree.map(clear, state.previous_action))

@@ -1,37 +1,52 @@
-"""A saved policy: one self-describing folder with weights, configuration and the cards of its environments."""
+"""A policy: a trained model and the cards of its environments, in memory and as one self-describing folder.
+
+The folder holds `policy.json`, which says all but the weights and names the folder beside it that holds those. New
+weights are written under a new name and count once `policy.json`, replaced in one moment, names them: whatever
+interrupts a save leaves the policy of before or the new one.
+"""
 
 from __future__ import annotations
 
+import collections.abc
+import contextlib
 import dataclasses
 import difflib
+import fcntl
 import functools
 import json
 import os
 import pathlib
+import re
+import secrets
 import shutil
 import typing
 
 import jax
+import numpy as np
 
-from ldm_jax import acting
-from ldm_jax.cards import EnvironmentCard
+from ldm_jax import acting, files
+from ldm_jax.cards import EnvironmentCard, check_matches
 from ldm_jax.encoding.codec import Codec
+from ldm_jax.environment import Environment
 from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.model.config import ModelConfig
-from ldm_jax.model.network import Model, Params, make_model
+from ldm_jax.model.network import Model, Params, count_parameters, make_model
 from ldm_jax.training import checkpoints
-from ldm_jax.types import Agent
+from ldm_jax.types import Agent, EnvironmentSpec
 
-_SCHEMA = 1
+_SCHEMA = 2
+_FILE = "policy.json"
+_OURS = re.compile(r"params(-[0-9a-f]{8})?(\..*)?|\.(policy\.json|params-[0-9a-f]{8})\.[0-9a-f]+\.aside.*")
+"""Weights, whole or interrupted, and what is written aside."""
 
 
 class PolicyError(LdmError, ValueError):
-    """A folder that holds no policy, or an environment that the policy does not know."""
+    """A folder without a policy, a policy that is not to be saved, or an environment that a policy does not know."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Policy:
-    """A trained model and what it needs to act.
+    """A trained model and what it needs to act; equal to another with the same contents.
 
     Attributes:
       cfg: shapes of the model.
@@ -45,16 +60,50 @@ class Policy:
     cards: dict[str, EnvironmentCard]
     decoding: acting.Decoding = "greedy"
 
+    def __post_init__(self) -> None:
+        acting.check_decoding(self.decoding)
+
+    def __repr__(self) -> str:
+        millions = count_parameters(self.params) / 1e6
+        return f"Policy({millions:.3g}M parameters, {len(self.cards)} environments, {self.decoding})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Policy):
+            return NotImplemented
+        if (self.cfg, self.decoding, self.cards) != (other.cfg, other.decoding, other.cards):
+            return False
+        mine, theirs = (dict(jax.tree_util.tree_leaves_with_path(policy.params)) for policy in (self, other))
+        return mine.keys() == theirs.keys() and all(np.array_equal(mine[path], theirs[path]) for path in mine)
+
+    def __hash__(self) -> int:
+        return hash((self.cfg, self.decoding, self.ids))
+
+    def __reduce__(self) -> tuple[typing.Any, ...]:
+        # Without what is derived: functions of the model cannot be pickled.
+        return Policy, (self.cfg, self.params, self.cards, self.decoding)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of the environments it was trained in, sorted."""
+        return tuple(sorted(self.cards))
+
     @functools.cached_property
     def model(self) -> Model:
         """The network as pure functions."""
         return make_model(self.cfg)
 
-    def agent(self, environment: str | EnvironmentCard, decoding: acting.Decoding | None = None) -> Agent:
+    def agent(
+        self,
+        environment: str | EnvironmentCard | EnvironmentSpec | Environment,
+        decoding: acting.Decoding | None = None,
+    ) -> Agent:
         """The policy as an agent in one environment; call its step with `params`.
 
+        Two agents of the same environment and decoding are equal, so that nothing is compiled for the second.
+
         Args:
-          environment: an id the policy was trained in, or the card of any environment.
+          environment: an id the policy was trained in; an environment of such an id, or its spec, which are compared
+            with what the policy knows; or the card of any environment.
           decoding: default: the policy's.
 
         Returns:
@@ -62,57 +111,70 @@ class Policy:
 
         Raises:
           PolicyError: an id without a card.
-          ConfigError: the environment's spaces do not fit the model.
+          CardError: the environment is not as it was when the policy was trained.
+          ConfigError: the environment's spaces do not fit the model, or an unknown decoding.
         """
-        if isinstance(environment, str):
-            if environment not in self.cards:
-                near = difflib.get_close_matches(environment, self.cards, n=3, cutoff=0.3)
-                raise PolicyError(
-                    f"the policy has no card of {environment!r}; it has {', '.join(near or sorted(self.cards))}. "
-                    "Pass the card of an environment it was not trained in"
-                )
-            environment = self.cards[environment]
-        return acting.make_agent(self.model, self.cfg, Codec(environment), decoding or self.decoding)
+        return acting.make_agent(self.cfg, Codec(self._card(environment)), decoding or self.decoding)
 
+    def _card(self, environment: str | EnvironmentCard | EnvironmentSpec | Environment) -> EnvironmentCard:
+        if isinstance(environment, EnvironmentCard):
+            return environment
+        spec = environment.spec if isinstance(environment, Environment) else environment
+        if not isinstance(spec, str | EnvironmentSpec):
+            raise PolicyError(f"got {environment!r}, expected an id, an environment, its spec or a card")
+        id = spec if isinstance(spec, str) else spec.id
+        if id not in self.cards:
+            near = difflib.get_close_matches(id, self.ids, n=3, cutoff=0.3) or self.ids[:3]
+            raise PolicyError(
+                f"the policy has no card of {id!r}; it has {', '.join(near) or 'none'}, {len(self.ids)} in all "
+                "(Policy.ids). Pass the card of an environment it was not trained in"
+            )
+        if isinstance(spec, EnvironmentSpec):
+            check_matches(self.cards[id], spec, "the policy")
+        return self.cards[id]
 
-def save(directory: str | os.PathLike[str], policy: Policy) -> None:
-    """Writes a policy; what was in its place stays until the new one is complete.
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the policy; one that was there stays until the new one is complete, whatever interrupts this.
 
-    Args:
-      directory: the folder to make, or to replace where it holds a policy.
-      policy: what to write.
+        Args:
+          directory: the folder to make, or one that holds a policy, which is replaced; a symbolic link is followed.
 
-    Raises:
-      PolicyError: the folder exists and holds something else.
-    """
-    target = pathlib.Path(directory)
-    if target.exists() and not (target / "policy.json").is_file():
-        raise PolicyError(f"{target} exists and holds no policy: choose another folder")
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    checkpoints.save_params(aside / "params", policy.params)
-    description = {
-        "schema": _SCHEMA,
-        "model": dataclasses.asdict(policy.cfg),
-        "decoding": policy.decoding,
-        "cards": {name: card.to_json() for name, card in policy.cards.items()},
-    }
-    (aside / "policy.json").write_text(json.dumps(description, indent=1))
-    if target.exists():
-        old = target.with_name(f".{target.name}.old.{os.getpid()}")
-        target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old)
-    else:
-        aside.rename(target)
+        Raises:
+          PolicyError: something else is there, or a parameter is NaN or infinite.
+        """
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            if not np.isfinite(leaf).all():
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise PolicyError(f"the parameter {name} is not finite: nothing was saved; go back to a checkpoint")
+        target = _folder(directory)
+        if target.exists() and not target.is_dir():
+            raise PolicyError(f"{target} is a file: choose a folder")
+        target.mkdir(parents=True, exist_ok=True)
+        with _alone(target):
+            present = {path.name for path in target.iterdir()}
+            if _FILE not in present and not all(map(_OURS.fullmatch, present)):
+                raise PolicyError(f"{target} exists and holds no policy: choose another folder")
+            weights = f"params-{secrets.token_hex(4)}"
+            with files.replacing(target / weights) as aside:
+                checkpoints.save_params(aside, self.params)
+            description = {
+                "schema": _SCHEMA,
+                "weights": weights,
+                "model": dataclasses.asdict(self.cfg),
+                "decoding": self.decoding,
+                "cards": {id: card.to_json() for id, card in self.cards.items()},
+            }
+            files.write(target / _FILE, json.dumps(description, indent=1))
+            for name in present - {_FILE}:
+                if _OURS.fullmatch(name):
+                    _remove(target / name)
 
 
 def load(directory: str | os.PathLike[str]) -> Policy:
-    """Reads a policy that `save` wrote.
+    """Reads a policy that was saved.
 
     Args:
-      directory: the folder.
+      directory: the folder that `Policy.save` wrote.
 
     Returns:
       The policy.
@@ -121,23 +183,69 @@ def load(directory: str | os.PathLike[str]) -> Policy:
       PolicyError: no policy there, or one of another version.
       CheckpointError: damaged weights, or weights of another size than the configuration says.
     """
-    path = pathlib.Path(directory) / "policy.json"
+    target = _folder(directory)
+    while True:
+        description = _describe(target)
+        try:
+            return _read(target, description)
+        except checkpoints.CheckpointError:
+            # Another process may have saved a new policy and removed these weights meanwhile.
+            if _describe(target) == description:
+                raise
+
+
+def _describe(target: pathlib.Path) -> dict[str, typing.Any]:
+    path = target / _FILE
+    if target.is_file():
+        raise PolicyError(f"{target} is a file, expected the folder of a policy: pass {target.parent}")
     try:
-        description: dict[str, typing.Any] = json.loads(path.read_text())
+        description = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise PolicyError(f"{directory} holds no policy: there is no {path}") from error
-    except json.JSONDecodeError as error:
+        raise PolicyError(f"{target} holds no policy: there is no {path}") from error
+    except ValueError as error:
         raise PolicyError(f"{path} is damaged: {error}") from error
-    if description.get("schema") != _SCHEMA:
-        raise PolicyError(f"{path} has schema {description.get('schema')}, expected {_SCHEMA}: save the policy again")
+    schema = description.get("schema") if isinstance(description, dict) else None
+    if schema != _SCHEMA:
+        raise PolicyError(f"{path} has schema {schema}, expected {_SCHEMA}: train the policy anew with this version")
+    return description
+
+
+def _read(target: pathlib.Path, description: dict[str, typing.Any]) -> Policy:
+    path = target / _FILE
     try:
         cfg = ModelConfig(**description["model"])
     except TypeError as error:
         raise ConfigError(f"{path} describes a model of another version: {error}") from error
+    except KeyError as error:
+        raise PolicyError(f"{path} is damaged: it lacks {error}") from error
+    try:
+        weights, decoding = target / description["weights"], description["decoding"]
+        cards = {id: EnvironmentCard.from_json(card) for id, card in description["cards"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PolicyError(f"{path} is damaged: {error!r}") from error
     shapes = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
-    return Policy(
-        cfg=cfg,
-        params=checkpoints.load_params(pathlib.Path(directory) / "params", shapes),
-        cards={name: EnvironmentCard.from_json(card) for name, card in description["cards"].items()},
-        decoding=description["decoding"],
-    )
+    return Policy(cfg, checkpoints.load_params(weights, shapes), cards, decoding)
+
+
+def _folder(directory: str | os.PathLike[str]) -> pathlib.Path:
+    return pathlib.Path(os.path.realpath(os.path.expanduser(directory)))
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> collections.abc.Iterator[None]:
+    """Waits for other processes that save into the folder; the lock ends with its process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems have no locks: there, two savers at once are for their users to keep apart.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

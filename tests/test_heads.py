@@ -92,7 +92,7 @@ def test_the_loss_of_every_head_is_its_direct_formula(params):
     whole, steps = 0.0, 0
     for name, codec in codecs.items():
         direct = [
-            direct_loss(codec, arrays, predictions[name].choices[row], predictions[name].bins[row])
+            direct_loss(codec, arrays, predictions[name].choice_logits[row], predictions[name].bin_logits[row])
             for row, arrays in enumerate(streams[name])
         ]
         losses, entropies = np.array(direct).T

@@ -69,7 +69,7 @@ def test_attention_is_causal_and_local_by_gradient(params, apply):
 
     def prediction(numeric):
         inputs = example.inputs._replace(features=example.inputs.features._replace(numeric=numeric))
-        return jax.nn.log_softmax(apply(params, {"rows": inputs})[0]["rows"].choices[0, t, 0, :3])[0]
+        return jax.nn.log_softmax(apply(params, {"rows": inputs})[0]["rows"].choice_logits[0, t, 0, :3])[0]
 
     influence = np.abs(jax.grad(prediction)(example.inputs.features.numeric)).sum((0, 2, 3))
     reach = NANO.layers * (WINDOW - 1)
@@ -96,8 +96,8 @@ def test_a_nan_in_padding_changes_nothing(params, apply):
     )
     assert np.isnan(numeric).any() and np.isnan(side).any() and np.isnan(continuous).any()
     after, _ = apply(params, {"rows": example.inputs._replace(features=poisoned)})
-    np.testing.assert_array_equal(before["rows"].choices, after["rows"].choices)
-    np.testing.assert_array_equal(before["rows"].bins[:, :, :slots], after["rows"].bins[:, :, :slots])
+    np.testing.assert_array_equal(before["rows"].choice_logits, after["rows"].choice_logits)
+    np.testing.assert_array_equal(before["rows"].bin_logits[:, :, :slots], after["rows"].bin_logits[:, :, :slots])
 
 
 @pytest.mark.parametrize("change", ["reward", "terminated", "truncated", "action"])
@@ -154,7 +154,7 @@ def test_the_signature_is_seen(params, apply):
     example = examples.random_example(codec, 1, 3, seed=7)
     other = example.inputs.signature._replace(vector=example.inputs.signature.vector * 0.5)
     one, two = (
-        apply(params, {"rows": i})[0]["rows"].choices
+        apply(params, {"rows": i})[0]["rows"].choice_logits
         for i in (example.inputs, example.inputs._replace(signature=other))
     )
     assert np.abs(one - two).max() > 1e-4
@@ -166,7 +166,7 @@ def test_masked_choices_have_no_probability(params, apply):
     mask = example.inputs.features.action_mask.copy()
     mask[..., 1] = False
     inputs = example.inputs._replace(features=example.inputs.features._replace(action_mask=mask))
-    probabilities = jax.nn.softmax(apply(params, {"rows": inputs})[0]["rows"].choices, -1)
+    probabilities = jax.nn.softmax(apply(params, {"rows": inputs})[0]["rows"].choice_logits, -1)
     assert (np.asarray(probabilities[..., 1]) == 0).all()
     assert (np.asarray(probabilities[..., 3:]) == 0).all()
 
@@ -302,7 +302,7 @@ def test_with_two_tokens_per_step_no_action_is_seen_before_it_is_predicted(param
         previous = features.previous._replace(continuous=previous)
         features = features._replace(numeric=numeric, previous=previous, reward=reward)
         (output,) = model.apply(params, {"rows": example.inputs._replace(features=features)})[0].values()
-        return jax.nn.log_softmax(output.bins[0, t, 0])[3]
+        return jax.nn.log_softmax(output.bin_logits[0, t, 0])[3]
 
     features = example.inputs.features
     features = features._replace(has_previous=np.ones_like(features.has_previous))
@@ -323,6 +323,6 @@ def test_two_tokens_per_step_train_and_do_not_act(params):
     total, metrics = jax.jit(functools.partial(imitation_loss, model, cfg))(params, batch)
     assert np.isfinite(total) and metrics["rows"].weight.sum() == batch["rows"].targets.weight.sum()
     with pytest.raises(ConfigError, match="tokens_per_step=1 to act"):
-        acting.make_agent(model, cfg, codec, "greedy")
+        acting.make_agent(cfg, codec, "greedy")
     with pytest.raises(ConfigError, match="without a cache"):
         model.apply(params, {"rows": batch["rows"].inputs}, model.init_cache(2))

@@ -223,7 +223,7 @@ def test_the_loss_against_a_direct_formula():
     example = examples.random_example(codec, 2, 5, seed=3)
     params = INIT(jax.random.key(0))
     total, metrics = LOSS(params, {"rows": example})
-    logits = np.asarray(APPLY(params, {"rows": example.inputs})[0]["rows"].choices, np.float64)
+    logits = np.asarray(APPLY(params, {"rows": example.inputs})[0]["rows"].choice_logits, np.float64)
     expected, entropy, count = 0.0, 0.0, 0
     for row, t in np.argwhere(example.targets.weight > 0):
         for slot, size in enumerate((2, 5)):
@@ -296,7 +296,7 @@ def test_decoding_modes():
 @pytest.mark.parametrize("name", examples.SPACES)
 def test_agents_act_within_the_space_and_forget(name):
     codec = examples.make_codec(name)
-    agent = acting.make_agent(MODEL, dataclasses.replace(NANO, values=64), codec, "sample")
+    agent = acting.make_agent(NANO, codec, "sample")
     params, memory = INIT(jax.random.key(0)), agent.init(3)
     observation = examples.random_tree(codec.card.observation_space, (3,), np.random.default_rng(0))
     no = np.zeros(3, bool)
@@ -313,8 +313,8 @@ def test_agents_act_within_the_space_and_forget(name):
 def test_a_saved_policy_acts_as_before(tmp_path):
     card = examples.make_codec("vector").card
     original = policy.Policy(NANO, INIT(jax.random.key(0)), {card.id: card}, "sample")
-    ldm_jax.save(tmp_path / "policy", original)
-    ldm_jax.save(tmp_path / "policy", original)  # replaces it
+    original.save(tmp_path / "policy")
+    original.save(tmp_path / "policy")  # replaces it
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
     loaded = ldm_jax.load(tmp_path / "policy")
     assert loaded.cfg == NANO and loaded.cards == original.cards and loaded.decoding == "sample"
@@ -329,11 +329,11 @@ def test_a_saved_policy_acts_as_before(tmp_path):
 
 def test_damaged_and_foreign_policies_are_refused(tmp_path):
     card = examples.make_codec("vector").card
-    ldm_jax.save(tmp_path / "policy", policy.Policy(NANO, INIT(jax.random.key(0)), {card.id: card}))
+    policy.Policy(NANO, INIT(jax.random.key(0)), {card.id: card}).save(tmp_path / "policy")
     with pytest.raises(policy.PolicyError, match="holds no policy"):
         ldm_jax.load(tmp_path)
     with pytest.raises(policy.PolicyError, match="exists and holds no policy"):
-        ldm_jax.save(tmp_path, policy.Policy(NANO, {}, {}))
+        policy.Policy(NANO, {}, {}).save(tmp_path)
     path = tmp_path / "policy" / "policy.json"
     description = json.loads(path.read_text())
     for change, message in (

@@ -20,7 +20,7 @@ from ldm_jax.acting import Decoding, make_agent
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import ModelConfig
-from ldm_jax.model.network import Model, Params, make_model
+from ldm_jax.model.network import Model, Params
 from ldm_jax.rollout import evaluate
 from ldm_jax.training import metrics
 from ldm_jax.training.loss import RowMetrics, imitation_loss
@@ -150,7 +150,7 @@ class Validation:
         if id not in self._open:  # once, so that its loop is compiled once
             environment = registry.make(id, self._config.rows)
             self._closing.callback(environment.close)
-            agent = make_agent(make_model(self._model_cfg), self._model_cfg, self._known[id], self._decoding)
+            agent = make_agent(self._model_cfg, self._known[id], self._decoding)
             self._open[id] = environment, agent
         episodes = evaluate(*self._open[id], params, _key(id), self._config.episodes)
         card, mean = self._known[id].card, float(np.mean(episodes.returns, dtype=np.float64))

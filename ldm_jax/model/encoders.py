@@ -103,7 +103,7 @@ class TextEncoder(nnx.Module):
         return self.out(mean)
 
 
-class Tokens(nnx.Module):
+class StepEncoder(nnx.Module):
     """Turns the features of R rows and T steps into tokens `[R, T, D]`.
 
     With two tokens per step, `[R, 2T, D]`: that of the previous action, then that of what came of it.

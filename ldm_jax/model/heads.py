@@ -21,12 +21,12 @@ class Predictions(typing.NamedTuple):
     """What the model says of the next action; a pytree.
 
     Attributes:
-      choices: `float32 [R, T, K, V]`, logits, `NOT_ALLOWED` where a choice does not exist or is not allowed.
-      bins: `float32 [R, T, C, bins]`, logits over the bins of each continuous slot.
+      choice_logits: `float32 [R, T, K, V]`, `NOT_ALLOWED` where a choice does not exist or is not allowed.
+      bin_logits: `float32 [R, T, C, bins]`, over the bins of each continuous slot.
     """
 
-    choices: Array
-    bins: Array
+    choice_logits: Array
+    bin_logits: Array
 
 
 class Head(nnx.Module):
@@ -49,8 +49,8 @@ class Head(nnx.Module):
         logits = self._slots(x, self.choice_slot[:slots], self.choices[:, :width])
         count = features.previous.continuous.shape[-1]
         return Predictions(
-            choices=jnp.where(allowed, logits, NOT_ALLOWED),
-            bins=self._slots(x, self.continuous_slot[:count], self.bins[...]),
+            choice_logits=jnp.where(allowed, logits, NOT_ALLOWED),
+            bin_logits=self._slots(x, self.continuous_slot[:count], self.bins[...]),
         )
 
     def _slots(self, x_RTD: Array, slot_AD: Array, kernel_DV: Array) -> Array:

@@ -15,7 +15,7 @@ from ldm_jax.encoding.codec import Features, Signature
 from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.decoder import Cache, Decoder, init_cache, rematerialize
-from ldm_jax.model.encoders import SignatureEncoder, Tokens
+from ldm_jax.model.encoders import SignatureEncoder, StepEncoder
 from ldm_jax.model.heads import Head, Predictions
 from ldm_jax.model.layers import Norm
 from ldm_jax.types import Array
@@ -57,7 +57,7 @@ class _Network(nnx.Module):
         self.cfg, self.mesh = cfg, mesh
         decoder_cfg = dataclasses.replace(cfg, window=cfg.window * cfg.tokens_per_step)
         self.signature = SignatureEncoder(cfg, rngs)
-        self.tokens = Tokens(cfg, rngs)
+        self.tokens = StepEncoder(cfg, rngs)
         self.decoder = Decoder(decoder_cfg, rngs)
         self.norm = Norm(cfg.width)
         self.head = Head(cfg, rngs)

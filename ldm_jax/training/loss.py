@@ -63,15 +63,15 @@ def slot_losses(cfg: ModelConfig, predictions: Predictions, targets: Targets) ->
     """
     bins = bin_probabilities(cfg, targets.mean, targets.scale)
     losses, entropies = [], []
-    for probabilities, logits in ((targets.probabilities, predictions.choices), (bins, predictions.bins)):
+    for probabilities, logits in ((targets.probabilities, predictions.choice_logits), (bins, predictions.bin_logits)):
         log_probabilities = jax.nn.log_softmax(logits, -1)
         losses.append(-jnp.sum(jnp.where(probabilities > 0, probabilities * log_probabilities, 0.0), -1))
         entropies.append(jnp.sum(jax.scipy.special.entr(probabilities), -1))
-    if predictions.choices.shape[-1]:
-        right_choice = predictions.choices.argmax(-1) == targets.probabilities.argmax(-1)
+    if predictions.choice_logits.shape[-1]:
+        right_choice = predictions.choice_logits.argmax(-1) == targets.probabilities.argmax(-1)
     else:
-        right_choice = jnp.zeros(predictions.choices.shape[:-1], bool)
-    decoded = jax.nn.softmax(predictions.bins, -1) @ bin_centers(cfg)
+        right_choice = jnp.zeros(predictions.choice_logits.shape[:-1], bool)
+    decoded = jax.nn.softmax(predictions.bin_logits, -1) @ bin_centers(cfg)
     right_number = jnp.abs(jnp.clip(decoded, -1, 1) - targets.mean) < 0.1
     correct = jnp.concatenate([right_choice, right_number], -1)
     return jnp.concatenate(losses, -1), jnp.concatenate(entropies, -1), correct.astype(jnp.float32)
