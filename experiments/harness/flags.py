@@ -16,6 +16,7 @@ from data.mixture import MixtureError
 from data.references import ReferencePolicyError
 from data.store import StoreError
 from environments import UnknownEnvironmentError
+from experiments.harness import signals
 from experiments.harness.progress import logger
 from experiments.harness.workdir import WorkdirError
 from ldm_jax.cards import CardError
@@ -87,7 +88,8 @@ def launch(run: typing.Callable[[T, pathlib.Path, tuple[str, ...]], typing.Any],
         except ValueError as error:  # a configuration that checked itself
             sys.exit(f"error: {error}")
         try:
-            run(resolved, pathlib.Path(workdir.value), tuple(environments.value))
+            with signals.ending():
+                run(resolved, pathlib.Path(workdir.value), tuple(environments.value))
         except EXPECTED_ERRORS as error:
             logger.debug("", exc_info=True)
             sys.exit(f"error: {error}")

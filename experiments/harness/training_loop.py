@@ -62,7 +62,7 @@ def follow(
     """
     clock = progress.clock()
     begun = done = newest = int(state.step)
-    signal, evaluated, unsaid = 0, dict[int, dict[str, typing.Any]](), dict[str, typing.Any]()
+    evaluated, unsaid = dict[int, dict[str, typing.Any]](), dict[str, typing.Any]()
 
     def tell() -> None:
         # What the log says is saved is on the disk.
@@ -73,9 +73,9 @@ def follow(
     with progress.bar("pretrain", pace.steps, "step", begun) as advance, signals.deferred() as received:
 
         def stop(step: int) -> bool:
-            nonlocal newest, signal
-            newest, signal = step, received(step)
-            return bool(signal)
+            nonlocal newest
+            newest = step
+            return received(step)
 
         trained = training.train(train_step, state, mixture.batches(begun), pace.steps, mesh, stop)
         try:
@@ -86,7 +86,7 @@ def follow(
                     evaluated[newest] = validate(state.params)
                 if done % pace.log_steps == 0 or done == pace.steps or done in evaluated:
                     log.write(meter.row(done, metrics) | evaluated.pop(done, {}))
-                due = newest % pace.checkpoint_steps == 0 or newest == pace.steps or signal
+                due = newest % pace.checkpoint_steps == 0 or newest == pace.steps or received.number
                 # The newest state is not known to be sound before its own metrics are.
                 if due and newest != checkpoints.latest and bool(state.finite):
                     checkpoints.wait()
@@ -98,9 +98,8 @@ def follow(
             raise training.TrainingError(f"{error}. {_keep(error, checkpoints, workdir)}") from error
         checkpoints.wait()
         tell()
-        if signal and done < pace.steps:
-            progress.log("interrupted", step=done, signal=signal, seconds=clock())
-            raise signals.Interrupted(signal)
+        if received.number and done < pace.steps:
+            raise signals.Interrupted(received.number, step=done)
     return state
 
 

@@ -22,8 +22,8 @@ NANO = dataclasses.replace(SIZES["nano"], values=64)
 _ON_EIGHT_DEVICES = f"""
 import sys
 sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
-import test_footprint
-test_footprint.compare_devices()
+import test_cost
+test_cost.compare_devices()
 """
 
 
