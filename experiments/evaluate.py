@@ -68,20 +68,25 @@ def run(config: EvaluateConfig, workdir: pathlib.Path, environments: tuple[str, 
     policy = policies.load(workdir / "policy")
     ids = environments or listed(workdir / "references")
     pin_config(workdir, "evaluate", config, owns=("evaluation", "report"))
-    digest, results = fingerprint(policy), []
+    digest = fingerprint(policy)
     paths = {id: workdir / "evaluation" / f"{id}.json" for id in ids if id in policy.cards}
     missing = [id for id, path in paths.items() if _kept(path, digest) is None]
     if missing:
         with progress.bar("evaluate", len(missing) * config.rows * config.episodes, "episode") as advance:
             for id in missing:
                 _evaluate(config, policy, digest, id, paths[id], advance)
+    measured: list[scores.Measurement] = []
     for id in ids:
         scored = load_reference(workdir / "references" / id)
         returns = _kept(paths[id], digest) if id in paths else None
         reference = (scored.random_returns.array, scored.reference_returns.array)
-        results.append(
-            scores.score(id, scored.policy.spec.domain, *reference, returns, PUBLIC_TARGETS.get(id), config.seed)
+        missing_reason = "" if id in policy.cards else "the policy was not trained in it"
+        measured.append(
+            scores.Measurement(
+                id, scored.policy.spec.domain, *reference, returns, PUBLIC_TARGETS.get(id), missing_reason
+            )
         )
+    results = scores.score_each(measured, config.seed)
     parameters = count_parameters(policy.params)
     found = aggregates.to_json(results, parameters, policy.decoding, config.seed)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

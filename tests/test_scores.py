@@ -18,7 +18,7 @@ def normal(seed, mean, deviation, rows=32, episodes=4):
 def score(model, id="gymnax/A", random=0.0, reference=10.0, deviation=1.0, seed=0):
     """Scores a model of this mean return; every policy has the same deviation."""
     returns = [normal(seed + i, mean, deviation) for i, mean in enumerate((random, reference, model))]
-    return scores.score(id, "games", *returns, public_target=None, seed=0, resamples=400)
+    return scores.score(scores.Measurement(id, "games", *returns), seed=0, resamples=400)
 
 
 def many():
@@ -65,7 +65,7 @@ def test_without_variance_any_real_difference_is_admitted():
 def test_admission_does_not_depend_on_the_units_of_the_return(seed, gap, scale, shift):
     random, reference = normal(seed, 0, 1), normal(seed + 1, gap, 1)
     plain, moved = scores.admit(random, reference), scores.admit(random * scale + shift, reference * scale + shift)
-    near = min(abs(plain.difference / plain.standard_error - 3), abs(plain.difference / plain.deviation - 0.5)) < 1e-3
+    near = min(abs(plain.difference / plain.standard_error - 3), abs(plain.difference / plain.std - 0.5)) < 1e-3
     hypothesis.assume(not near and abs(plain.difference) * scale > 1e-2)
     assert plain.admitted == moved.admitted
 
@@ -136,7 +136,7 @@ def test_the_same_seed_gives_the_same_interval_whatever_else_is_scored():
     first, second = score(7.0), score(7.0)
     assert first == second
     np.testing.assert_array_equal(first.z_samples, second.z_samples)
-    assert score(7.0, id="gymnax/Other").z_low != first.z_low
+    assert score(7.0, id="gymnax/Other").z.low != first.z.low
 
 
 @pytest.mark.parametrize("which", ["random", "reference", "model"])
@@ -145,7 +145,7 @@ def test_returns_that_are_not_numbers_raise_with_the_environment_and_the_policy(
     returns = {"random": normal(0, 0, 1), "reference": normal(1, 10, 1), "model": normal(2, 9, 1)}
     returns[which][3, 1] = bad
     with pytest.raises(ValueError, match=f"gymnax/A: 1 of 128 {which} returns are NaN or infinite"):
-        scores.score("gymnax/A", "games", *returns.values(), public_target=None, seed=0)
+        scores.score(scores.Measurement("gymnax/A", "games", *returns.values()), seed=0)
 
 
 def test_a_single_row_has_no_interval():
@@ -155,24 +155,62 @@ def test_a_single_row_has_no_interval():
 
 def test_first_episode_is_scored_apart():
     model = np.tile([0.0, 10.0, 10.0, 10.0], (8, 1))
-    result = scores.score("gymnax/A", "games", np.zeros((8, 4)), np.full((8, 4), 10.0), model, 9.5, seed=0)
-    assert (result.z_first_episode, result.z, result.episodes, result.rows) == (0.0, 0.75, 32, 8)
+    measured = scores.Measurement("gymnax/A", "games", np.zeros((8, 4)), np.full((8, 4), 10.0), model, 9.5)
+    result = scores.score(measured, seed=0)
+    assert (result.z_first_episode, result.z.value, result.model.episodes, result.model.rows) == (0.0, 0.75, 32, 8)
     assert result.public_target == 9.5
 
 
 def test_a_refused_environment_is_listed_and_never_scored():
     result = score(0.0, reference=0.0)
-    assert not result.admitted and result.z is None and result.z_low is None and result.z_first_episode is None
+    assert not result.admitted and result.z is None and result.z_first_episode is None
     assert result.model is not None
-    assert scores.score("gymnax/A", "", np.zeros(3), np.zeros(3), None, None, seed=0).model is None
-    with pytest.raises(ValueError, match="no returns of the model"):
-        scores.score("gymnax/A", "", np.zeros(3), np.ones(3), None, None, seed=0)
+    found = result.to_json()
+    assert found["z"] is None and found["z_low"] is None and found["model"] == result.model.mean
+    assert scores.score(scores.Measurement("gymnax/A", "", np.zeros(3), np.zeros(3), None), seed=0).model is None
+    with pytest.raises(scores.ScoreError, match="no returns of the model"):
+        scores.score(scores.Measurement("gymnax/A", "", np.zeros(3), np.ones(3), None), seed=0)
+
+
+@pytest.mark.parametrize("which", ["random", "reference", "model"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, None])
+def test_one_environment_without_a_result_costs_no_other(which, bad):
+    sound = {"random": normal(0, 0, 1), "reference": normal(1, 10, 1), "model": normal(2, 9, 1)}
+    broken = {name: returns.copy() for name, returns in sound.items()}
+    if bad is None:
+        broken[which] = None
+    else:
+        broken[which][3, 1] = bad
+    measured = [scores.Measurement(id, "games", *sound.values()) for id in ("gymnax/A", "gymnax/C")]
+    measured.insert(1, scores.Measurement("gymnax/B", "games", *broken.values()))
+    found = scores.score_each(measured, seed=0, resamples=50)
+    assert found[::2] == scores.score_each(measured[::2], seed=0, resamples=50)
+    assert all(score.admitted for score in found[::2])
+    listed = found[1]
+    assert not listed.admitted and getattr(listed, which) is None
+    assert all(getattr(listed, other) == getattr(found[0], other) for other in sound if other != which)
+    assert ("no returns" if bad is None else f"1 of 128 {which} returns are NaN or infinite") in listed.reason
+    report = aggregates.to_json(found, 1, "greedy", seed=0)
+    assert (report["registered"], report["admitted"]) == (3, 2)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert f"gymnax/B: {listed.reason}" in aggregates.table(report)
+
+
+def test_why_an_environment_has_no_result_is_said_where_it_is_known():
+    measured = scores.Measurement(
+        "gymnax/A", "", np.zeros(3), np.ones(3), None, None, "the policy was not trained in it"
+    )
+    (listed,) = scores.score_each([measured], seed=0)
+    assert not listed.admitted and listed.reason == "the policy was not trained in it"
+    # The rule of admission comes first: what is refused needs no result.
+    (refused,) = scores.score_each([measured._replace(reference_returns=np.zeros(3))], seed=0)
+    assert "not better than random" in refused.reason
 
 
 def test_distance_is_in_the_reference_s_own_deviations():
     # z forgives everything where random is disastrous: halfway to a crash is still z = 0.98.
     result = score(model=-20.0, random=-2000.0, reference=10.0)
-    assert result.z > 0.98 and result.reference_distance < -25
+    assert result.z.value > 0.98 and result.reference_distance < -25
     assert score(10.0, deviation=0.0).reference_distance == 0.0
     assert score(9.0, deviation=0.0).reference_distance is None
 
@@ -201,7 +239,7 @@ def test_without_noise_the_curve_is_a_count():
 
 def test_doing_what_the_reference_does_reaches_1_in_spite_of_rounding():
     random, reference, model = np.full((7, 3), 0.1), np.full((50, 2), 0.7), np.full((11, 3), 0.7)
-    result = scores.score("gymnax/A", "", random, reference, model, None, seed=0)
+    result = scores.score(scores.Measurement("gymnax/A", "", random, reference, model), seed=0)
     found = aggregates.to_json([result], 1, "greedy", seed=0)
     assert found["matches"] == 1
     assert next(point for point in found["curve"] if point["tau"] == 1.0)["low"] == 1
@@ -221,6 +259,15 @@ def test_the_bootstrap_of_an_aggregate_keeps_every_library():
     assert tuple(aggregates.aggregate(aggregates.optimality_gap, items, seed=0)) == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_environment_whose_resamples_have_no_z_leaves_an_aggregate_without_a_lower_end():
+    sound = score(10.0)
+    item = dataclasses.replace(sound, id="envpool/B", z_samples=np.full(sound.z_samples.shape, np.nan))
+    estimate = aggregates.aggregate(aggregates.interquartile_mean, [sound, item], seed=0)
+    assert estimate.value == pytest.approx(sound.z.value) and estimate.low == -math.inf
+    assert aggregates.to_json([sound, item], 1, "greedy", seed=0)["admitted"] == 2
+
+
 def test_nothing_admitted_is_said_and_not_scored():
     refused = [score(1.0, reference=0.0)]
     with pytest.raises(ValueError, match="no environment is admitted"):
@@ -234,7 +281,8 @@ def test_nothing_admitted_is_said_and_not_scored():
 
 
 def test_json_has_the_fixed_keys_and_survives_strict_json():
-    items = [*many(), scores.unmeasured("envpool/Crashed", "games", "the simulator died", 3.0)]
+    crashed = scores.Measurement("envpool/Crashed", "games", None, None, None, 3.0, "the simulator died")
+    items = [*many(), *scores.score_each([crashed], seed=0)]
     found = aggregates.to_json(items, parameters=1_000_000, decoding="greedy", seed=0)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["registered"], found["admitted"], found["parameters"], found["decoding"]) == (

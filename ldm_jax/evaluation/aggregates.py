@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import math
 import typing
 
 import numpy as np
 
-from ldm_jax.evaluation.scores import ROUNDING, EnvironmentScore, Estimate, Floats, interval
+from ldm_jax.evaluation.scores import ROUNDING, EnvironmentScore, Estimate, Floats, ScoreError, interval
 
 MATCH = 0.95
 TAUS = tuple(hundredth / 100 for hundredth in range(121))
@@ -38,7 +39,7 @@ def curve(
     z: np.ndarray,
     z_low: np.ndarray,
     z_samples: np.ndarray,
-    taus: typing.Sequence[float] = TAUS,
+    taus: collections.abc.Sequence[float] = TAUS,
     confidence: float = 0.95,
 ) -> list[CurvePoint]:
     """The performance-threshold curve over the admitted environments.
@@ -83,8 +84,8 @@ def optimality_gap(z: np.ndarray) -> Floats:
 
 
 def aggregate(
-    statistic: typing.Callable[[np.ndarray], Floats],
-    scores: typing.Sequence[EnvironmentScore],
+    statistic: collections.abc.Callable[[np.ndarray], Floats],
+    scores: collections.abc.Sequence[EnvironmentScore],
     seed: int,
     confidence: float = 0.95,
 ) -> Estimate:
@@ -103,14 +104,15 @@ def aggregate(
       The statistic of the point estimates, and its interval.
 
     Raises:
-      ValueError: no environment is admitted.
+      ScoreError: no environment is admitted.
     """
     admitted = [item for item in scores if item.admitted]
     if not admitted:
-        raise ValueError("no environment is admitted, so there is nothing to aggregate")
+        raise ScoreError("no environment is admitted, so there is nothing to aggregate")
     samples = np.stack([item.z_samples for item in admitted])
     # A resample without a z counts as the worst one that has a z.
-    samples = np.where(np.isnan(samples), np.nanmin(samples, axis=1, keepdims=True), samples)
+    worst = np.nan_to_num(np.fmin.reduce(samples, axis=1, keepdims=True), nan=-np.inf, neginf=-np.inf, posinf=np.inf)
+    samples = np.where(np.isnan(samples), worst, samples)
     libraries = np.array([item.library for item in admitted])
     rng, drawn = np.random.default_rng(seed), np.empty(samples.shape, np.int64)
     for library in sorted(set(libraries)):
@@ -118,11 +120,15 @@ def aggregate(
         drawn[members] = rng.choice(members, (len(members), samples.shape[1]))
     values = statistic(np.take_along_axis(samples, drawn, axis=0))
     low, high = interval(values, confidence)
-    return Estimate(float(statistic(np.array([item.z for item in admitted]))), low, high)
+    return Estimate(float(statistic(_estimates(admitted)[:, 0])), low, high)
 
 
 def to_json(
-    scores: typing.Sequence[EnvironmentScore], parameters: int, decoding: str, seed: int, confidence: float = 0.95
+    scores: collections.abc.Sequence[EnvironmentScore],
+    parameters: int,
+    decoding: str,
+    seed: int,
+    confidence: float = 0.95,
 ) -> dict[str, typing.Any]:
     """Everything an evaluation found, as JSON values: the contents of `scores.json`.
 
@@ -137,31 +143,32 @@ def to_json(
       A dict without NaN or infinity: null stands for what is not defined.
 
     Raises:
-      ValueError: an environment occurs twice.
+      ScoreError: an environment occurs twice.
     """
     ids = [item.id for item in scores]
     if twice := sorted({id for id in ids if ids.count(id) > 1}):
-        raise ValueError(f"got more than one score of {', '.join(twice)}, expected one for each environment")
+        raise ScoreError(f"got more than one score of {', '.join(twice)}, expected one for each environment")
     admitted = [item for item in scores if item.admitted]
     points = [CurvePoint(tau, 0, 0, 0, 0) for tau in TAUS]
     iqm = gap = None
+    matches = 0
     if admitted:
-        z, z_low = (np.array([getattr(item, name) for item in admitted]) for name in ("z", "z_low"))
+        z, z_low, _ = _estimates(admitted).T
+        matches = int(np.sum(_reaches(z_low, MATCH)))
         points = curve(z, z_low, np.stack([item.z_samples for item in admitted]), confidence=confidence)
         iqm = aggregate(interquartile_mean, admitted, seed, confidence)._asdict()
         gap = aggregate(optimality_gap, admitted, seed, confidence)._asdict()
-    fields = [field.name for field in dataclasses.fields(EnvironmentScore) if field.name != "z_samples"]
     return _finite(
         {
             "registered": len(scores),
             "admitted": len(admitted),
-            "matches": sum(bool(_reaches(item.z_low, MATCH)) for item in admitted),
+            "matches": matches,
             "parameters": parameters,
             "decoding": decoding,
             "confidence": confidence,
             "iqm": iqm,
             "optimality_gap": gap,
-            "environments": [{name: getattr(item, name) for name in fields} for item in scores],
+            "environments": [item.to_json() for item in scores],
             "curve": [{"tau": p.tau, "count": p.count, "low": p.low, "high": p.high} for p in points],
             "curve_conservative": [{"tau": p.tau, "count": p.conservative} for p in points],
         }
@@ -213,6 +220,11 @@ def number(value: float | None, form: str = ".4g") -> str:
     # -0.001 is 0.00, not -0.00
     text = format(value, form)
     return text.lstrip("-") if not float(text) else text
+
+
+def _estimates(admitted: collections.abc.Sequence[EnvironmentScore]) -> Floats:
+    """`[E, 3]`: z and the ends of its interval."""
+    return np.array([item.z for item in admitted], np.float64)
 
 
 def _reaches(z: typing.Any, tau: float) -> np.ndarray:

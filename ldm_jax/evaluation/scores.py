@@ -8,6 +8,7 @@ memory, so their episodes are independent; the model carries its context from ep
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import math
 import typing
@@ -15,13 +16,19 @@ import zlib
 
 import numpy as np
 
+from ldm_jax.errors import LdmError
+
 Floats = np.ndarray
 """A `float64` array."""
 
 ADMIT_STANDARD_ERRORS = 3.0
-ADMIT_DEVIATIONS = 0.5
+ADMIT_STDS = 0.5
 ROUNDING = 1e-6
 """Returns are sums of float32 rewards: differences this small, relative to the returns or to 1 in z, are not real."""
+
+
+class ScoreError(LdmError, ValueError):
+    """Returns that no score can be made of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +40,82 @@ class Admission:
       reason: the rule in numbers, for a person.
       difference: J_reference - J_random, in units of return.
       standard_error: of that difference.
-      deviation: standard deviation of one episode's return under the random policy.
+      std: standard deviation of one episode's return under the random policy.
     """
 
     admitted: bool
     reason: str
     difference: float
     standard_error: float
-    deviation: float
+    std: float
+
+
+class Measurement(typing.NamedTuple):
+    """What was played in one environment; the returns are undiscounted, `[rows, episodes]`.
+
+    Attributes:
+      id: `library/<the library's own id>`; it also seeds the resampling, so that scores do not depend on which other
+        environments were scored.
+      domain: what the task is about.
+      random_returns: of the random policy, or None.
+      reference_returns: of the reference policy, or None.
+      model_returns: of the model, each row starting with an empty context, or None.
+      public_target: a published return to compare the raw return with, or None.
+      missing: why returns are None, for a person.
+    """
+
+    id: str
+    domain: str
+    random_returns: np.ndarray | None
+    reference_returns: np.ndarray | None
+    model_returns: np.ndarray | None
+    public_target: float | None = None
+    missing: str = ""
+
+
+class ReturnSummary(typing.NamedTuple):
+    """Finished episodes of one policy in one environment.
+
+    Attributes:
+      mean: mean return over all episodes.
+      standard_error: standard error of that mean; over rows where a policy carries its context from episode to episode.
+      std: standard deviation of one episode's return.
+      rows: number of parallel rows that the episodes were run in.
+      episodes: number of episodes over all rows.
+    """
+
+    mean: float
+    standard_error: float
+    std: float
+    rows: int
+    episodes: int
+
+
+class Estimate(typing.NamedTuple):
+    """A number with the ends of its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Interval(typing.NamedTuple):
+    """The ends of an interval."""
+
+    low: float
+    high: float
+
+
+class Bootstrap(typing.NamedTuple):
+    """A bootstrapped z.
+
+    Attributes:
+      estimate: z with its interval.
+      samples: `float64 [resamples]`, z of every resample, NaN where a resample has none.
+    """
+
+    estimate: Estimate
+    samples: Floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,55 +123,66 @@ class EnvironmentScore:
     """What was measured in one environment; `None` stands where nothing was or may be measured.
 
     Attributes:
-      id: the environment's id.
-      library: its library.
+      id: `library/<the library's own id>`.
       domain: what the task is about.
-      admitted: z was computed.
-      reason: why it was admitted or refused.
-      random: mean return of the random policy; its standard error is `random_error`.
-      reference: mean return of the reference policy, with `reference_error`; `reference_deviation` is the standard
-        deviation of one episode.
-      model: mean return of the model over all episodes of all rows, with `model_error`.
+      reason: why it was admitted or refused, for a person.
+      random: returns of the random policy.
+      reference: returns of the reference policy.
+      model: returns of the model.
       public_target: a published return to compare the raw return with.
-      z: (model - random) / (reference - random).
-      z_low: lower end of the bootstrap interval of z.
-      z_high: upper end.
+      z: (model - random) / (reference - random), None where the environment is refused.
       z_first_episode: z of the first episode of each row alone, which starts with an empty context.
-      reference_distance: (model - reference) / reference_deviation.
-      episodes: number of the model's episodes.
-      rows: number of independent rows they were run in.
+      reference_distance: (model - reference) / standard deviation of one of the reference's episodes.
       z_samples: `float64 [resamples]`, bootstrap distribution of z, NaN where a resample has none; empty if refused.
     """
 
     id: str
-    library: str
     domain: str
-    admitted: bool
     reason: str
-    random: float | None
-    random_error: float | None
-    reference: float | None
-    reference_error: float | None
-    reference_deviation: float | None
-    model: float | None
-    model_error: float | None
-    public_target: float | None
-    z: float | None
-    z_low: float | None
-    z_high: float | None
-    z_first_episode: float | None
-    reference_distance: float | None
-    episodes: int
-    rows: int
-    z_samples: Floats = dataclasses.field(repr=False, compare=False)
+    random: ReturnSummary | None = None
+    reference: ReturnSummary | None = None
+    model: ReturnSummary | None = None
+    public_target: float | None = None
+    z: Estimate | None = None
+    z_first_episode: float | None = None
+    reference_distance: float | None = None
+    z_samples: Floats = dataclasses.field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
+    @property
+    def library(self) -> str:
+        """The part of the id before its first slash."""
+        return self.id.split("/", 1)[0]
 
-class Estimate(typing.NamedTuple):
-    """A number with its bootstrap interval."""
+    @property
+    def admitted(self) -> bool:
+        """Whether z was computed."""
+        return self.z is not None
 
-    value: float
-    low: float
-    high: float
+    def to_json(self) -> dict[str, typing.Any]:
+        """One flat object of JSON values, as `scores.json` has it; null where nothing was measured."""
+        random, reference, model, z = self.random, self.reference, self.model, self.z
+        return {
+            "id": self.id,
+            "library": self.library,
+            "domain": self.domain,
+            "admitted": self.admitted,
+            "reason": self.reason,
+            "random": random and random.mean,
+            "random_error": random and random.standard_error,
+            "reference": reference and reference.mean,
+            "reference_error": reference and reference.standard_error,
+            "reference_std": reference and reference.std,
+            "model": model and model.mean,
+            "model_error": model and model.standard_error,
+            "public_target": self.public_target,
+            "z": z and z.value,
+            "z_low": z and z.low,
+            "z_high": z and z.high,
+            "z_first_episode": self.z_first_episode,
+            "reference_distance": self.reference_distance,
+            "episodes": model.episodes if model else 0,
+            "rows": model.rows if model else 0,
+        }
 
 
 def admit(random_returns: np.ndarray, reference_returns: np.ndarray) -> Admission:
@@ -113,12 +199,12 @@ def admit(random_returns: np.ndarray, reference_returns: np.ndarray) -> Admissio
       The decision.
 
     Raises:
-      ValueError: a return is NaN or infinite, or there are fewer than two.
+      ScoreError: a return is NaN or infinite, or there are fewer than two.
     """
     random, reference = _episodes(random_returns, "random"), _episodes(reference_returns, "reference")
     difference = float(reference.mean() - random.mean())
     standard_error = math.hypot(_standard_error(random), _standard_error(reference))
-    deviation = float(random.std(ddof=1))
+    std = float(random.std(ddof=1))
     rounding = ROUNDING * max(abs(reference.mean()), abs(random.mean()))
     means = f"the reference returns {reference.mean():.4g} and random {random.mean():.4g}"
     if difference <= rounding:
@@ -126,12 +212,12 @@ def admit(random_returns: np.ndarray, reference_returns: np.ndarray) -> Admissio
     elif difference <= ADMIT_STANDARD_ERRORS * standard_error:
         gap = f"{difference / standard_error:.2g} standard errors apart, expected more than {ADMIT_STANDARD_ERRORS:g}"
         admitted, reason = False, f"{means}: {gap}"
-    elif difference <= ADMIT_DEVIATIONS * deviation:
-        gap = f"{difference / deviation:.2g} standard deviations of random apart, expected more than {ADMIT_DEVIATIONS}"
+    elif difference <= ADMIT_STDS * std:
+        gap = f"{difference / std:.2g} standard deviations of random apart, expected more than {ADMIT_STDS}"
         admitted, reason = False, f"{means}: {gap}"
     else:
         admitted, reason = True, means
-    return Admission(admitted, reason, difference, standard_error, deviation)
+    return Admission(admitted, reason, difference, standard_error, std)
 
 
 def z_score(random: float, reference: float, model: float) -> float:
@@ -146,12 +232,12 @@ def z_score(random: float, reference: float, model: float) -> float:
       z, below 0 where the model is worse than random and above 1 where it is better than the reference.
 
     Raises:
-      ValueError: a number is not finite, or the reference is not better than random.
+      ScoreError: a number is not finite, or the reference is not better than random.
     """
     if not all(map(math.isfinite, (random, reference, model))):
-        raise ValueError(f"got mean returns random={random}, reference={reference}, model={model}; expected numbers")
+        raise ScoreError(f"got mean returns random={random}, reference={reference}, model={model}; expected numbers")
     if reference <= random:
-        raise ValueError(
+        raise ScoreError(
             f"the reference returns {reference}, no more than random, {random}: z has no meaning here; "
             "check with `admit` first and list the environment as refused"
         )
@@ -165,7 +251,7 @@ def bootstrap_z(
     seed: int | np.random.Generator,
     resamples: int = 2000,
     confidence: float = 0.95,
-) -> tuple[Estimate, Floats]:
+) -> Bootstrap:
     """The z of a model, with an interval that holds the chance in all three returns.
 
     Args:
@@ -177,11 +263,11 @@ def bootstrap_z(
       confidence: of the two-sided percentile interval.
 
     Returns:
-      z with its interval, and `float64 [resamples]`: the z of every resample, NaN where the resampled reference is not
-      better than the resampled random policy. Such resamples count as -inf at the lower end and inf at the upper.
+      z with its interval and the z of every resample, NaN where the resampled reference is not better than the
+      resampled random policy. Such resamples count as -inf at the lower end and inf at the upper.
 
     Raises:
-      ValueError: a return is NaN or infinite, the reference is not better than random, or there are fewer than two
+      ScoreError: a return is NaN or infinite, the reference is not better than random, or there are fewer than two
         episodes (two rows of the model).
     """
     random, reference = _episodes(random_returns, "random"), _episodes(reference_returns, "reference")
@@ -193,41 +279,24 @@ def bootstrap_z(
     samples = np.where(better, (model - bottom) / np.where(better, top - bottom, 1.0), np.nan)
     low, high = interval(samples, confidence)
     # A skewed distribution can leave the estimate itself outside its percentile interval.
-    return Estimate(float(z), min(low, float(z)), max(high, float(z))), samples
+    return Bootstrap(Estimate(float(z), min(low, float(z)), max(high, float(z))), samples)
 
 
-def interval(samples: Floats, confidence: float) -> tuple[float, float]:
+def interval(samples: Floats, confidence: float) -> Interval:
     """The two-sided percentile interval of a bootstrap distribution; NaN counts as -inf below and as inf above."""
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, expected a number between 0 and 1")
+        raise ScoreError(f"confidence is {confidence}, expected a number between 0 and 1")
     tail, undefined = (1 - confidence) / 2, np.isnan(samples)
     low = np.quantile(np.where(undefined, -np.inf, samples), tail, method="lower")
     high = np.quantile(np.where(undefined, np.inf, samples), 1 - tail, method="higher")
-    return float(low), float(high)
+    return Interval(float(low), float(high))
 
 
-def score(
-    id: str,
-    domain: str,
-    random_returns: np.ndarray,
-    reference_returns: np.ndarray,
-    model_returns: np.ndarray | None,
-    public_target: float | None,
-    seed: int,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-) -> EnvironmentScore:
+def score(measurement: Measurement, seed: int, resamples: int = 2000, confidence: float = 0.95) -> EnvironmentScore:
     """Admits or refuses one environment and, if admitted, scores the model in it.
 
     Args:
-      id: `library/<the library's own id>`; it also seeds the resampling, so that scores do not depend on which other
-        environments were scored.
-      domain: what the task is about.
-      random_returns: `[rows, episodes]` of the random policy.
-      reference_returns: `[rows, episodes]` of the reference policy.
-      model_returns: `[rows, episodes]` of the model, each row starting with an empty context; None only for an
-        environment that is refused.
-      public_target: a published return, or None.
+      measurement: the returns; those of the model may be missing in an environment that is refused.
       seed: of the resampling.
       resamples: number of resamples.
       confidence: of the interval.
@@ -236,72 +305,116 @@ def score(
       The score; its z is None if the environment is refused.
 
     Raises:
-      ValueError: what `admit` and `bootstrap_z` raise, with the id in front.
+      ScoreError: what `admit` and `bootstrap_z` raise, with the id in front.
     """
     try:
-        admission = admit(random_returns, reference_returns)
-        random, reference = _episodes(random_returns, "random"), _episodes(reference_returns, "reference")
-        estimate, samples = None, np.empty(0)
-        mean = error = first = distance = None
-        shape = (0, 0)
-        if model_returns is not None:
-            rows = _row_means(model_returns)
-            mean, error, shape = float(rows.mean()), _standard_error(rows), np.shape(model_returns)
-            distance = _distance(mean, reference)
-        if admission.admitted:
-            if model_returns is None:
-                raise ValueError("got no returns of the model in an admitted environment; evaluate it there first")
-            rng = np.random.default_rng([seed, zlib.crc32(id.encode())])
-            estimate, samples = bootstrap_z(random, reference, model_returns, rng, resamples, confidence)
-            first = z_score(random.mean(), reference.mean(), float(np.mean(np.asarray(model_returns)[:, 0])))
-    except ValueError as problem:
-        raise ValueError(f"{id}: {problem}") from problem
+        return _score(measurement, seed, resamples, confidence)
+    except ScoreError as problem:
+        raise ScoreError(f"{measurement.id}: {problem}") from problem
+
+
+def score_each(
+    measurements: collections.abc.Iterable[Measurement], seed: int, resamples: int = 2000, confidence: float = 0.95
+) -> list[EnvironmentScore]:
+    """Scores environments each by itself: one without returns, or with some that are not numbers, costs no other.
+
+    Args:
+      measurements: of the environments, whatever is known of them.
+      seed: of the resampling.
+      resamples: number of resamples.
+      confidence: of the intervals.
+
+    Returns:
+      One score each, in the same order; what cannot be scored is refused, with the reason.
+    """
+    scores = []
+    for measurement in measurements:
+        try:
+            scores.append(_score(measurement, seed, resamples, confidence))
+        except ScoreError as problem:
+            scores.append(_refuse(measurement, measurement.missing or str(problem)))
+    return scores
+
+
+def _score(measurement: Measurement, seed: int, resamples: int, confidence: float) -> EnvironmentScore:
+    id, domain, random_returns, reference_returns, model_returns, public_target, _ = measurement
+    if random_returns is None or reference_returns is None:
+        raise ScoreError("got no returns of the random and the reference policy; score the reference first")
+    admission = admit(random_returns, reference_returns)
+    random, reference = _summarize(random_returns, "random"), _summarize(reference_returns, "reference")
+    model = distance = first = estimate = None
+    samples = np.empty(0)
+    if model_returns is not None:
+        model = _summarize_rows(model_returns)
+        distance = _distance(model, reference)
+    if admission.admitted:
+        if model_returns is None:
+            raise ScoreError("got no returns of the model in an admitted environment; evaluate it there first")
+        rng = np.random.default_rng([seed, zlib.crc32(id.encode())])
+        estimate, samples = bootstrap_z(random_returns, reference_returns, model_returns, rng, resamples, confidence)
+        first = z_score(random.mean, reference.mean, float(np.mean(np.asarray(model_returns)[:, 0])))
     return EnvironmentScore(
         id=id,
-        library=id.split("/", 1)[0],
         domain=domain,
-        admitted=admission.admitted,
         reason=admission.reason,
-        random=float(random.mean()),
-        random_error=_standard_error(random),
-        reference=float(reference.mean()),
-        reference_error=_standard_error(reference),
-        reference_deviation=float(reference.std(ddof=1)),
-        model=mean,
-        model_error=error,
+        random=random,
+        reference=reference,
+        model=model,
         public_target=public_target,
-        z=estimate and estimate.value,
-        z_low=estimate and estimate.low,
-        z_high=estimate and estimate.high,
-        z_first_episode=None if first is None else float(first),
+        z=estimate,
+        z_first_episode=first,
         reference_distance=distance,
-        episodes=math.prod(shape),
-        rows=shape[0],
         z_samples=samples,
     )
 
 
-def unmeasured(id: str, domain: str, reason: str, public_target: float | None) -> EnvironmentScore:
-    """An environment that is registered but has no returns, for example because it crashed: refused, and listed."""
+def _refuse(measurement: Measurement, reason: str) -> EnvironmentScore:
+    """A score without z, with what is sound of the returns."""
+
+    def sound(
+        summarize: collections.abc.Callable[[np.ndarray], ReturnSummary], returns: np.ndarray | None
+    ) -> ReturnSummary | None:
+        try:
+            return None if returns is None else summarize(returns)
+        except ScoreError:
+            return None
+
     return EnvironmentScore(
-        id, id.split("/", 1)[0], domain, False, reason, None, None, None, None, None, None, None, public_target,
-        None, None, None, None, None, 0, 0, np.empty(0),
-    )  # fmt: skip
+        id=measurement.id,
+        domain=measurement.domain,
+        reason=reason,
+        random=sound(lambda returns: _summarize(returns, "random"), measurement.random_returns),
+        reference=sound(lambda returns: _summarize(returns, "reference"), measurement.reference_returns),
+        model=sound(_summarize_rows, measurement.model_returns),
+        public_target=measurement.public_target,
+    )
+
+
+def _summarize(returns: np.ndarray, what: str) -> ReturnSummary:
+    values = _episodes(returns, what)
+    std = float(values.std(ddof=1))
+    return ReturnSummary(float(values.mean()), _standard_error(values), std, len(returns), values.size)
+
+
+def _summarize_rows(returns: np.ndarray) -> ReturnSummary:
+    rows = _row_means(returns)
+    std = float(_episodes(returns, "model").std(ddof=1))
+    return ReturnSummary(float(rows.mean()), _standard_error(rows), std, len(rows), np.size(returns))
 
 
 def _episodes(returns: np.ndarray, what: str) -> Floats:
     values = np.asarray(returns, np.float64).ravel()
     if bad := int(np.sum(~np.isfinite(values))):
-        raise ValueError(f"{bad} of {values.size} {what} returns are NaN or infinite, expected finite numbers")
+        raise ScoreError(f"{bad} of {values.size} {what} returns are NaN or infinite, expected finite numbers")
     if values.size < 2:
-        raise ValueError(f"got {values.size} {what} returns, expected at least 2: one says nothing about the spread")
+        raise ScoreError(f"got {values.size} {what} returns, expected at least 2: one says nothing about the spread")
     return values
 
 
 def _row_means(returns: np.ndarray) -> Floats:
     shape = np.shape(returns)
     if len(shape) != 2 or shape[0] < 2 or shape[1] < 1:
-        raise ValueError(
+        raise ScoreError(
             f"the model's returns have the shape {list(shape)}, expected [rows, episodes] with at least 2 rows: the "
             "context is carried over the episodes of a row, so only rows are independent"
         )
@@ -312,11 +425,11 @@ def _standard_error(values: Floats) -> float:
     return float(values.std(ddof=1) / math.sqrt(values.size))
 
 
-def _distance(mean: float, reference: Floats) -> float | None:
-    difference, deviation = mean - float(reference.mean()), float(reference.std(ddof=1))
-    if abs(difference) <= ROUNDING * abs(float(reference.mean())):
+def _distance(model: ReturnSummary, reference: ReturnSummary) -> float | None:
+    difference = model.mean - reference.mean
+    if abs(difference) <= ROUNDING * abs(reference.mean):
         return 0.0
-    return difference / deviation if deviation > 0 else None
+    return difference / reference.std if reference.std > 0 else None
 
 
 def _resampled_means(values: Floats, rng: np.random.Generator, resamples: int) -> Floats:
