@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import dataclasses
 
 import numpy as np
 
@@ -34,6 +35,33 @@ def make_codecs(dataset: Dataset, ids: collections.abc.Sequence[str], model: Mod
     for codec in codecs:
         model.check_fits(codec.bucket, codec.card.id)
     return codecs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Encode:
+    """Turns windows into rows; a value, unlike a closure, so that it travels to other processes.
+
+    Attributes:
+      codecs: of the source's environments.
+      indices: of each, its `environment` in the batch.
+    """
+
+    codecs: tuple[Codec, ...]
+    indices: tuple[int, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Encode) and self._described() == other._described()
+
+    def __hash__(self) -> int:
+        return hash(self.indices)
+
+    def _described(self) -> list[tuple[object, ...]]:
+        return [(index, codec.card, codec.bucket) for index, codec in zip(self.indices, self.codecs, strict=True)]
+
+    def __call__(self, environment_index: int, leaves: dict[str, np.ndarray], seed: int) -> Example:
+        codec, index = self.codecs[environment_index], self.indices[environment_index]
+        features, targets = codec.window(leaves)
+        return Example(Inputs(features, codec.signature), targets, np.array(index, np.int32))
 
 
 def mix(
@@ -70,12 +98,8 @@ def mix(
         )
 
     def source(indices: list[int]) -> WindowSource:
-        def encode(environment_index: int, leaves: dict[str, np.ndarray], seed: int) -> Example:
-            index = indices[environment_index]
-            features, targets = codecs[index].window(leaves)
-            return Example(Inputs(features, codecs[index].signature), targets, np.int32(index))
-
-        ids = [codecs[index].card.id for index in indices]
+        encode = _Encode(tuple(codecs[index] for index in indices), tuple(indices))
+        ids = [codec.card.id for codec in encode.codecs]
         return WindowSource(dataset, ids, [1.0] * len(ids), window, seed, encode, streams)
 
     return Mixture(

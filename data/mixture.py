@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import typing
 
 import jax
@@ -24,6 +25,17 @@ LENGTH = 1 << 62
 
 class MixtureError(LdmError, ValueError):
     """A mixture that cannot be drawn: weights, lengths, or windows that do not stack."""
+
+
+def _whole(name: str, value: typing.Any, least: int) -> int:
+    """A whole number, of whatever type, as Python's; no comparison would find a NaN."""
+    try:
+        whole = operator.index(value)
+    except TypeError as error:
+        raise MixtureError(f"{name} is {value!r}, expected a whole number") from error
+    if whole < least:
+        raise MixtureError(f"{name} is {whole}, expected at least {least}")
+    return whole
 
 
 class Transform(typing.Protocol):
@@ -52,16 +64,25 @@ class Window(typing.NamedTuple):
     seed: int
 
 
-class Streams(typing.NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Streams:
     """Which streams of a part are drawn from: all but each `every`-th, or those alone; 0 for all.
 
     Attributes:
       every: how many streams there are to each one held out.
       held_out: whether the ones held out are meant.
+
+    Raises:
+      MixtureError: nothing can be held out so.
     """
 
     every: int = 0
-    held_out: bool = False
+    held_out: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "every", _whole("every", self.every, 0))
+        if self.every == 1 or (self.held_out and not self.every):
+            raise MixtureError(f"every {self.every}th stream cannot be held out; expected 2 or more, or 0 for none")
 
     def count(self, streams: int) -> int:
         """How many of a part's streams are meant."""
@@ -95,7 +116,7 @@ class WindowSource:
       streams: which streams of each part are drawn from.
 
     Raises:
-      MixtureError: weights that are not positive, or an environment whose parts hold no window to draw.
+      MixtureError: weights that are not positive or not finite, or an environment whose parts hold no window to draw.
       StoreError: the dataset has no such environment.
     """
 
@@ -109,10 +130,9 @@ class WindowSource:
         transform: Transform,
         streams: Streams = ALL_STREAMS,
     ):
-        if streams.every == 1 or streams.every < 0 or (streams.held_out and not streams.every):
-            raise MixtureError(f"every {streams.every}th stream cannot be held out; expected 2 or more, or 0 for none")
-        self._streams = streams
-        self.ids, self.window_length, self.seed, self._transform = tuple(ids), window_length, int(seed), transform
+        self.ids, self._streams, self._transform = tuple(ids), streams, transform
+        self.window_length = window_length = _whole("window_length", window_length, 1)
+        self.seed = operator.index(seed)
         self.weights = tuple(map(float, weights))
         if not self.ids or len(self.ids) != len(self.weights):
             raise MixtureError(
@@ -123,9 +143,9 @@ class WindowSource:
                 raise MixtureError(
                     f"the weight of {id} is {weight}, expected a positive number; leave {id} out instead"
                 )
-        if window_length < 1:
-            raise MixtureError(f"window_length is {window_length}, expected at least 1 step")
-        self._cumulative = np.cumsum(self.weights) / sum(self.weights)
+        # Over the largest: their sum may be infinite.
+        relative = np.array(self.weights) / max(self.weights)
+        self._cumulative = np.cumsum(relative) / relative.sum()
         self._parts = [self._long_enough(dataset, id) for id in self.ids]
         # The last window of each part, plus one, in the numbering of all windows of the environment.
         self._ends = [
@@ -156,8 +176,20 @@ class WindowSource:
             [[part.name, sorted(record.checksum for record in part.record.leaves.values())] for part in parts]
             for parts in self._parts
         ]
-        described = json.dumps([self.ids, self.weights, self.window_length, self.seed, data, self._streams])
+        described = json.dumps(
+            [self.ids, self.weights, self.window_length, self.seed, data, dataclasses.astuple(self._streams)]
+        )
         return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, WindowSource)
+            and self.fingerprint == other.fingerprint
+            and self._transform == other._transform
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
 
     def locate(self, indices: collections.abc.Sequence[int]) -> list[Window]:
         """The windows of the given items, without reading them."""
@@ -225,13 +257,15 @@ class Mixture:
     process_index: int = 0
     process_count: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.buckets:
             raise MixtureError("got no bucket, expected at least one")
+        for name in ("process_index", "process_count"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name), 0))
         if not 0 <= self.process_index < self.process_count:
             raise MixtureError(f"process_index is {self.process_index}, expected 0 to {self.process_count - 1}")
         for name, bucket in self.buckets.items():
-            if bucket.rows < 1 or bucket.rows % self.process_count:
+            if _whole(f"rows of {name}", bucket.rows, 0) < 1 or bucket.rows % self.process_count:
                 raise MixtureError(
                     f"bucket {name!r} has {bucket.rows} rows, expected a positive multiple of the "
                     f"{self.process_count} hosts"

@@ -124,7 +124,7 @@ def run(
     # Shapes are enough to restore, and parameters take seconds to make.
     shapes = training.state_shapes(model, config.training, mesh)
     cost.check_state_fits(shapes, device_bytes())
-    held_out = mix(dataset, codecs, *size, Streams(config.held_out, True), share) if config.held_out else None
+    held_out = mix(dataset, codecs, *size, Streams(config.held_out, held_out=True), share) if config.held_out else None
     validate = validation.Validation(config.evaluation, model, config.model, codecs, held_out, config.decoding, mesh)
     pin_config(workdir, "pretrain", config, owns=("checkpoints", "metrics.jsonl", "tensorboard", "policy"))
     barrier("claimed")

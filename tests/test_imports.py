@@ -17,7 +17,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 
 # Libraries with a home: these files alone import them. A folder's name ends in a slash.
 HOMES = {
-    "tensorstore": {"data/store.py"},
+    "tensorstore": {"data/store/storage.py"},
     "grain": {"data/mixture.py"},
     "orbax": {"ldm_jax/training/checkpoints.py"},
     "podman": {"environments/isolation/containers.py"},

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from test_store import ID, append, card
+from tiny_datasets import ID, append, card, episodes, leaves
 
 from data import mixture as mixture_module
 from data import store
 from data.mixture import BucketRows, Mixture, MixtureError, WindowSource
 
-LENGTH = 16
+LENGTH, WHERE = 16, "observation/value"
 PARTS = {"x/a": [(40, 3), (16, 2), (90, 1)], "x/b": [(64, 4)], "x/c": [(33, 2), (10, 5)]}
 """Steps and streams of each part; the last is shorter than a window."""
 
@@ -26,9 +26,8 @@ def write(url: str) -> store.Dataset:
         for part, (steps, streams) in enumerate(shapes):
             step, stream = np.meshgrid(np.arange(steps), np.arange(streams), indexing="ij")
             where = np.stack([np.full_like(step, number), np.full_like(step, part), stream, step], -1)
-            leaves = {"where": where.astype(np.int32), "reward": np.random.default_rng(part).random((steps, streams))}
-            episodes = store.EpisodeIndex(*[np.zeros(0)] * 6)
-            dataset = store.append_part(dataset, card(id), leaves, episodes)
+            written = leaves(card(id), steps, streams, part) | {WHERE: where.astype(np.float32)}
+            dataset = store.append_part(dataset, card(id), written, episodes(steps, streams))
     return dataset
 
 
@@ -69,7 +68,7 @@ def take(iterator, count):
 @hypothesis.given(st.integers(0, (1 << 62) - 1), st.integers(0, 2**63), st.integers(1, 33))
 def test_windows_are_contiguous_and_of_one_stream_and_part(dataset, index, seed, length):
     item = source(dataset, seed=seed, length=length)[index]
-    where = item["where"]
+    where = item[WHERE]
     assert where.shape == (length, 4) and item["reward"].shape == (length,)
     assert (where[:, :3] == where[0, :3]).all()
     assert (np.diff(where[:, 3]) == 1).all()
@@ -94,7 +93,7 @@ def test_every_window_is_as_likely_as_the_next(dataset):
 
 @hypothesis.given(st.integers(2, 20), st.integers(1, 60))
 def test_held_out_streams_and_the_others_are_all_streams(every, streams):
-    kept, rest = mixture_module.Streams(every, True), mixture_module.Streams(every)
+    kept, rest = mixture_module.Streams(every, held_out=True), mixture_module.Streams(every)
     one, other = ([some.locate(i) for i in range(some.count(streams))] for some in (kept, rest))
     assert sorted(one + other) == list(range(streams)) and len(one) == streams // every
 
@@ -102,11 +101,11 @@ def test_held_out_streams_and_the_others_are_all_streams(every, streams):
 def test_no_window_of_a_held_out_stream_is_drawn_for_training(dataset):
     drawn = {}
     for held_out in (False, True):
-        source_ = WindowSource(dataset, ["x/b"], [1], LENGTH, 0, row, mixture_module.Streams(4, held_out))
+        source_ = WindowSource(dataset, ["x/b"], [1], LENGTH, 0, row, mixture_module.Streams(4, held_out=held_out))
         drawn[held_out] = {window.stream for window in source_.locate(range(500))}
     assert drawn == {False: {0, 1, 2}, True: {3}}
     with pytest.raises(MixtureError, match="collect more streams"):
-        WindowSource(dataset, ["x/b"], [1], LENGTH, 0, row, mixture_module.Streams(5, True))
+        WindowSource(dataset, ["x/b"], [1], LENGTH, 0, row, mixture_module.Streams(5, held_out=True))
 
 
 def test_a_part_shorter_than_a_window_gives_none(dataset):
@@ -147,7 +146,7 @@ def test_the_batches_replay_from_every_state(dataset):
         assert_equal(take(mixture(dataset).batches(start), 3)[:1], straight[start : start + 1])
     assert_equal(take(mixture(dataset).batches(5), 7), straight[5:])
     assert_equal([mixture(dataset)[step] for step in range(12)], straight)
-    assert jax.tree.map(lambda x: x.shape, straight[0]["large"]["where"]) == (8, LENGTH, 4)
+    assert jax.tree.map(lambda x: x.shape, straight[0]["large"][WHERE]) == (8, LENGTH, 4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -161,7 +160,7 @@ def test_the_seed_is_all_that_chooses(dataset):
     again = write(f"memory://{uuid.uuid4()}")
     assert_equal(mixture(again)[7], mixture(dataset)[7])
     other = mixture(dataset, seed=1)[7]
-    assert not np.array_equal(other["large"]["where"], mixture(dataset)[7]["large"]["where"])
+    assert not np.array_equal(other["large"][WHERE], mixture(dataset)[7]["large"][WHERE])
     steps = [mixture(dataset)[step]["large"]["seed"] for step in range(20)]
     assert len({*np.concatenate(steps).tolist()}) == 160
 
@@ -189,8 +188,8 @@ def test_sources_are_grains(dataset):
     assert isinstance(source(dataset), grain.sources.RandomAccessDataSource)
     assert isinstance(mixture(dataset), grain.sources.RandomAccessDataSource)
     assert_equal(
-        grain.MapDataset.source(source(dataset)).batch(3)[2]["where"],
-        np.stack([source(dataset)[i]["where"] for i in (6, 7, 8)]),
+        grain.MapDataset.source(source(dataset)).batch(3)[2][WHERE],
+        np.stack([source(dataset)[i][WHERE] for i in (6, 7, 8)]),
     )
 
 
@@ -204,7 +203,7 @@ def test_what_cannot_be_drawn_is_refused(dataset):
         source(dataset, (), ())
     with pytest.raises(MixtureError, match="a window is 34 steps, but the longest part of x/c has 33"):
         source(dataset, length=34)
-    with pytest.raises(MixtureError, match="expected at least 1 step"):
+    with pytest.raises(MixtureError, match="window_length is 0, expected at least 1"):
         source(dataset, length=0)
     with pytest.raises(store.StoreError, match="no environment 'x/d'"):
         source(dataset, ids=("x/a", "x/b", "x/d"))
@@ -217,7 +216,7 @@ def test_what_cannot_be_drawn_is_refused(dataset):
 
 
 def test_rows_that_do_not_stack_are_named(dataset):
-    ragged = source(dataset, transform=lambda index, leaves, seed: leaves["where"][: 1 + index])
+    ragged = source(dataset, transform=lambda index, leaves, seed: leaves[WHERE][: 1 + index])
     with pytest.raises(MixtureError, match="the rows of bucket 'b' differ in structure or shape"):
         next(Mixture({"b": BucketRows(ragged, 8)}).batches())
 

@@ -6,96 +6,46 @@ import json
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-import uuid
 
-import gymnasium
 import hypothesis
 import numpy as np
 import pytest
+from gymnasium import spaces
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from spaces_strategies import action_spaces, any_spaces
+from tiny_datasets import ID, append, card, episodes, leaves, memory
 
-from data import manifest, store
-from ldm_jax.cards import EnvironmentCard, Reference, Returns, Statistics
+from data import store
+from data.store import manifest
+from ldm_jax.cards import CardError
 
-ID = "gymnax/CartPole-v1"
 quick = hypothesis.settings(max_examples=40, deadline=None)
 
 
-def card(id: str = ID, version: str = "1") -> EnvironmentCard:
-    returns = Returns.of(np.zeros((2, 3)))
-    return EnvironmentCard(
-        id=id,
-        library=id.split("/")[0],
-        version=version,
-        domain="classic control",
-        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, (4,)),
-        action_space=gymnasium.spaces.Discrete(2),
-        time_limit=500,
-        statistics=Statistics((0.0,) * 4, (1.0,) * 4, 1.0, (), (), 10),
-        random_returns=returns,
-        reference_returns=returns,
-        reference=Reference("ppo", "greedy", 100, 0),
-    )
-
-
-def episodes(steps: int, streams: int) -> store.EpisodeIndex:
-    zeros = np.zeros(streams)
-    return store.EpisodeIndex(zeros, zeros + steps, zeros + 0.5, np.arange(streams), zeros + 0.25, np.arange(streams))
-
-
-def append(
-    dataset: store.Dataset, id: str = ID, steps: int = 70, streams: int = 3, value: float = 0.0
-) -> store.Dataset:
-    rng = np.random.default_rng(int(value))
-    leaves = {
-        "observation/value": rng.random((steps, streams, 4), np.float32),
-        "reward": np.full((steps, streams), value, np.float32),
-        "first": rng.random((steps, streams)) < 0.5,
-    }
-    return store.append_part(dataset, card(id), leaves, episodes(steps, streams))
-
-
-def memory() -> str:
-    return f"memory://{uuid.uuid4()}"
-
-
-@st.composite
-def parts(draw):
-    steps, streams = draw(st.integers(1, 40)), draw(st.integers(1, 4))
-    words = st.text(st.characters(exclude_categories=["Cs"]), min_size=0, max_size=8)
-    names = draw(
-        st.lists(st.tuples(st.sampled_from(["observation", "action"]), words), min_size=1, max_size=4, unique=True)
-    )
-    leaves = {}
-    for number, (outer, word) in enumerate(names):
-        dtype = draw(st.sampled_from(manifest.DTYPES))
-        shape = (steps, streams, *draw(st.lists(st.integers(0, 3), max_size=3)))
-        # The number keeps one name from lying inside another.
-        leaves[f"{outer}/{number} {word}"] = draw(hnp.arrays(dtype, shape))
-    return steps, streams, leaves
-
-
 @quick
-@hypothesis.given(parts(), st.data())
-def test_what_is_written_is_read_back(part, data):
-    steps, streams, leaves = part
+@hypothesis.given(
+    any_spaces, action_spaces, st.integers(1, 40), st.integers(1, 4), st.booleans(), st.booleans(), st.data()
+)
+def test_what_is_written_is_read_back(seen, acted, steps, streams, masked, distribution, data):
+    made = card(observation_space=seen, action_space=acted)
+    written = leaves(made, steps, streams, data.draw(st.integers(0, 99)), masked, distribution)
     url = memory()
-    store.append_part(store.create_dataset(url), card(), leaves, episodes(steps, streams))
+    store.append_part(store.create_dataset(url), made, written, episodes(steps, streams))
     dataset = store.open_dataset(url)
     store.verify(dataset)
     (read,) = dataset.parts(ID)
-    assert (read.steps, read.streams, read.leaf_names) == (steps, streams, tuple(sorted(leaves)))
+    assert (read.steps, read.streams, read.leaf_names) == (steps, streams, tuple(sorted(written)))
     start = data.draw(st.integers(0, steps - 1))
     stop = data.draw(st.integers(start + 1, steps))
     stream = data.draw(st.integers(0, streams - 1))
     for name, value in read.read(read.leaf_names, start, stop, stream).items():
-        assert value.dtype == leaves[name].dtype
-        assert read.leaf(name) == (leaves[name].shape[2:], leaves[name].dtype)
-        assert value.tobytes() == leaves[name][start:stop, stream].tobytes()
+        assert value.dtype == written[name].dtype
+        assert read.leaf(name) == (written[name].shape[2:], written[name].dtype)
+        assert value.tobytes() == written[name][start:stop, stream].tobytes()
 
 
 @quick
@@ -104,16 +54,22 @@ def test_text_bytes_are_read_back(texts):
     value = np.zeros((len(texts), 1, 12), np.uint8)
     for row, text in zip(value, texts, strict=True):
         row[0, : len(text)] = list(text)
-    dataset = store.create_dataset(memory())
-    dataset = store.append_part(dataset, card(), {"observation/value": value}, episodes(len(texts), 1))
+    made = card(observation_space=spaces.Text(12))
+    written = leaves(made, len(texts), 1) | {"observation/value": value}
+    dataset = store.append_part(store.create_dataset(memory()), made, written, episodes(len(texts), 1))
     (part,) = dataset.parts(ID)
     np.testing.assert_array_equal(part.read(["observation/value"], 0, len(texts), 0)["observation/value"], value[:, 0])
 
 
-@pytest.mark.parametrize("name", ["/", "..", "../../up", "a//b", ".", "ü ? * : \\", "%2F", "zarr.json", "x" * 200])
+@pytest.mark.parametrize(
+    "name",
+    ["/", "..", "../../up", "a//b", ".", "", "ü ? * : \\", "%2F", "zarr.json", "episodes.npy", "x" * 200, "ü" * 300],
+)
 def test_a_leaf_of_any_name_stays_in_its_folder(tmp_path, name):
+    other = {"/": "%2F", "x" * 200: "x" * 199, "ü" * 300: "ü" * 299}.get(name, "other")
+    made = card(observation_space=spaces.Dict({key: spaces.Box(0, 1) for key in (name, other)}))
     dataset = store.create_dataset(tmp_path / "inside")
-    store.append_part(dataset, card(), {name: np.ones((5, 2), np.float32)}, episodes(5, 2))
+    store.append_part(dataset, made, leaves(made, 5, 2), episodes(5, 2))
     store.verify(store.open_dataset(tmp_path / "inside"))
     assert [path.name for path in tmp_path.iterdir()] == ["inside"]
     assert sorted(path.name for path in (tmp_path / "inside").iterdir()) == ["gymnax", "manifest.json"]
@@ -129,10 +85,22 @@ def test_chunks_hold_one_stream_and_shards_divide_into_them(leaf):
     assert chunk[1] == 1 and chunk[2:] == list(shape[2:])
     assert not any(outer % inner for outer, inner in zip(shard, chunk, strict=True))
     assert np.prod(shard) * value.itemsize <= 2 * manifest.SHARD_BYTES
-    dataset = store.append_part(store.create_dataset(memory()), card(), {"x": value}, episodes(*shape[:2]))
+    made, name = card(observation_space=spaces.Box(0, 255, shape[2:], dtype)), "observation/value"
+    written = leaves(made, *shape[:2]) | {name: value}
+    dataset = store.append_part(store.create_dataset(memory()), made, written, episodes(*shape[:2]))
     store.verify(dataset)
-    window = dataset.parts(ID)[0].read(["x"], 10, shape[0], 3)["x"]
+    window = dataset.parts(ID)[0].read([name], 10, shape[0], 3)[name]
     np.testing.assert_array_equal(window, value[10:, 3])
+
+
+def test_the_files_of_an_array_are_those_it_is_looked_for_in_when_it_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "SHARD_BYTES", 4096)
+    dataset = append(store.create_dataset(tmp_path), steps=900, streams=5)
+    (part,) = dataset.parts(ID)
+    for name, record in part.record.leaves.items():
+        folder = tmp_path / ID / part.name / name
+        written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"zarr.json"}
+        assert written == {*manifest.shard_keys(record.metadata)} and len(written) > 1
 
 
 def test_windows_of_many_parts_are_read_together():
@@ -149,15 +117,10 @@ def test_the_card_and_the_episodes_are_read_back(tmp_path):
     assert dataset.card(ID) == card()
     for got, expected in zip(dataset.parts(ID)[0].episodes, episodes(70, 3), strict=True):
         np.testing.assert_array_equal(got, expected)
-    leaves = {name: np.zeros((70, 3, *shape), dtype) for name, (shape, dtype) in _leaves(dataset).items()}
-    newer = store.append_part(dataset, card(version="2"), leaves, episodes(70, 3))
-    assert newer.card(ID).version == "2"
-    assert dataset.card(ID).version == "1", "an open dataset stays as it was"
-
-
-def _leaves(dataset):
-    part = dataset.parts(ID)[0]
-    return {name: part.leaf(name) for name in part.leaf_names}
+    newer = dataclasses.replace(card(), split="test")
+    dataset_now = store.append_part(dataset, newer, leaves(newer), episodes(70, 3))
+    assert dataset_now.card(ID).split == "test"
+    assert dataset.card(ID).split == "train", "an open dataset stays as it was"
 
 
 def test_appending_touches_no_written_file(tmp_path):
@@ -188,10 +151,10 @@ def test_another_reader_of_the_same_format(tmp_path):
 WRITER = """
 import sys
 sys.path.insert(0, {tests!r})
-import test_store
-dataset = test_store.store.create_dataset({url!r})
+import tiny_datasets
+dataset = tiny_datasets.store.create_dataset({url!r})
 for value in range({start}, {start} + {count}):
-    dataset = test_store.append(dataset, {id!r}, steps=200, streams=8, value=value)
+    dataset = tiny_datasets.append(dataset, {id!r}, steps=200, streams=8, value=value)
     print(value, flush=True)
 """
 
@@ -229,13 +192,14 @@ def test_a_killed_writer_loses_at_most_the_part_in_flight(tmp_path):
 def test_what_a_dead_writer_left_is_no_end_of_another_file(tmp_path):
     dataset = append(store.create_dataset(tmp_path))
     manifest_file, (card_file,) = tmp_path / store.MANIFEST, (tmp_path / ID).glob("card-*")
-    before = card_file.read_bytes()
-    card_file.unlink()
+    newer = dataclasses.replace(card(), split="test")
+    content = json.dumps(newer.to_json(), sort_keys=True).encode()
+    card_file = card_file.with_name(manifest.card_name(content))
     for path in (manifest_file, card_file, tmp_path / ID / "part-00002.claim"):
         path.with_name(f"{path.name}.__lock").write_bytes(b"x" * 100_000)
-    append(dataset)
+    store.append_part(dataset, newer, leaves(newer), episodes(70, 3))
     store.verify(store.open_dataset(tmp_path))
-    assert card_file.read_bytes() == before and b"xx" not in manifest_file.read_bytes()
+    assert card_file.read_bytes() == content and b"xx" not in manifest_file.read_bytes()
 
 
 def test_leftovers_of_a_dead_writer_do_no_harm(tmp_path):
@@ -243,7 +207,7 @@ def test_leftovers_of_a_dead_writer_do_no_harm(tmp_path):
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     (tmp_path / ID / "part-00001" / "reward").mkdir(parents=True)
     (tmp_path / ID / "part-00001" / "reward" / "zarr.json").write_text("half")
-    claim = {"host": store.socket.gethostname(), "pid": int(dead.stdout), "time_s": time.time(), "token": "x"}
+    claim = {"host": socket.gethostname(), "pid": int(dead.stdout), "time_s": time.time(), "token": "x"}
     (tmp_path / ID / "part-00001.claim").write_text(json.dumps(claim))
     assert store.open_dataset(tmp_path).ids == ()
     dataset = append(dataset)
@@ -262,11 +226,10 @@ def test_a_claim_of_a_live_writer_is_respected(tmp_path):
 def test_a_failed_append_leaves_nothing(tmp_path):
     dataset = append(store.create_dataset(tmp_path))
     before = sorted(tmp_path.rglob("*"))
-    leaves = {name: np.zeros((70, 3, *shape), dtype) for name, (shape, dtype) in _leaves(dataset).items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store.manifest, "leaf_folder", lambda name: "x" * 300 if name == "reward" else name)
+        patch.setattr(manifest, "leaf_folder", lambda name: "x" * 300 + "/" if name == "reward" else f"{name}/")
         with pytest.raises(store.StoreError, match="cannot write"):
-            store.append_part(dataset, card(), leaves, episodes(70, 3))
+            store.append_part(dataset, card(), leaves(card()), episodes(70, 3))
     assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [p for p in before if p.is_file()]
     store.verify(append(store.open_dataset(tmp_path)))
 
@@ -376,7 +339,7 @@ def test_another_schema_version(tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
     for use in (store.open_dataset, store.create_dataset):
-        with pytest.raises(store.StoreError, match="schema version 99, this program reads and writes 1"):
+        with pytest.raises(store.StoreError, match="schema version 99, this program reads and writes 2: collect anew"):
             use(tmp_path)
 
 
@@ -396,33 +359,87 @@ def test_a_place_that_cannot_be_written(tmp_path):
         ({"reward": np.zeros((70, 3), np.complex64)}, "leaf 'reward' .*complex64.*, expected one of bool"),
         ({"reward": np.zeros((70, 3), object)}, "expected one of bool"),
         ({"reward": np.zeros((70, 3), ">f4")}, "expected one of bool"),
-        ({"reward": np.zeros((70, 3), np.float64)}, "leaf 'reward' .*float64.*float32.*same leaves"),
-        ({"extra": np.zeros((70, 3), np.float64)}, "leaf 'extra' .*but missing in part-00001"),
-        ({"reward/inner": np.zeros((70, 3), np.float64)}, "leaf 'reward/inner' .* lies inside 'reward'"),
-        ({"episodes.npy": np.zeros((70, 3), np.float64)}, "the name of the episode index"),
+        ({"reward": np.zeros((70, 3), np.float64)}, r"reward is float64\[\], expected float32\[\]"),
+        ({"extra": np.zeros((70, 3), np.float64)}, r"extra is float64\[\], expected no such leaf"),
+        ({"reward/inner": np.zeros((70, 3), np.float64)}, r"reward/inner is float64\[\], expected no such leaf"),
+        ({"episodes.npy": np.zeros((70, 3), np.float64)}, r"episodes.npy is float64\[\], expected no such leaf"),
+        ({"action_mask": np.ones((70, 3, 2), bool)}, "leaf 'action_mask' .*but missing in part-00001.*same leaves"),
+        ({"action_mask": np.ones((70, 3, 5), bool)}, r"action_mask is bool\[5\], expected bool\[2\]"),
     ],
 )
 def test_leaves_that_do_not_fit_are_refused(change, message):
     dataset = append(store.create_dataset(memory()))
-    leaves = {name: np.zeros((70, 3, *shape), dtype) for name, (shape, dtype) in _leaves(dataset).items()}
     with pytest.raises(store.StoreError, match=message):
-        store.append_part(dataset, card(), leaves | change, episodes(70, 3))
+        store.append_part(dataset, card(), leaves(card()) | change, episodes(70, 3))
     assert len(store.open_dataset(dataset.url).parts(ID)) == 1
 
 
+def test_every_leaf_that_is_missing_or_of_another_kind_is_named():
+    made = leaves(card())
+    del made["first"], made["action/value"]
+    made["observation/value"] = made["observation/value"][..., :3]
+    with pytest.raises(
+        store.StoreError, match=r"action/value.*nothing.*first.*nothing.*float32\[3\], expected float32\[4\]"
+    ):
+        store.append_part(store.create_dataset(memory()), card(), made, episodes(70, 3))
+
+
+@quick
+@hypothesis.given(any_spaces, action_spaces, st.sampled_from([np.nan, np.inf, -np.inf]), st.data())
+def test_no_number_that_is_not_finite_is_stored(seen, acted, value, data):
+    made = card(observation_space=seen, action_space=acted)
+    written = leaves(made, 20, 3)
+    name = data.draw(st.sampled_from(sorted(name for name in written if written[name].dtype.kind == "f")))
+    hypothesis.assume(written[name].size)
+    written[name] = written[name].copy()
+    written[name].flat[data.draw(st.integers(0, written[name].size - 1))] = value
+    dataset = store.create_dataset(memory())
+    with pytest.raises(
+        store.StoreError, match=r"leaf .* at step \d+ of stream \d, expected finite.*nothing was stored"
+    ) as caught:
+        store.append_part(dataset, made, written, episodes(20, 3))
+    assert repr(name) in str(caught.value)
+    assert store.open_dataset(dataset.url).ids == () and dataset.storage.list(f"{ID}/") == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "2"},
+        {"time_limit": 200},
+        {"observation_space": spaces.Box(-1, 1, (4,))},
+        {"action_space": spaces.Discrete(2, start=1)},
+    ],
+)
+def test_a_group_is_of_one_version_of_its_environment(change):
+    dataset = append(store.create_dataset(memory()))
+    made = card(**change)
+    with pytest.raises(CardError, match=f"the group of {ID} in .*{next(iter(change))}"):
+        store.append_part(dataset, made, leaves(made), episodes(70, 3))
+    assert store.open_dataset(dataset.url) == dataset
+
+
 def test_episodes_outside_the_part_are_refused():
-    dataset, leaves = store.create_dataset(memory()), {"reward": np.zeros((70, 3), np.float32)}
+    dataset, made = store.create_dataset(memory()), leaves(card())
     with pytest.raises(store.StoreError, match=r"episode 2 of .* outside 70 steps of 3 streams"):
-        store.append_part(dataset, card(), leaves, episodes(70, 3)._replace(length=np.array([70, 70, 71])))
+        store.append_part(dataset, card(), made, episodes(70, 3)._replace(length=np.array([70, 70, 71])))
     with pytest.raises(store.StoreError, match="columns of the shapes"):
-        store.append_part(dataset, card(), leaves, episodes(70, 3)._replace(length=np.array([70, 70])))
+        store.append_part(dataset, card(), made, episodes(70, 3)._replace(length=np.array([70, 70])))
+    for field, values in {
+        "return_": [0, np.nan, 0],
+        "noise": [0, 0, np.inf],
+        "start": [0, 0.5, 0],
+        "seed": [np.nan] * 3,
+    }.items():
+        with pytest.raises(store.StoreError, match=f"the {field} of an episode of {ID} is .*, expected"):
+            store.append_part(dataset, card(), made, episodes(70, 3)._replace(**{field: np.array(values)}))
 
 
 @pytest.mark.parametrize("id", ["x/../../up", "x//y", "/x", "x/", "x/.", "x\\y", "x/\n", ""])
 def test_ids_that_leave_the_folder_are_refused(tmp_path, id):
     dataset = store.create_dataset(tmp_path / "inside")
     with pytest.raises(store.StoreError, match="cannot name a folder"):
-        store.append_part(dataset, dataclasses.replace(card(), id=id), {"x": np.zeros((5, 2))}, episodes(5, 2))
+        store.append_part(dataset, dataclasses.replace(card(), id=id), leaves(card(), 5, 2), episodes(5, 2))
     assert [path.name for path in tmp_path.rglob("*")] == ["inside", "manifest.json"]
 
 
@@ -431,5 +448,7 @@ def test_windows_outside_the_part_are_refused():
     for start, stop, stream in [(0, 71, 0), (-1, 5, 0), (5, 5, 0), (0, 5, 3), (0, 5, -1)]:
         with pytest.raises(store.StoreError, match="has 70 steps and 3 streams"):
             part.read(["reward"], start, stop, stream)
-    with pytest.raises(store.StoreError, match="has no leaf 'rewards', only first, observation/value, reward"):
+    with pytest.raises(
+        store.StoreError, match=r"has no leaf 'rewards', only action/value, first, label_mask, .*, reward, "
+    ):
         part.read(["rewards"], 0, 5, 0)

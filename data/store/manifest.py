@@ -1,29 +1,35 @@
 """What a dataset says of itself: the manifest as values, how an array is laid out on disk, and what a part may hold.
 
-Nothing here reads or writes; `data.store` does.
+Nothing here reads or writes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import typing
-import urllib.parse
 
 import numpy as np
 
+from ldm_jax.cards import EnvironmentCard
+from ldm_jax.encoding.transition import check_leaves
 from ldm_jax.errors import LdmError
+from ldm_jax.spaces import SpaceError
 
 FORMAT = "ldm_jax trajectories"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MANIFEST = "manifest.json"
 EPISODES = "episodes.npy"
 CHUNK_BYTES = 128 << 10
 CHUNK_STEPS = (16, 1024)
 """A chunk is what one read decodes: about CHUNK_BYTES of one stream, since windows are 64 to 1,024 steps of one."""
 SHARD_BYTES = 64 << 20
 """A shard is one file, held in memory while it is written."""
+WORD_BYTES = 200
+"""A longer part of a leaf's name is cut in its folder's: file systems end names at 255 bytes, and locks add to them."""
 DTYPES = (
     "bool",
     *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
@@ -36,11 +42,11 @@ Json = dict[str, typing.Any]
 
 
 class StoreError(LdmError, ValueError):
-    """A dataset that is missing, foreign, damaged, of another schema version, or cannot be written."""
+    """A dataset that is missing, foreign, damaged, of another schema version, or cannot be read or written."""
 
 
 class EpisodeIndex(typing.NamedTuple):
-    """The episodes of a part, as arrays `[E]` of equal length.
+    """The episodes of a part, as arrays `[E]` of equal length; equal where all their values are.
 
     Attributes:
       start: `int64 [E]`, the row of the episode's first observation in its stream.
@@ -57,6 +63,12 @@ class EpisodeIndex(typing.NamedTuple):
     seed: np.ndarray
     noise: np.ndarray
     stream: np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EpisodeIndex) and all(map(np.array_equal, self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
 
 EPISODE_DTYPE = np.dtype(list(zip(EpisodeIndex._fields, ("<i8", "<i8", "<f8", "<i8", "<f4", "<i4"), strict=True)))
@@ -75,6 +87,16 @@ class PartRecord(typing.NamedTuple):
     name: str
     leaves: dict[str, ArrayRecord]
     episodes: str
+
+    @property
+    def steps(self) -> int:
+        """T, the steps of every stream."""
+        return next(iter(self.leaves.values())).metadata["shape"][0]
+
+    @property
+    def streams(self) -> int:
+        """B, the number of streams."""
+        return next(iter(self.leaves.values())).metadata["shape"][1]
 
 
 class GroupRecord(typing.NamedTuple):
@@ -127,24 +149,27 @@ def decode(url: str, data: bytes) -> Groups:
     try:
         manifest = json.loads(data)
     except ValueError as error:
-        raise foreign(url, "its manifest.json is no JSON") from error
+        raise foreign(url, f"its {MANIFEST} is no JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise foreign(url, f"its manifest.json is not one of {FORMAT!r}")
-    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise foreign(url, f"its {MANIFEST} is not one of {FORMAT!r}")
+    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
         raise StoreError(
-            f"the dataset {url} has the schema version {manifest.get('schema_version')}, this program reads and writes "
-            f"{SCHEMA_VERSION}: use the program that wrote it, or collect again into another folder"
+            f"the dataset {url} has the schema version {version}, this program reads and writes {SCHEMA_VERSION}: "
+            "collect anew into another folder, or use the program that wrote it"
         )
-    table = manifest["metadata"]
+    try:
+        table = manifest["metadata"]
+        return {
+            id: GroupRecord(group["card"], tuple(_part(table, *item) for item in group["parts"].items()))
+            for id, group in manifest["groups"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"the {MANIFEST} of {url} was changed by another program: {error!r}; restore it") from error
 
-    def part(name: str, description: Json) -> PartRecord:
-        leaves = {leaf: ArrayRecord(table[digest], value) for leaf, (digest, value) in description["leaves"].items()}
-        return PartRecord(name, leaves, description["episodes"])
 
-    return {
-        id: GroupRecord(group["card"], tuple(part(*item) for item in group["parts"].items()))
-        for id, group in manifest["groups"].items()
-    }
+def _part(table: Json, name: str, description: Json) -> PartRecord:
+    leaves = {leaf: ArrayRecord(table[digest], value) for leaf, (digest, value) in description["leaves"].items()}
+    return PartRecord(name, leaves, description["episodes"])
 
 
 def foreign(url: str, reason: str) -> StoreError:
@@ -164,10 +189,13 @@ def card_name(data: bytes) -> str:
 
 
 def leaf_folder(name: str) -> str:
-    """The folder of a leaf inside its part's: the name, quoted where a file system or URL would read it otherwise."""
-    # Keys of Dict spaces are anyone's: quoted, none of them leaves its folder.
-    quoted = (urllib.parse.quote(word, safe="") for word in name.split("/"))
-    return "/".join({"": "%", ".": "%2E", "..": "%2E%2E"}.get(word, word) for word in quoted)
+    """The folder of a leaf inside its part's, with a slash at its end; names of a schema suit files."""
+    return "".join(f"{_short_word(word)}/" for word in name.split("/"))
+
+
+def _short_word(word: str) -> str:
+    # "%~" is in no name of a leaf: there, two digits follow a percent sign.
+    return word if len(word) <= WORD_BYTES else f"{word[: WORD_BYTES - 40]}%~{checksum(word.encode())}"
 
 
 def array_metadata(value: np.ndarray) -> Json:
@@ -207,25 +235,32 @@ def array_metadata(value: np.ndarray) -> Json:
     }
 
 
+def shard_keys(metadata: Json) -> list[str]:
+    """The files of an array, without its zarr.json, inside its folder."""
+    shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    counts = [math.ceil(length / size) for length, size in zip(metadata["shape"], shard, strict=True)]
+    return ["/".join(map(str, ("c", *index))) for index in itertools.product(*map(range, counts))]
+
+
 def check_id(id: str) -> None:
     """Raises StoreError for an id that cannot name a folder."""
     if any(character < " " or character == "\\" for character in id) or {"", ".", ".."} & {*id.split("/")}:
         raise StoreError(f"got the id {id!r}, which cannot name a folder")
 
 
-def check_leaves(id: str, leaves: dict[str, np.ndarray], groups: Groups) -> None:
-    """Checks the leaves of a new part.
+def check_part(card: EnvironmentCard, leaves: dict[str, np.ndarray]) -> None:
+    """Checks that the leaves of a new part are those of its card's spaces, and nothing in them would poison a model.
 
     Args:
-      id: the environment.
-      leaves: arrays `[T, B, ...]`.
-      groups: what the dataset holds; all parts of a group have the same leaves but for T and B.
+      card: the environment's.
+      leaves: arrays `[T, B, ...]`, see `ldm_jax.encoding.transition`.
 
     Raises:
-      StoreError: the leaves do not fit each other, the store or the group.
+      StoreError: leaves that do not fit each other, the spaces or the store, or numbers that are not finite.
     """
+    id = card.id
     if not leaves:
-        raise StoreError(f"got a part of {id} without leaves, expected at least one array [T, B, ...]")
+        raise StoreError(f"got a part of {id} without leaves, expected arrays [T, B, ...]")
     shape = next(iter(leaves.values())).shape[:2]
     for name, value in leaves.items():
         if value.ndim < 2 or value.shape[:2] != shape or 0 in shape:
@@ -235,15 +270,37 @@ def check_leaves(id: str, leaves: dict[str, np.ndarray], groups: Groups) -> None
             )
         if value.dtype.name not in DTYPES or not value.dtype.isnative:
             raise StoreError(f"leaf {name!r} of {id} is {value.dtype!r}, expected one of {', '.join(DTYPES)}")
-    folders = {f"{leaf_folder(name)}/" for name in [*leaves, EPISODES]}
-    for folder in folders - {f"{EPISODES}/"}:
-        if outer := [other for other in folders if folder.startswith(other) and folder != other]:
-            raise StoreError(f"leaf {folder[:-1]!r} of {id} lies inside {outer[0][:-1]!r}: rename one of them")
-    if EPISODES in leaves:
-        raise StoreError(f"leaf {EPISODES!r} of {id} has the name of the episode index: rename it")
-    if id not in groups:
+    shapes = {name: (value.shape[2:], value.dtype) for name, value in leaves.items()}
+    try:
+        check_leaves(card.observation_space, card.action_space, shapes, id)
+    except SpaceError as error:
+        raise StoreError(str(error)) from error
+    for name, value in leaves.items():
+        _check_finite(id, name, value)
+
+
+def _check_finite(id: str, name: str, value: np.ndarray) -> None:
+    if not np.issubdtype(value.dtype, np.floating):
         return
-    first = groups[id].parts[0]
+    # A block at a time: what is asked of each number takes a quarter of its memory.
+    block = max(1, SHARD_BYTES * len(value) // max(1, value.nbytes))
+    for begin in range(0, len(value), block):
+        wrong = ~np.isfinite(value[begin : begin + block])
+        if wrong.any():
+            step, stream, *inner = np.argwhere(wrong)[0].tolist()
+            raise StoreError(
+                f"leaf {name!r} of {id} is {value[(begin + step, stream, *inner)]} at step {begin + step} of stream "
+                f"{stream}, expected finite numbers: a model would learn from it; nothing was stored"
+            )
+
+
+def check_fits_group(id: str, leaves: dict[str, np.ndarray], group: GroupRecord) -> None:
+    """Checks that a new part has the leaves of its group's other parts: a mask, say, is in all of them or in none.
+
+    Raises:
+      StoreError: names the first leaf that differs.
+    """
+    first = group.parts[0]
     expected = {
         name: (tuple(metadata["shape"][2:]), metadata["data_type"]) for name, (metadata, _) in first.leaves.items()
     }
@@ -252,8 +309,7 @@ def check_leaves(id: str, leaves: dict[str, np.ndarray], groups: Groups) -> None
         if expected.get(name) != got.get(name):
             raise StoreError(
                 f"leaf {name!r} of {id} is {got.get(name, 'missing')}, but {expected.get(name, 'missing')} in "
-                f"{first.name}: all parts of a group have the same leaves; write to another dataset, or delete the "
-                "group and collect it again"
+                f"{first.name}: all parts of a group have the same leaves; write to another dataset"
             )
 
 
@@ -270,7 +326,7 @@ def encode_episodes(id: str, episodes: EpisodeIndex, steps: int, streams: int) -
       What `decode_episodes` reads.
 
     Raises:
-      StoreError: columns of unequal length, or an episode outside the part.
+      StoreError: columns of unequal length, a number that cannot be kept, or an episode outside the part.
     """
     columns = [np.asarray(column) for column in episodes]
     shapes = [column.shape for column in columns]
@@ -278,7 +334,12 @@ def encode_episodes(id: str, episodes: EpisodeIndex, steps: int, streams: int) -
         raise StoreError(f"the episode index of {id} has columns of the shapes {shapes}, expected [E] for all")
     records = np.zeros(shapes[0], EPISODE_DTYPE)
     for field, column in zip(EpisodeIndex._fields, columns, strict=True):
-        records[field] = column
+        with np.errstate(invalid="ignore"):
+            records[field] = column
+        wrong = ~np.isfinite(records[field]) if records[field].dtype.kind == "f" else records[field] != column
+        if wrong.any():
+            expected = "a finite number" if records[field].dtype.kind == "f" else f"of {records[field].dtype}"
+            raise StoreError(f"the {field} of an episode of {id} is {column[wrong.argmax()]}, expected {expected}")
     start, length, stream = records["start"], records["length"], records["stream"]
     bad = (start < 0) | (length < 0) | (start + length > steps) | (stream < 0) | (stream >= streams)
     if bad.any():

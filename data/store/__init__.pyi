@@ -1,0 +1,16 @@
+from . import dataset as dataset
+from . import manifest as manifest
+from . import storage as storage
+from . import writing as writing
+from .dataset import Dataset as Dataset
+from .dataset import Part as Part
+from .dataset import Request as Request
+from .dataset import open_dataset as open_dataset
+from .dataset import read_many as read_many
+from .dataset import verify as verify
+from .manifest import MANIFEST as MANIFEST
+from .manifest import EpisodeIndex as EpisodeIndex
+from .manifest import StoreError as StoreError
+from .writing import append_part as append_part
+from .writing import create_dataset as create_dataset
+from .writing import remove_group as remove_group

@@ -1,0 +1,334 @@
+"""Reading: a dataset as it stood when it was opened, its cards, and windows of its parts."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import difflib
+import functools
+import json
+import os
+import typing
+
+import numpy as np
+
+from ldm_jax.cards import EnvironmentCard
+
+from . import manifest
+from .manifest import EPISODES, MANIFEST, ArrayRecord, EpisodeIndex, GroupRecord, Groups, PartRecord, StoreError
+from .storage import READ_ERRORS, PendingRead, Storage, StoredArray, reason
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Part:
+    """An immutable part of a group: T steps of B streams of consecutive episodes."""
+
+    storage: Storage
+    id: str
+    record: PartRecord = dataclasses.field(hash=False)
+
+    def __repr__(self) -> str:
+        return f"Part({self.id}/{self.name}, {self.steps} steps of {self.streams} streams)"
+
+    def __getstate__(self) -> dict[str, typing.Any]:
+        # Not what is open: another process opens it anew.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.record.name
+
+    @property
+    def leaf_names(self) -> tuple[str, ...]:
+        """The names of the leaves, sorted."""
+        return tuple(sorted(self.record.leaves))
+
+    @property
+    def steps(self) -> int:
+        """T, the steps of every stream."""
+        return self.record.steps
+
+    @property
+    def streams(self) -> int:
+        """B, the number of streams."""
+        return self.record.streams
+
+    @functools.cached_property
+    def episodes(self) -> EpisodeIndex:
+        """The episode index, read at the first use.
+
+        Raises:
+          StoreError: it is damaged or missing, or cannot be read.
+        """
+        data = self.storage.read(f"{self._folder}{EPISODES}").content
+        if data is None or manifest.checksum(data) != self.record.episodes:
+            raise self._failure(EPISODES, "it is missing" if data is None else "its checksum differs", [EPISODES])
+        return manifest.decode_episodes(data)
+
+    def leaf(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape, without `[T, B]`, and dtype of a leaf; raises StoreError where there is none."""
+        metadata = self._leaf_record(name).metadata
+        return tuple(metadata["shape"][2:]), np.dtype(metadata["data_type"])
+
+    def read(self, names: collections.abc.Sequence[str], start: int, stop: int, stream: int) -> dict[str, np.ndarray]:
+        """Reads steps `start` to `stop` of one stream; see `read_many`."""
+        return read_many([Request(self, tuple(names), start, stop, stream)])[0]
+
+    def verify(self) -> None:
+        """Reads everything again and compares it with the checksums; raises StoreError naming the first at fault."""
+        _ = self.episodes
+        for name in self.leaf_names:
+            value = self._result(name, self._array(name).read())
+            if manifest.checksum(value) != self.record.leaves[name].checksum:
+                raise self._leaf_failure(name, "its checksum differs from the manifest's")
+
+    @property
+    def _folder(self) -> str:
+        return f"{self.id}/{self.name}/"
+
+    @functools.cached_property
+    def _arrays(self) -> dict[str, StoredArray]:
+        return {}
+
+    def _array(self, name: str) -> StoredArray:
+        if name not in self._arrays:
+            folder = f"{self._folder}{manifest.leaf_folder(name)}"
+            self._arrays[name] = self.storage.open_array(folder, self._leaf_record(name).metadata)
+        return self._arrays[name]
+
+    def _leaf_record(self, name: str) -> ArrayRecord:
+        if name not in self.record.leaves:
+            raise StoreError(f"{self.name} of {self.id} has no leaf {name!r}, only {', '.join(self.leaf_names)}")
+        return self.record.leaves[name]
+
+    def _result(self, name: str, future: PendingRead) -> np.ndarray:
+        try:
+            return np.asarray(future.result())
+        except READ_ERRORS as error:
+            raise self._leaf_failure(name, reason(error)) from error
+
+    def _leaf_failure(self, name: str, why: str) -> StoreError:
+        record = self.record.leaves[name]
+        files = [f"{manifest.leaf_folder(name)}{key}" for key in manifest.shard_keys(record.metadata)]
+
+        def is_sound() -> bool:
+            try:
+                return manifest.checksum(np.asarray(self._array(name).read().result())) == record.checksum
+            except READ_ERRORS:
+                return False
+
+        return self._failure(name, why, files, is_sound)
+
+    def _failure(
+        self,
+        leaf: str,
+        why: str,
+        files: collections.abc.Sequence[str],
+        is_sound: collections.abc.Callable[[], bool] = lambda: False,
+    ) -> StoreError:
+        return _diagnose(
+            self.storage,
+            f"{self.name} of {self.id}, leaf {leaf!r}, cannot be read: {why}",
+            [f"{self._folder}{file}" for file in files],
+            is_listed=lambda groups: self.id in groups and self.record in groups[self.id].parts,
+            is_sound=is_sound,
+            remedy=_remedy(self.id),
+        )
+
+
+class Request(typing.NamedTuple):
+    """A window to read: steps `start` to `stop` of stream `stream` of a part."""
+
+    part: Part
+    names: tuple[str, ...]
+    start: int
+    stop: int
+    stream: int
+
+
+def read_many(requests: collections.abc.Sequence[Request]) -> list[dict[str, np.ndarray]]:
+    """Reads many windows at once, of one part or of many.
+
+    Args:
+      requests: the windows; steps in [0, T], streams in [0, B).
+
+    Returns:
+      For each window, one array `[stop - start, ...]` per leaf, in its own dtype.
+
+    Raises:
+      StoreError: there is no such leaf, step or stream, or a part is damaged or cannot be read.
+    """
+    pending = []
+    for part, names, start, stop, stream in requests:
+        if not (0 <= start < stop <= part.steps and 0 <= stream < part.streams):
+            raise StoreError(
+                f"got steps {start} to {stop} of stream {stream}, but {part.name} of {part.id} has {part.steps} steps "
+                f"and {part.streams} streams"
+            )
+        pending.append((part, [(name, part._array(name)[start:stop, stream].read()) for name in names]))
+    return [{name: part._result(name, future) for name, future in futures} for part, futures in pending]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Dataset:
+    """A dataset as it stood when it was opened or written to through this object; `open_dataset` sees later parts."""
+
+    storage: Storage
+    groups: Groups = dataclasses.field(hash=False)
+
+    def __repr__(self) -> str:
+        steps = sum(part.steps * part.streams for group in self.groups.values() for part in group.parts)
+        return f"Dataset({self.url}, {len(self.groups)} environments, {_short(steps)} steps)"
+
+    @property
+    def url(self) -> str:
+        """Where it is: an absolute path or a URL."""
+        return self.storage.url
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of the environments, sorted."""
+        return tuple(sorted(self.groups))
+
+    def card(self, id: str) -> EnvironmentCard:
+        """The card of an environment.
+
+        Raises:
+          StoreError: the dataset has no such id, or its card is damaged or cannot be read.
+        """
+        name = self.group(id).card
+        data = self.storage.read(f"{id}/{name}").content
+        if data is None or name != manifest.card_name(data):
+            raise _diagnose(
+                self.storage,
+                f"the card {name} of {id} in {self.url} is {'missing' if data is None else 'damaged'}",
+                [f"{id}/{name}"],
+                is_listed=lambda groups: id in groups and groups[id].card == name,
+                is_sound=lambda: False,
+                remedy=_remedy(id),
+            )
+        return EnvironmentCard.from_json(json.loads(data))
+
+    def parts(self, id: str) -> tuple[Part, ...]:
+        """The parts of an environment, in the order of their names.
+
+        Raises:
+          StoreError: the dataset has no such id.
+        """
+        return tuple(Part(self.storage, id, record) for record in self.group(id).parts)
+
+    def group(self, id: str) -> GroupRecord:
+        """What the manifest says of an environment; raises StoreError where the dataset has no such id."""
+        if id not in self.groups:
+            near = difflib.get_close_matches(id, self.ids)
+            hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(self.ids)} environments, see `ids`"
+            raise StoreError(f"the dataset {self.url} has no environment {id!r}: {hint}")
+        return self.groups[id]
+
+
+def open_dataset(url: str | os.PathLike[str]) -> Dataset:
+    """Opens a dataset.
+
+    Args:
+      url: a path, or a `file://`, `memory://`, `s3://` or `gs://` URL.
+
+    Returns:
+      The dataset as it is now.
+
+    Raises:
+      StoreError: there is no dataset, something else is there, it has another schema version, or it cannot be read.
+
+    >>> from data.store import create_dataset
+    >>> create_dataset("memory://example")
+    Dataset(memory://example, 0 environments, 0 steps)
+    >>> open_dataset("memory://example").ids
+    ()
+    """
+    storage = Storage(os.fspath(url))
+    groups, _ = read_manifest(storage)
+    if groups is None:
+        raise StoreError(f"there is no dataset at {url}: make one with create_dataset, or check the path")
+    return Dataset(storage, groups)
+
+
+def verify(dataset: Dataset) -> None:
+    """Reads everything again and compares it with the checksums in the manifest.
+
+    Args:
+      dataset: what to read.
+
+    Raises:
+      StoreError: names the first part and leaf that is damaged or cannot be read.
+    """
+    for id in dataset.ids:
+        dataset.card(id)
+        for part in dataset.parts(id):
+            part.verify()
+
+
+class Shown(typing.NamedTuple):
+    """What a manifest shows: the groups, None where the place is empty, and the generation that it was read at."""
+
+    groups: Groups | None
+    generation: bytes
+
+
+def read_manifest(storage: Storage) -> Shown:
+    """Reads what is there now.
+
+    Raises:
+      StoreError: something else is there, it has another schema version, or it cannot be read.
+    """
+    found = storage.read(MANIFEST)
+    if found.content is None and not storage.is_empty():
+        # The manifest is the first file of a dataset: where another writer makes it meanwhile, it is there by now.
+        found = storage.read(MANIFEST)
+        if found.content is None:
+            raise manifest.foreign(storage.url, f"it has files but no {MANIFEST}")
+    groups = None if found.content is None else manifest.decode(storage.url, found.content)
+    return Shown(groups, found.generation)
+
+
+def _diagnose(
+    storage: Storage,
+    what: str,
+    keys: collections.abc.Sequence[str],
+    *,
+    is_listed: collections.abc.Callable[[Groups], bool],
+    is_sound: collections.abc.Callable[[], bool],
+    remedy: str,
+) -> StoreError:
+    """Says why something cannot be read, and to delete it only where it is proved to be damaged.
+
+    Args:
+      storage: where it is.
+      what: what cannot be read and how that showed.
+      keys: the files that hold it.
+      is_listed: whether a manifest still says that it is there.
+      is_sound: whether it can be read now and is what it was.
+      remedy: what to do if it is damaged.
+    """
+    try:
+        groups, _ = read_manifest(storage)
+        if groups is None:
+            return StoreError(f"{what}. The dataset is gone from {storage.url}: was its disk unmounted, or it removed?")
+        if not is_listed(groups):
+            return StoreError(f"{what}. It was removed or replaced since the dataset was opened: open it again")
+        missing = [key for key in keys if storage.read(key).content is None]
+    except StoreError as error:
+        return StoreError(f"{what}. Nothing is known to be damaged: {error}. See to its permissions, disk or network")
+    if not missing and is_sound():
+        return StoreError(f"{what}. It can be read now, and is whole: see to its disk or network, and try again")
+    return StoreError(f"{what}. {f'The file {missing[0]} is missing' if missing else 'It is damaged'}: {remedy}")
+
+
+def _remedy(id: str) -> str:
+    return f"delete the group (data.store.remove_group) and collect {id} again"
+
+
+def _short(count: int) -> str:
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return str(count)

@@ -1,0 +1,240 @@
+"""Writing: datasets are made, and parts and groups are added and removed, each whole or not at all."""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import random
+import re
+import secrets
+import socket
+import time
+import typing
+
+import numpy as np
+
+from ldm_jax.cards import EnvironmentCard, check_matches
+from ldm_jax.types import EnvironmentSpec
+
+from . import manifest
+from .dataset import Dataset, open_dataset, read_manifest
+from .manifest import EPISODES, MANIFEST, ArrayRecord, EpisodeIndex, GroupRecord, Groups, PartRecord, StoreError
+from .storage import Storage
+
+CLAIM_AGE_S = 24 * 3600.0
+"""A claim from another machine counts as abandoned after this."""
+
+
+def create_dataset(url: str | os.PathLike[str]) -> Dataset:
+    """Makes an empty dataset, or opens the one that is there.
+
+    Args:
+      url: a path, or a `file://`, `memory://`, `s3://` or `gs://` URL.
+
+    Returns:
+      The dataset as it is now.
+
+    Raises:
+      StoreError: something else is there, it has another schema version, or the place cannot be written.
+    """
+    storage = Storage(os.fspath(url))
+    groups, generation = read_manifest(storage)
+    if groups is None:
+        # Conditional: of two that create at once, one does and the other opens.
+        storage.write(MANIFEST, manifest.encode({}), generation)
+    return open_dataset(storage.url)
+
+
+def append_part(
+    dataset: Dataset, card: EnvironmentCard, leaves: collections.abc.Mapping[str, np.ndarray], episodes: EpisodeIndex
+) -> Dataset:
+    """Writes a new part of the group of `card.id`, made if need be, and then shows it in the manifest.
+
+    Args:
+      dataset: where to write; parts that others have written since it was opened are kept.
+      card: the environment's card; it replaces the group's, which must be of the same environment.
+      leaves: arrays `[T, B, ...]` by the names of `ldm_jax.encoding.transition`, all with the same T and B and, but
+        for these, shaped as in the group's other parts; all numbers finite.
+      episodes: the episode index.
+
+    Returns:
+      The dataset with the new part, and with what others have written.
+
+    Raises:
+      CardError: the group is of another version of the library, of other spaces or of another time limit.
+      StoreError: arrays that do not fit, or a place that cannot be written. The dataset is then as before.
+    """
+    id, storage = card.id, dataset.storage
+    manifest.check_id(id)
+    arrays = {name: np.asarray(value) for name, value in leaves.items()}
+    manifest.check_part(card, arrays)
+    index = manifest.encode_episodes(id, episodes, *next(iter(arrays.values())).shape[:2])
+    _check_fits_group(open_dataset(dataset.url), card, arrays)
+    card_data = json.dumps(card.to_json(), sort_keys=True).encode()
+    card_name = manifest.card_name(card_data)
+    records = {
+        name: ArrayRecord(manifest.array_metadata(value), manifest.checksum(value)) for name, value in arrays.items()
+    }
+    with _claimed(storage, id) as claim:
+        storage.write_arrays(
+            {
+                f"{claim.folder}{manifest.leaf_folder(name)}": (records[name].metadata, value)
+                for name, value in arrays.items()
+            }
+        )
+        storage.write(f"{claim.folder}{EPISODES}", index)
+        if storage.read(f"{id}/{card_name}").content != card_data:
+            storage.write(f"{id}/{card_name}", card_data)
+        part = PartRecord(claim.name, records, manifest.checksum(index))
+
+        def add(groups: Groups) -> Groups:
+            # Again: another writer may have made the group meanwhile.
+            _check_fits_group(Dataset(storage, groups), card, arrays)
+            if not claim.stands():
+                raise StoreError(
+                    f"{claim.name} of {id} in {storage.url} was removed while it was being written: collect {id} again"
+                )
+            # By name: a write whose answer was lost is tried again.
+            parts = {other.name: other for other in groups[id].parts} if id in groups else {}
+            parts = dict(sorted((parts | {claim.name: part}).items()))
+            return groups | {id: GroupRecord(card_name, tuple(parts.values()))}
+
+        return Dataset(storage, _commit(storage, add))
+
+
+def _check_fits_group(dataset: Dataset, card: EnvironmentCard, arrays: dict[str, np.ndarray]) -> None:
+    if card.id in dataset.groups:
+        # A card says of its environment what a spec does.
+        live = typing.cast(EnvironmentSpec, card)
+        check_matches(dataset.card(card.id), live, f"the group of {card.id} in {dataset.url}")
+        manifest.check_fits_group(card.id, arrays, dataset.group(card.id))
+
+
+def remove_group(dataset: Dataset, id: str) -> Dataset:
+    """Removes an environment: from the manifest first, then its files.
+
+    Args:
+      dataset: where it is.
+      id: the environment.
+
+    Returns:
+      The dataset without it.
+
+    Raises:
+      StoreError: the dataset has no such id, or the place cannot be written.
+    """
+    storage = dataset.storage
+
+    def remove(groups: Groups) -> Groups:
+        Dataset(storage, groups).group(id)
+        return {other: group for other, group in groups.items() if other != id}
+
+    groups = _commit(storage, remove)
+    # Only what is this group's: the id `a/b/c` has its folder inside that of `a/b`.
+    own = re.compile(re.escape(f"{id}/") + r"(part-\d{5,}/|part-\d{5,}\.claim$|card-[0-9a-f]+\.json$)")
+    for key in {match[0] for match in map(own.match, storage.list(f"{id}/")) if match}:
+        storage.delete(key)
+    return Dataset(storage, groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Claim:
+    """The right to write a part: a file beside its folder that names the writer."""
+
+    storage: Storage
+    id: str
+    name: str
+    content: bytes
+
+    @property
+    def folder(self) -> str:
+        """The part's, with a slash at its end."""
+        return f"{self.id}/{self.name}/"
+
+    @property
+    def key(self) -> str:
+        """The claim's file."""
+        return f"{self.id}/{self.name}.claim"
+
+    def stands(self) -> bool:
+        """Whether no other writer, or a removal of the group, has taken it away."""
+        return self.storage.read(self.key).content == self.content
+
+    def is_shown(self) -> bool:
+        """Whether the manifest has a part of this name."""
+        return self.name in _shown_names(self.storage, self.id)
+
+    def take(self) -> bool:
+        """Claims the name if no other writer has it; says whether it was so."""
+        found = self.storage.read(self.key)
+        if found.content is not None and not _is_abandoned(found.content):
+            return False
+        if not self.storage.write(self.key, self.content, found.generation):
+            return False
+        # Only now: whoever had the claim before may have shown the part since.
+        if self.is_shown():
+            self.storage.delete(self.key)
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def _claimed(storage: Storage, id: str) -> collections.abc.Iterator[_Claim]:
+    """Claims an empty folder for a part while it is written, and empties it again after an error."""
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "time_s": time.time(), "token": secrets.token_hex(8)}
+    content, taken = json.dumps(owner).encode(), _shown_names(storage, id)
+    claims = (_Claim(storage, id, f"part-{number:05d}", content) for number in itertools.count(1))
+    claim = next(claim for claim in claims if claim.name not in taken and claim.take())
+    try:
+        storage.delete(claim.folder)
+        yield claim
+    except BaseException:
+        # The error counts, not that a place which is not there any more cannot be cleared up.
+        with contextlib.suppress(StoreError):
+            # An interrupt may come when the part is already shown.
+            if claim.stands() and not claim.is_shown():
+                storage.delete(claim.folder)
+        raise
+    finally:
+        with contextlib.suppress(StoreError):
+            if claim.stands():
+                storage.delete(claim.key)
+
+
+def _shown_names(storage: Storage, id: str) -> set[str]:
+    groups, _ = read_manifest(storage)
+    return {part.name for part in groups[id].parts} if groups and id in groups else set()
+
+
+def _is_abandoned(claim: bytes) -> bool:
+    owner = json.loads(claim)
+    if owner["host"] != socket.gethostname() or os.name != "posix":
+        return time.time() - owner["time_s"] > CLAIM_AGE_S
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def _commit(storage: Storage, change: collections.abc.Callable[[Groups], Groups]) -> Groups:
+    """Replaces the manifest by a changed one; where another writer was faster, changes what that one wrote."""
+    for attempt in range(200):
+        groups, generation = read_manifest(storage)
+        if groups is None:
+            raise StoreError(
+                f"the {MANIFEST} of {storage.url} disappeared: was the dataset deleted while it was written to?"
+            )
+        groups = change(groups)
+        if storage.write(MANIFEST, manifest.encode(groups), generation):
+            return groups
+        time.sleep(random.uniform(0, min(1.0, 0.002 * 2**attempt)))
+    raise StoreError(
+        f"the {MANIFEST} of {storage.url} changed at each of 200 attempts to write it: too many writers, try later"
+    )
