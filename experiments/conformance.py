@@ -8,7 +8,6 @@ slow. Each answer is logged when it comes. Ends with status 1 where a law is bro
 from __future__ import annotations
 
 import concurrent.futures
-import multiprocessing
 import multiprocessing.connection
 import sys
 
@@ -19,7 +18,7 @@ import environments
 import ldm_jax
 from environments.catalog import entries
 from environments.verification import reason_of
-from experiments.harness import progress
+from experiments.harness import processes, progress
 
 _ROWS = 8
 _STEPS = (12, 40)  # of each of the kit's longer runs
@@ -52,18 +51,11 @@ def check(id: str, isolation: str) -> str:
 
 
 def _check_in_process(id: str, isolation: str, timeout_s: float) -> tuple[str, str]:
-    context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_check_and_tell, args=(id, isolation, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        return id, receiver.recv() if receiver.poll(timeout_s) else f"it takes longer than {timeout_s:g} s"
-    except EOFError:
-        return id, "it ends its process"
-    finally:
-        process.kill()
-        process.join()
+    with processes.child(_check_and_tell, id, isolation) as (_, receiver):
+        try:
+            return id, receiver.recv() if receiver.poll(timeout_s) else f"it takes longer than {timeout_s:g} s"
+        except EOFError:
+            return id, "it ends its process"
 
 
 def _check_and_tell(id: str, isolation: str, sender: multiprocessing.connection.Connection) -> None:

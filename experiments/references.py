@@ -5,18 +5,16 @@ Writes `references/<id>/` as each is finished. Killed and started again, it trai
 
 from __future__ import annotations
 
+import collections.abc
 import concurrent.futures
 import dataclasses
-import multiprocessing
-import os
+import multiprocessing.queues
 import pathlib
-import threading
-import time
 import typing
 
 import environments as registry
 from data.references import Recipe, load_reference, recipe, save_reference, score_reference, train_reference
-from experiments.harness import progress
+from experiments.harness import processes, progress
 from experiments.harness.ids import check_ids
 from experiments.harness.stage import stage
 from experiments.harness.workdir import FREE, WorkdirError, pin_config, seed_of
@@ -98,7 +96,9 @@ def _recipe(config: ReferencesConfig, id: str) -> Recipe:
     return dataclasses.replace(chosen, config=dataclasses.replace(chosen.config, budget_steps=budget))
 
 
-def _make(config: ReferencesConfig, unit: Unit, advance: typing.Callable[[int], None]) -> dict[str, typing.Any]:
+def _make(
+    config: ReferencesConfig, unit: Unit, advance: collections.abc.Callable[[int], None]
+) -> dict[str, typing.Any]:
     clock, seed = progress.clock(), seed_of(config.seed, "references", unit.id)
     policy = train_reference(registry.make, unit.id, unit.recipe, seed, progress.up_to(advance))
     trained_s = clock()
@@ -117,44 +117,32 @@ def _make(config: ReferencesConfig, unit: Unit, advance: typing.Callable[[int], 
 
 
 def _run_here(
-    config: ReferencesConfig, units: list[Unit], advance: typing.Callable[[int], None]
-) -> typing.Iterator[dict[str, typing.Any]]:
+    config: ReferencesConfig, units: list[Unit], advance: collections.abc.Callable[[int], None]
+) -> collections.abc.Iterator[dict[str, typing.Any]]:
     for unit in units:
         yield _make(config, unit, advance)
 
 
 def _run_in_processes(
-    config: ReferencesConfig, units: list[Unit], advance: typing.Callable[[int], None]
-) -> typing.Iterator[dict[str, typing.Any]]:
-    context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-    steps = context.Queue()
+    config: ReferencesConfig, units: list[Unit], advance: collections.abc.Callable[[int], None]
+) -> collections.abc.Iterator[dict[str, typing.Any]]:
+    steps = processes.make_queue()
     # The longest first: else one of them may be what all wait for in the end.
     units = sorted(units, key=lambda unit: -unit.recipe.config.budget_steps)
-    pool = concurrent.futures.ProcessPoolExecutor(config.workers, context, _begin_worker, (steps, os.getpid()))
-    with pool:
+    with processes.pool(config.workers, _begin_worker, steps) as pool:
         waiting = {pool.submit(_make_in_worker, config, unit) for unit in units}
-        try:
-            while waiting:
-                done, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
-                while not steps.empty():
-                    advance(steps.get())
-                yield from (future.result() for future in done)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            done, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+            while not steps.empty():
+                advance(steps.get())
+            yield from (future.result() for future in done)
 
 
 _worker: dict[str, typing.Any] = {}
 
 
-def _begin_worker(steps: multiprocessing.Queue, parent: int) -> None:
-    def watch():
-        # A parent that was killed cannot stop its workers, and they would train on beside those of the next run.
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
+def _begin_worker(steps: multiprocessing.queues.Queue) -> None:
     _worker["steps"] = steps
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _make_in_worker(config: ReferencesConfig, unit: Unit) -> dict[str, typing.Any]:

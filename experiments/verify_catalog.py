@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
 import signal
 import sys
 import threading
-import time
 import typing
 
 import jax
@@ -25,7 +23,7 @@ from environments import UnknownEnvironmentError, registry
 from environments.catalog import entries
 from environments.isolation import groups, venvs
 from environments.verification import STEPS, entry, name_anew, verify
-from experiments.harness import progress
+from experiments.harness import processes, progress
 from experiments.report import catalog_page
 from ldm_jax.environment import EnvironmentFaultError, LibraryMissingError
 
@@ -110,32 +108,25 @@ def _attend(todo: Todo, timeout_s: float, write_down: typing.Callable[[entries.E
     """Lets processes try a few ids, a new one whenever one has crashed or hangs; that is then the id's reason."""
     todo = dict(todo)
     while todo:
-        context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_try_all, args=(todo, sender, os.getpid()), daemon=True)
-        process.start()
-        sender.close()
         current, reason = "", ""
-        try:
-            while todo:
-                if not receiver.poll(timeout_s if current else _START_S):
-                    reason = f"it does not reset and step {STEPS} times within {timeout_s:g} s"
-                    break
-                message = receiver.recv()
-                if isinstance(message, str):
-                    current = message
-                else:
-                    write_down(message)
-                    del todo[message.id]
-                    current = ""
-        except EOFError:
-            process.join(timeout=10)
-            code = process.exitcode or 0
-            how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-            reason = f"it ends its process {how}"
-        finally:
-            process.kill()
-            process.join()
+        with processes.child(_try_all, todo) as (process, receiver):
+            try:
+                while todo:
+                    if not receiver.poll(timeout_s if current else _START_S):
+                        reason = f"it does not reset and step {STEPS} times within {timeout_s:g} s"
+                        break
+                    message = receiver.recv()
+                    if isinstance(message, str):
+                        current = message
+                    else:
+                        write_down(message)
+                        del todo[message.id]
+                        current = ""
+            except EOFError:
+                process.join(timeout=10)
+                code = process.exitcode or 0
+                how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+                reason = f"it ends its process {how}"
         if todo and not current:
             raise LibraryMissingError(f"{next(iter(todo))} was not begun: its process failed first; {reason}")
         if todo:
@@ -143,13 +134,7 @@ def _attend(todo: Todo, timeout_s: float, write_down: typing.Callable[[entries.E
             del todo[current]
 
 
-def _try_all(todo: Todo, sender: multiprocessing.connection.Connection, parent: int) -> None:
-    def watch() -> None:
-        while os.getppid() == parent:  # a parent that was killed cannot stop this process
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _try_all(todo: Todo, sender: multiprocessing.connection.Connection) -> None:
     with open(os.devnull, "w") as nowhere:  # what libraries say must not tear the progress bar
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
