@@ -8,8 +8,10 @@ action finds no reward in it.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import math
+import operator
 import typing
 
 import jax
@@ -17,23 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import spaces
-from ldm_jax.cards import Statistics
+from ldm_jax.cards import Statistics, check_matches
 from ldm_jax.encoding.actions import (
     NOT_ALLOWED,
     NOT_ALLOWED_FLOAT16,
     ActionLayout,
     Distribution,
     action_layout,
-    denormalize,
-    to_slots,
 )
-from ldm_jax.encoding.observations import numeric_vector, observation_layout
 from ldm_jax.encoding.transition import Transition, to_leaves, transition_schema
 from ldm_jax.environment import Environment, EnvironmentFaultError
+from ldm_jax.errors import ConfigError
 from ldm_jax.rollout import rollout, start
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
+from .references import ReferencePolicyError
 from .references.policy import ReferencePolicy
+from .statistics import measure
 from .store import EpisodeIndex
 
 # Levels rise a little faster than linearly, so that at least half of all steps are random whatever the luck.
@@ -59,16 +61,22 @@ class CollectConfig:
     block: int = 128
     max_bytes: int = 2**30
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}, expected at least 1")
+            value = getattr(self, field.name)
+            try:
+                # An integer of NumPy's would not be kept as JSON; no comparison would find a NaN.
+                object.__setattr__(self, field.name, operator.index(value))
+            except TypeError as error:
+                raise ConfigError(f"{field.name} is {value!r}, expected a whole number") from error
+            if value < 1:
+                raise ConfigError(f"{field.name} is {value}, expected at least 1")
         if self.streams < 2:
-            raise ValueError(f"streams is {self.streams}, expected at least 2: one of the reference, one random")
+            raise ConfigError(f"streams is {self.streams}, expected at least 2: one of the reference, one random")
 
 
 class Collected(typing.NamedTuple):
-    """What was collected in one environment.
+    """What was collected in one environment; equal where all arrays are.
 
     Attributes:
       leaves: `[T, B, ...]` by name; see `collect`.
@@ -84,6 +92,17 @@ class Collected(typing.NamedTuple):
     random: float
     agreement: float
 
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Collected)
+            and self[1:] == other[1:]
+            and self.leaves.keys() == other.leaves.keys()
+            and all(np.array_equal(value, other.leaves[name]) for name, value in self.leaves.items())
+        )
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
 
 class _Record(typing.NamedTuple):
     label: PyTree
@@ -92,11 +111,45 @@ class _Record(typing.NamedTuple):
 
 
 def affordable_streams(spec: EnvironmentSpec, config: CollectConfig) -> int:
-    """The number of streams whose arrays fit into `config.max_bytes`, at least 2 and at most `config.streams`."""
+    """The number of streams whose arrays fit into `config.max_bytes`, at most `config.streams`.
+
+    Args:
+      spec: of the environment; its batch size does not count.
+      config: how much is wanted.
+
+    Raises:
+      ConfigError: not even two streams fit.
+    """
     # Whether there is a mask shows at the first step only: a byte for each choice is assumed.
-    schema = transition_schema(spec.observation_space, spec.action_space, masked=True)
-    step = sum(math.prod(struct.shape) * struct.dtype.itemsize for struct in schema.values())
-    return max(2, min(config.streams, config.max_bytes // (step * config.steps)))
+    fitting = min(config.streams, config.max_bytes // _stream_bytes(spec, config, masked=True))
+    if fitting < 2:
+        raise _too_large(spec, config, 2)
+    return fitting
+
+
+def _stream_bytes(spec: EnvironmentSpec, config: CollectConfig, *, masked: bool) -> int:
+    schema = transition_schema(spec.observation_space, spec.action_space, masked)
+    return config.steps * sum(math.prod(struct.shape) * struct.dtype.itemsize for struct in schema.values())
+
+
+def _too_large(spec: EnvironmentSpec, config: CollectConfig, streams: int) -> ConfigError:
+    mebibytes = streams * _stream_bytes(spec, config, masked=True) / 2**20
+    return ConfigError(
+        f"{streams} streams of {config.steps} steps of {spec.id} take {mebibytes:.0f} MiB, more than max_bytes "
+        f"({config.max_bytes / 2**20:.0f} MiB) or than there is memory: take fewer streams or steps, or raise max_bytes"
+    )
+
+
+def _allocate(spec: EnvironmentSpec, config: CollectConfig, *, masked: bool) -> dict[str, np.ndarray]:
+    """The leaves, empty; refused before anything is collected where they are too large."""
+    if spec.batch_size * _stream_bytes(spec, config, masked=masked) > config.max_bytes:
+        raise _too_large(spec, config, spec.batch_size)
+    schema = transition_schema(spec.observation_space, spec.action_space, masked)
+    lead = (config.steps, spec.batch_size)
+    try:
+        return {name: np.empty((*lead, *struct.shape), struct.dtype) for name, struct in schema.items()}
+    except MemoryError as error:
+        raise _too_large(spec, config, spec.batch_size) from error
 
 
 def noise_levels(streams: int) -> np.ndarray:
@@ -109,7 +162,7 @@ def collect(
     reference: ReferencePolicy,
     seed: int,
     config: CollectConfig,
-    progress: typing.Callable[[int], typing.Any] = lambda steps: None,
+    progress: collections.abc.Callable[[int], typing.Any] = lambda steps: None,
 ) -> Collected:
     """Collects B streams of T steps; the same seed gives the same data (bitwise, where the environment is jittable).
 
@@ -126,14 +179,20 @@ def collect(
       The leaves, the episode index and the statistics.
 
     Raises:
-      EnvironmentFaultError: a NaN reward, or an observation that is not in its space.
+      ConfigError: arrays that do not fit into `config.max_bytes`.
+      CardError: the reference is of another version of the environment, of other spaces or of another time limit.
+      EnvironmentFaultError: a NaN reward, an observation that is not in its space, or a mask that comes or goes.
+      ReferencePolicyError: a label that is not in the action space, or a distribution that is not finite.
     """
     spec = environment.spec
+    check_matches(reference.spec, spec, f"the reference of {reference.spec.id}")
     environment_key, agent_key = jax.random.split(jax.random.key(seed))
     levels = noise_levels(spec.batch_size)
-    agent = _noisy(reference.agent, spec, levels)
-    loop = start(environment, agent, environment_key)
-    leaves: dict[str, np.ndarray] = {}
+    loop = start(environment, reference.agent, environment_key)
+    masked = loop.timestep.action_mask is not None
+    leaves = _allocate(spec, config, masked=masked)
+    agent = _noisy(reference.agent, spec, levels, masked=masked)
+    loop = loop._replace(carry=agent.init(spec.batch_size))
     random = outside = 0
     for begin in range(0, config.steps, config.block):
         # The last block may run past the end: one block length is one compiled program.
@@ -141,90 +200,67 @@ def collect(
         loop, block = rollout(environment, agent, reference.params, loop, block_key, config.block)
         block = jax.tree.map(lambda x, keep=config.steps - begin: np.asarray(x[:keep]), block)
         outside += _check(spec, block.timestep, begin)
+        _check_labels(spec, block.record, begin)
         random += int(block.record.random.sum())
         record = block.record
         transition = Transition(block.timestep, block.action, record.label, record.distribution, ~block.timestep.last)
         for name, value in to_leaves(spec.observation_space, spec.action_space, transition).items():
-            if name not in leaves:
-                leaves[name] = np.empty((config.steps, *value.shape[1:]), value.dtype)
             leaves[name][begin : begin + len(value)] = value
         progress(len(block.record.random) * spec.batch_size)
-    steps, agreement = config.steps * spec.batch_size, _agreement(leaves)
     return Collected(
-        leaves, index_episodes(leaves, seed, levels), measure(spec, leaves, outside), random / steps, agreement
+        leaves=leaves,
+        episodes=index_episodes(leaves, seed, levels),
+        statistics=measure(spec, leaves, outside),
+        random=random / (config.steps * spec.batch_size),
+        agreement=_agreement(leaves),
     )
 
 
 def index_episodes(leaves: dict[str, np.ndarray], seed: int, levels: np.ndarray) -> EpisodeIndex:
-    """Finds the episodes in `[T, B]` leaves, stream by stream; the last of each stream may be unfinished."""
+    """Finds the episodes in `[T, B]` leaves, stream by stream; the last of each stream may be unfinished.
+
+    Args:
+      leaves: by name; every stream begins with a first step.
+      seed: of the collection.
+      levels: `[B]`, the noise of each stream.
+    """
     stream, begin = np.nonzero(leaves["first"].T)
     steps = len(leaves["first"])
     after = np.append(begin[1:], steps)
     # An episode runs to the next one of its stream: the step after a last one is always a first one.
     end = np.where(np.append(stream[1:] != stream[:-1], True), steps, after)
-    # sums over [start, end) as differences of running sums, in float64
-    total = np.concatenate([np.zeros((1, len(levels))), np.cumsum(leaves["reward"], 0, np.float64)])
+    # Sums of each episode alone, in float64: a running sum over all would lose small returns beside large ones.
+    return_ = np.add.reduceat(leaves["reward"].T.astype(np.float64).ravel(), stream * steps + begin)
     return EpisodeIndex(
         start=begin.astype(np.int64),
         length=(end - begin).astype(np.int64),
-        return_=total[end, stream] - total[begin, stream],
+        return_=return_,
         seed=np.full(len(begin), seed, np.int64),
         noise=levels[stream],
         stream=stream.astype(np.int32),
     )
 
 
-def measure(spec: EnvironmentSpec, leaves: dict[str, np.ndarray], outside: int = 0) -> Statistics:
-    """Measures what standardizes an environment's data.
-
-    A deviation is floored at a thousandth of the range seen (below it, standardizing would blow up a rare jump) and at
-    1e-5 of the mean (what float32 resolves). A number that never changes has deviation 1: its scale is not known.
-
-    Args:
-      spec: the environment's.
-      leaves: `[T, B, ...]` by name, as `collect` makes them.
-      outside: the number of observations outside their declared bounds.
-
-    Returns:
-      The statistics.
-    """
-    layout, steps = observation_layout(spec.observation_space), leaves["reward"].size
-    mean = deviation = np.zeros(0)
-    if layout.numbers:
-        numbers = np.asarray(numeric_vector(layout, _observation(spec, leaves))).reshape(-1, layout.numbers)
-        mean = numbers.mean(0, np.float64)
-        deviation = np.sqrt(sum(((block - mean) ** 2).sum(0) for block in _blocks(numbers)) / steps)
-        width = (numbers.max(0) - numbers.min(0)).astype(np.float64)
-        deviation = np.where(width > 0, np.maximum(deviation, np.maximum(1e-3 * width, 1e-5 * np.abs(mean))), 1.0)
-    reward = leaves["reward"][leaves["reward"] != 0].astype(np.float64)
-    actions = action_layout(spec.action_space)
-    executed = _continuous(actions, spec, leaves).reshape(steps, actions.continuous)
-    return Statistics(
-        observation_mean=tuple(mean.tolist()),
-        observation_std=tuple(deviation.tolist()),
-        reward_scale=max(float(np.sqrt((reward**2).mean())), 1e-6) if reward.size else 1.0,
-        action_low=tuple(executed.min(0).tolist()),
-        action_high=tuple(executed.max(0).tolist()),
-        steps=steps,
-        outside=outside,
-    )
-
-
-def _noisy(reference: Agent, spec: EnvironmentSpec, levels: np.ndarray) -> Agent:
+def _noisy(reference: Agent, spec: EnvironmentSpec, levels: np.ndarray, *, masked: bool) -> Agent:
     layout = action_layout(spec.action_space)
     holds = np.array([_HOLDS[i % len(_HOLDS)] for i in range(len(levels))])
     if not layout.continuous:
         holds = np.ones_like(holds)
 
-    def init(batch_size):
+    def init(batch_size: int) -> PyTree:
         return reference.init(batch_size), spaces.zeros(spec.action_space, (batch_size,))
 
-    def step(params, carry, timestep, key):
+    def step(params: PyTree, carry: PyTree, timestep: TimeStep, key: Array) -> tuple[PyTree, PyTree, _Record]:
+        if (timestep.action_mask is not None) != masked:
+            raise EnvironmentFaultError(
+                f"{spec.id} {'lost its action mask' if masked else 'gave an action mask'} after its first time step, "
+                "expected one at all steps or at none; nothing was stored of it"
+            )
         inner, held = carry
         label_key, coin_key, renew_key, action_key = jax.random.split(key, 4)
         inner, label, distribution = reference.step(params, inner, timestep, label_key)
         label = spaces.clip(spec.action_space, jax.tree.map(jnp.asarray, label))
-        renew = timestep.first | (jax.random.uniform(renew_key, levels.shape) * holds < 1)
+        renew = jnp.asarray(timestep.first) | (jax.random.uniform(renew_key, levels.shape) * holds < 1)
         if timestep.action_mask is not None:
             renew = jnp.ones_like(renew)  # the action held may no longer be allowed
         fresh = spaces.sample(action_key, spec.action_space, len(levels), timestep.action_mask)
@@ -248,7 +284,7 @@ def _storable(layout: ActionLayout, distribution: Distribution) -> Distribution:
 
 
 def _choose(choose: Array, chosen: PyTree, other: PyTree) -> PyTree:
-    def choose_leaf(a, b):
+    def choose_leaf(a: Array, b: Array) -> Array:
         return jnp.where(choose.reshape(choose.shape + (1,) * (jnp.ndim(a) - 1)), a, b)
 
     return jax.tree.map(choose_leaf, chosen, other)
@@ -269,21 +305,29 @@ def _check(spec: EnvironmentSpec, timestep: TimeStep, begin: int) -> int:
         outside = spaces.check(spec.observation_space, flat, rows, what)
     except spaces.SpaceError as error:
         raise EnvironmentFaultError(f"{error}; nothing was stored of it") from error
-    for leaf in observation_layout(spec.observation_space).numeric:
-        if not np.isfinite(spaces.get(flat, leaf.path)).all():
-            raise EnvironmentFaultError(f"{what}, part {leaf.name!r}, is infinite; nothing was stored of it")
+    for leaf in spaces.leaves(spec.observation_space):
+        value = spaces.get(flat, leaf.path)
+        with np.errstate(over="ignore"):
+            # A model sees numbers in float32.
+            finite = value.dtype.kind != "f" or np.isfinite(value.astype(np.float32, copy=False)).all()
+        if not finite:
+            raise EnvironmentFaultError(f"{what}, part {leaf.name!r}, is infinite in float32; nothing was stored of it")
     return outside
 
 
-def _observation(spec: EnvironmentSpec, leaves: dict[str, np.ndarray]) -> PyTree:
-    names = [f"observation/{leaf.name}" for leaf in spaces.leaves(spec.observation_space)]
-    return spaces.unflatten(spec.observation_space, [leaves[name] for name in names])
-
-
-def _continuous(layout: ActionLayout, spec: EnvironmentSpec, leaves: dict[str, np.ndarray]) -> np.ndarray:
-    values = [leaves[f"action/{leaf.name}"] for leaf in spaces.leaves(spec.action_space)]
-    slots = to_slots(layout, spaces.unflatten(spec.action_space, values))
-    return np.asarray(denormalize(layout, slots.continuous))
+def _check_labels(spec: EnvironmentSpec, record: _Record, begin: int) -> None:
+    rows = record.random.size
+    flat = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), record.label)
+    what = f"the label of {spec.id} in steps {begin} to {begin + len(record.random) - 1}"
+    try:
+        spaces.check(spec.action_space, flat, rows, what)
+    except spaces.SpaceError as error:
+        raise ReferencePolicyError(f"{error}; nothing was stored of it, train the reference again") from error
+    for name, value in {"label": record.label, **record.distribution._asdict()}.items():
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(value)):
+            raise ReferencePolicyError(
+                f"{what}: its {name} is not finite; nothing was stored, train the reference again"
+            )
 
 
 def _agreement(leaves: dict[str, np.ndarray]) -> float:
@@ -294,9 +338,3 @@ def _agreement(leaves: dict[str, np.ndarray]) -> float:
             executed = leaves[name.removeprefix("reference_")]
             same &= (executed == label).reshape(*labelled.shape, -1).all(-1)
     return float(same[labelled].mean())
-
-
-def _blocks(array: np.ndarray, size: int = 2**16) -> typing.Iterator[np.ndarray]:
-    # float64 copies of a block at a time: the whole would double the memory
-    for begin in range(0, len(array), size):
-        yield array[begin : begin + size].astype(np.float64)

@@ -1,4 +1,4 @@
-"""Small pretraining runs for tests: real data of two environments, and the command line that trains on it."""
+"""Small pretraining runs for tests: scripted references, real data of two environments, and the command line."""
 
 import json
 import os
@@ -7,13 +7,17 @@ import signal
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import tensorstore
-from test_collect import CASES, _reference
 
 import environments
 from data import collect, store
+from data.references.policy import ReferencePolicy
 from ldm_jax import cards
+from ldm_jax.cards import Reference
+from ldm_jax.encoding.actions import Distribution
+from ldm_jax.types import Agent
 
 IDS = ("gymnax/CartPole-v1", "gymnax/Pendulum-v1")
 XLA = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -33,13 +37,45 @@ FLAGS = (
 )
 
 
+def _push_pole(observation):
+    """Balances CartPole: pushes to the side that the pole leans and turns to."""
+    right = observation[:, 2] + 0.3 * observation[:, 3] > 0
+    logits = jnp.where(right[:, None], jnp.array([-jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf]))
+    return right.astype(jnp.int32), Distribution(logits, jnp.zeros((len(right), 0)), jnp.zeros((len(right), 0)))
+
+
+def _damp(observation):
+    """Turns against the motion of Pendulum, beyond its bounds at times."""
+    torque = -observation[:, 2:3]
+    return torque, Distribution(jnp.zeros((len(torque), 0)), torque, jnp.zeros_like(torque))
+
+
+def go_right(observation):
+    logits = jnp.zeros((len(observation), 4)).at[:, 2].set(1e6)
+    empty = jnp.zeros((len(observation), 0))
+    return jnp.full(len(observation), 2, jnp.int32), Distribution(logits, empty, empty)
+
+
+def reference_of(policy, environment):
+    """A reference that acts by a function of the observation."""
+    agent = Agent(lambda batch_size: (), lambda params, carry, timestep, key: (carry, *policy(timestep.observation)))
+    return ReferencePolicy(agent, (), Reference("scripted", "greedy", 0, 0), environment.spec, ())
+
+
+CASES = {
+    "gymnax/CartPole-v1": _push_pole,
+    "gymnax/Pendulum-v1": _damp,
+    "envpool/FrozenLake-v1": go_right,
+}
+
+
 def make_dataset(path: pathlib.Path, poison: bool = False) -> store.Dataset:
     """Collects a little; where it is poisoned, the rewards of a few streams of CartPole are not numbers."""
     dataset = store.create_dataset(path)
     for id in IDS:
         environment = environments.make(id, STREAMS)
         collected = collect.collect(
-            environment, _reference(CASES[id], environment), 7, collect.CollectConfig(STREAMS, STEPS)
+            environment, reference_of(CASES[id], environment), 7, collect.CollectConfig(STREAMS, STEPS)
         )
         environment.close()
         random, reference = (cards.Returns.of(np.full((2, 2), value)) for value in RETURNS[id])

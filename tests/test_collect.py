@@ -9,56 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import CASES, go_right, reference_of
 
 import environments
 import ldm_jax
 from data.collect import CollectConfig, affordable_streams, collect, noise_levels
-from data.references.policy import ReferencePolicy
-from ldm_jax.cards import Reference
-from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, Distribution
+from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16
 from ldm_jax.environment import EnvironmentFaultError
 from ldm_jax.spaces import leaf_shape_dtype
-from ldm_jax.types import Agent
 
 STREAMS, STEPS = 24, 200
 CONFIG = CollectConfig(streams=STREAMS, steps=STEPS, block=64)
 
 
-def _push_pole(observation):
-    """Balances CartPole: pushes to the side that the pole leans and turns to."""
-    right = observation[:, 2] + 0.3 * observation[:, 3] > 0
-    logits = jnp.where(right[:, None], jnp.array([-jnp.inf, 0.0]), jnp.array([0.0, -jnp.inf]))
-    return right.astype(jnp.int32), Distribution(logits, jnp.zeros((len(right), 0)), jnp.zeros((len(right), 0)))
-
-
-def _damp(observation):
-    """Turns against the motion of Pendulum, beyond its bounds at times."""
-    torque = -observation[:, 2:3]
-    return torque, Distribution(jnp.zeros((len(torque), 0)), torque, jnp.zeros_like(torque))
-
-
-def _go_right(observation):
-    logits = jnp.zeros((len(observation), 4)).at[:, 2].set(1e6)
-    empty = jnp.zeros((len(observation), 0))
-    return jnp.full(len(observation), 2, jnp.int32), Distribution(logits, empty, empty)
-
-
-def _reference(policy, environment):
-    agent = Agent(lambda batch_size: (), lambda params, carry, timestep, key: (carry, *policy(timestep.observation)))
-    return ReferencePolicy(agent, (), Reference("scripted", "greedy", 0, 0), environment.spec, ())
-
-
-CASES = {
-    "gymnax/CartPole-v1": _push_pole,
-    "gymnax/Pendulum-v1": _damp,
-    "envpool/FrozenLake-v1": _go_right,
-}
-
-
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
     environment = environments.make(request.param, STREAMS)
-    reference = _reference(CASES[request.param], environment)
+    reference = reference_of(CASES[request.param], environment)
     yield environment, reference, collect(environment, reference, 7, CONFIG)
     environment.close()
 
@@ -87,7 +54,7 @@ def test_executed_actions_replay(case):
         state, timestep = step(state, leaves["action/value"][t])
 
 
-def test_every_state_has_the_label_of_the_reference(case):
+def test_every_state_has_the_label_of_thereference_of(case):
     environment, _, collected = case
     leaves, space = collected.leaves, environment.spec.action_space
     observation = leaves["observation/value"].reshape(STEPS * STREAMS, *environment.spec.observation_space.shape)
@@ -192,7 +159,7 @@ class _Broken:
 def test_lies_are_refused(lie, words):
     environment = _Broken(environments.make("envpool/FrozenLake-v1", STREAMS), lie)
     with pytest.raises(EnvironmentFaultError, match=words) as caught:
-        collect(environment, _reference(_go_right, environment), 0, CONFIG)
+        collect(environment, reference_of(go_right, environment), 0, CONFIG)
     assert "envpool/FrozenLake-v1" in str(caught.value)
     environment.close()
 

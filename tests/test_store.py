@@ -1,10 +1,14 @@
 """The trajectory store: what is written is read back, and a writer may die anywhere."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import json
+import os
 import pathlib
+import pickle
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -20,8 +24,9 @@ from spaces_strategies import action_spaces, any_spaces
 from tiny_datasets import ID, append, card, episodes, leaves, memory
 
 from data import store
-from data.store import manifest
+from data.store import manifest, storage
 from ldm_jax.cards import CardError
+from ldm_jax.errors import LdmError
 
 quick = hypothesis.settings(max_examples=40, deadline=None)
 
@@ -337,17 +342,20 @@ def test_no_dataset(tmp_path):
 def test_another_schema_version(tmp_path):
     append(store.create_dataset(tmp_path))
     path = tmp_path / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    for use in (store.open_dataset, store.create_dataset):
-        with pytest.raises(store.StoreError, match="schema version 99, this program reads and writes 2: collect anew"):
-            use(tmp_path)
+    for version in (1, 99):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": version}))
+        for use in (store.open_dataset, store.create_dataset):
+            message = f"schema version {version}, this program reads and writes 2: collect anew"
+            with pytest.raises(store.StoreError, match=message):
+                use(tmp_path)
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
-    for url in (tmp_path / "file" / "under", tmp_path / "file", "/proc/nothing"):
-        with pytest.raises(store.StoreError, match=r"cannot write manifest\.json at .*Choose a place"):
+    for url in (tmp_path / "file" / "under", tmp_path / "file", "/proc/nothing", "/dev/full"):
+        with pytest.raises(store.StoreError, match=r"cannot write manifest\.json at .*Choose a place") as caught:
             store.create_dataset(url)
+        assert_one_line(caught.value)
     with pytest.raises(store.StoreError, match="Expected a path or a file, memory, s3 or gs URL"):
         store.open_dataset("ftp://x")
 
@@ -452,3 +460,220 @@ def test_windows_outside_the_part_are_refused():
         store.StoreError, match=r"has no leaf 'rewards', only action/value, first, label_mask, .*, reward, "
     ):
         part.read(["rewards"], 0, 5, 0)
+
+
+MAKERS = """
+import multiprocessing, pathlib, sys
+sys.path.insert(0, {tests!r})
+
+def make(root, number, rounds, barrier):
+    import tiny_datasets
+    try:
+        for i in range(rounds):
+            barrier.wait(60)
+            dataset = tiny_datasets.store.create_dataset(root / str(i))
+            tiny_datasets.append(dataset, f"gymnax/{{number}}", steps=2, streams=1, value=number)
+    except BaseException:
+        barrier.abort()  # or the others wait for this one
+        raise
+
+if __name__ == "__main__":
+    context, count, rounds = multiprocessing.get_context("spawn"), 4, 20
+    root, barrier = pathlib.Path({root!r}), context.Barrier(count)
+    processes = [context.Process(target=make, args=(root, number, rounds, barrier)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0, process.exitcode
+"""
+
+
+def test_of_many_that_make_one_dataset_at_once_all_write_to_it(tmp_path):
+    root = tmp_path / "root"
+    for number in range(0, 20, 2):
+        (root / str(number)).mkdir(parents=True)  # the others are missing
+    script = tmp_path / "makers.py"
+    script.write_text(MAKERS.format(tests=str(pathlib.Path(__file__).parent), root=str(root)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for folder in root.iterdir():
+        dataset = store.open_dataset(folder)
+        store.verify(dataset)
+        assert dataset.ids == tuple(f"gymnax/{number}" for number in range(4))
+
+
+def test_a_dataset_made_while_its_folder_is_looked_at_is_no_stranger(tmp_path):
+    class Slow(storage.Storage):
+        def is_empty(self):
+            append(store.create_dataset(tmp_path))  # the other writer, between the two looks
+            return super().is_empty()
+
+    groups, _ = store.dataset.read_manifest(Slow(str(tmp_path)))
+    assert {*groups} == {ID}
+
+
+# A place without room, or that cannot be read
+
+
+def assert_one_line(error):
+    assert isinstance(error, LdmError) and not {*"\n\0\t"} & {*str(error)} and "source locations" not in str(error)
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import tiny_datasets
+dataset = tiny_datasets.store.open_dataset({url!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    tiny_datasets.append(dataset, steps=2000, streams=8)
+except tiny_datasets.store.StoreError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_may_not_grow_leaves_the_dataset_as_it_was(tmp_path):
+    append(store.create_dataset(tmp_path), steps=5)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    code = FULL.format(tests=str(pathlib.Path(__file__).parent), url=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("cannot write ") and "File too large. Choose a place with room" in line
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+    store.verify(append(store.open_dataset(tmp_path)))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only who may mount a file system can fill one")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_leaves_the_dataset_as_it_was(small_disk):
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2**19))
+    with pytest.raises(
+        store.StoreError, match=r"cannot write manifest.json .*No space left on device.*with room"
+    ) as caught:
+        store.create_dataset(small_disk / "data")
+    assert_one_line(caught.value)
+    filler.unlink()
+    dataset, outcomes = append(store.create_dataset(small_disk / "data"), steps=5), set()
+    for room in range(0, 200, 4):
+        usage = os.statvfs(small_disk)
+        filler.write_bytes(bytes(max(0, usage.f_bavail * usage.f_bsize - room * 1024)))
+        before, files = store.open_dataset(dataset.url), {*(small_disk / "data").rglob("*.npy")}
+        try:
+            append(dataset, steps=200, streams=8, value=room)
+            outcomes.add("written")
+        except store.StoreError as error:
+            assert_one_line(error)
+            assert "No space left on device" in str(error)
+            assert store.open_dataset(dataset.url) == before and {*(small_disk / "data").rglob("*.npy")} == files
+            outcomes.add(re.search(r"cannot write (\S*?)(part-\d+)?(/\S*)? at", str(error))[3])
+        filler.unlink()
+        store.verify(store.open_dataset(dataset.url))
+        if "written" in outcomes:
+            break
+    assert "written" in outcomes and len(outcomes) > 2, f"filled at several files, not only at {outcomes}"
+
+
+@pytest.mark.parametrize("name", ["observation/value", "episodes.npy", "card"])
+def test_what_cannot_be_read_is_not_said_to_be_damaged(tmp_path, name):
+    dataset = append(store.create_dataset(tmp_path))
+    paths = {"card": (tmp_path / ID).glob("card-*"), "episodes.npy": [tmp_path / ID / "part-00001" / name]}
+    (path,) = paths[name] if name in paths else _files(tmp_path, name)
+    kept = path.rename(tmp_path / "kept")
+    path.symlink_to(path.name)  # as a broken mount: even the superuser cannot read it
+    dataset = store.open_dataset(tmp_path)
+    with pytest.raises(store.StoreError, match=r"cannot (be )?read.*symbolic links") as caught:
+        store.verify(dataset)
+    assert "delete" not in str(caught.value) and "damaged. " not in str(caught.value)
+    assert_one_line(caught.value)
+    path.unlink()
+    kept.rename(path)
+    store.verify(dataset)
+
+
+def test_what_was_removed_meanwhile_is_not_said_to_be_damaged(tmp_path):
+    dataset = append(append(store.create_dataset(tmp_path)), "x/other")
+    store.remove_group(dataset, ID)
+    for read in (lambda: dataset.card(ID), lambda: dataset.parts(ID)[0].episodes, lambda: store.verify(dataset)):
+        with pytest.raises(store.StoreError, match="removed or replaced since the dataset was opened: open it again"):
+            read()
+    (part,) = dataset.parts("x/other")
+    tmp_path.rename(tmp_path.with_name("elsewhere"))
+    for read in (lambda: part.read(["reward"], 0, 1, 0), lambda: part.episodes, lambda: dataset.card("x/other")):
+        with pytest.raises(store.StoreError, match=r"The dataset is gone from .*unmounted") as caught:
+            read()
+        assert "delete" not in str(caught.value)
+
+
+def test_a_manifest_that_another_program_changed(tmp_path):
+    append(store.create_dataset(tmp_path))
+    path = tmp_path / "manifest.json"
+    for change in ({"groups": 3}, {"metadata": {}}, {"groups": {"x": {}}}):
+        text = path.read_text()
+        path.write_text(json.dumps(json.loads(text) | change))
+        with pytest.raises(store.StoreError, match=r"the manifest\.json of .* was changed by another program"):
+            store.open_dataset(tmp_path)
+        path.write_text(text)
+
+
+# Paths, and what travels
+
+
+def test_a_path_means_the_same_in_every_folder_and_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to("home")
+    append(store.create_dataset("~/mine"))
+    for url in ("~/mine", "file://~/mine", tmp_path / "link" / "mine", pathlib.Path("~/mine")):
+        assert store.open_dataset(url).ids == (ID,)
+    assert store.open_dataset(tmp_path / "link/mine").url == f"{tmp_path}/link/mine", "a link may be pointed elsewhere"
+    monkeypatch.chdir(tmp_path)
+    dataset = store.create_dataset("here")
+    monkeypatch.chdir(tmp_path / "home")
+    append(dataset)
+    assert store.open_dataset(tmp_path / "here").ids == (ID,)
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["mine"]
+
+
+def test_what_is_opened_is_shown_in_a_line():
+    dataset = append(store.create_dataset("memory://repr"), steps=2000, streams=4)
+    assert repr(dataset) == "Dataset(memory://repr, 1 environments, 8K steps)"
+    assert repr(dataset.parts(ID)) == f"(Part({ID}/part-00001, 2000 steps of 4 streams),)"
+
+
+@pytest.mark.parametrize("travel", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_what_is_opened_travels_before_and_after_use(tmp_path, travel):
+    dataset = append(append(store.create_dataset(tmp_path)), value=1)
+    part = dataset.parts(ID)[0]
+    values = {"dataset": dataset, "part": part, "request": store.Request(part, ("reward",), 0, 5, 1)}
+    before = {name: travel(value) for name, value in values.items()}
+    window, values["episodes"] = part.read(["reward"], 0, 5, 1), part.episodes
+    dataset.card(ID)
+    after = {name: travel(value) for name, value in values.items()}
+    for copies in (before, after):
+        for name, value in copies.items():
+            assert value == values[name] and (value != values[name]) is False
+        assert copies["dataset"].card(ID) == dataset.card(ID)
+        assert copies["part"].episodes == part.episodes
+        np.testing.assert_array_equal(copies["part"].read(["reward"], 0, 5, 1)["reward"], window["reward"])
+    assert len({part, before["part"], after["part"]}) == len({dataset, before["dataset"]}) == 1
+    assert dataset != append(dataset) and part != dataset.parts(ID)[1]
+    assert part.episodes != part.episodes._replace(noise=np.ones(3))
+
+
+def test_a_dataset_is_read_by_another_process(tmp_path):
+    dataset = append(store.create_dataset(tmp_path), value=3)
+    dataset.parts(ID)[0].read(["reward"], 0, 1, 0)
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).parts(sys.argv[1])[0].read(['reward'], 0, 2, 0))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, ID], input=pickle.dumps(dataset), capture_output=True, check=True
+    )
+    assert b"array([3., 3.], dtype=float32)" in done.stdout

@@ -1,0 +1,68 @@
+"""What standardizes an environment's data, measured on it."""
+
+from __future__ import annotations
+
+import collections.abc
+
+import numpy as np
+
+from ldm_jax import spaces
+from ldm_jax.cards import Statistics
+from ldm_jax.encoding.actions import ActionLayout, action_layout, denormalize, to_slots
+from ldm_jax.encoding.observations import numeric_vector, observation_layout
+from ldm_jax.types import EnvironmentSpec, PyTree
+
+
+def measure(spec: EnvironmentSpec, leaves: dict[str, np.ndarray], outside: int = 0) -> Statistics:
+    """Measures what standardizes an environment's data.
+
+    Everything follows the unit of what is measured. A deviation is floored at a thousandth of the range seen (below it,
+    standardizing would blow up a rare jump) and at 1e-5 of the mean (what float32 resolves). A number that never
+    changes has its own size for a deviation, 1 where it is always 0; so has the scale of rewards that are.
+
+    Args:
+      spec: the environment's.
+      leaves: `[T, B, ...]` by name, as `collect` makes them.
+      outside: the number of observations outside their declared bounds.
+
+    Returns:
+      The statistics.
+    """
+    layout, steps = observation_layout(spec.observation_space), leaves["reward"].size
+    mean = std = np.zeros(0)
+    if layout.numbers:
+        numbers = np.asarray(numeric_vector(layout, _observation(spec, leaves))).reshape(-1, layout.numbers)
+        mean = numbers.mean(0, np.float64)
+        std = np.sqrt(sum(((block - mean) ** 2).sum(0) for block in _blocks(numbers)) / steps)
+        width, size = np.ptp([numbers.min(0), numbers.max(0)], 0).astype(np.float64), np.abs(mean)
+        constant = np.where(size > 0, size, 1.0)
+        std = np.where(width > 0, np.maximum(std, np.maximum(1e-3 * width, 1e-5 * size)), constant)
+    reward = leaves["reward"][leaves["reward"] != 0].astype(np.float64)
+    actions = action_layout(spec.action_space)
+    executed = _continuous(actions, spec, leaves).reshape(steps, actions.continuous)
+    return Statistics(
+        observation_mean=tuple(mean.tolist()),
+        observation_std=tuple(std.tolist()),
+        reward_scale=float(np.sqrt((reward**2).mean())) if reward.size else 1.0,
+        action_low=tuple(executed.min(0).tolist()),
+        action_high=tuple(executed.max(0).tolist()),
+        steps=steps,
+        outside=outside,
+    )
+
+
+def _observation(spec: EnvironmentSpec, leaves: dict[str, np.ndarray]) -> PyTree:
+    names = [f"observation/{leaf.name}" for leaf in spaces.leaves(spec.observation_space)]
+    return spaces.unflatten(spec.observation_space, [leaves[name] for name in names])
+
+
+def _continuous(layout: ActionLayout, spec: EnvironmentSpec, leaves: dict[str, np.ndarray]) -> np.ndarray:
+    values = [leaves[f"action/{leaf.name}"] for leaf in spaces.leaves(spec.action_space)]
+    slots = to_slots(layout, spaces.unflatten(spec.action_space, values))
+    return np.asarray(denormalize(layout, slots.continuous))
+
+
+def _blocks(array: np.ndarray, size: int = 2**16) -> collections.abc.Iterator[np.ndarray]:
+    # float64 copies of a block at a time: the whole would double the memory
+    for begin in range(0, len(array), size):
+        yield array[begin : begin + size].astype(np.float64)
