@@ -1,6 +1,10 @@
+from .catalog.table import Table as Table
 from .conformance import ConformanceError as ConformanceError
 from .conformance import check_environment as check_environment
 from .isolation.program import Isolation as Isolation
+from .listing import find as find
+from .listing import libraries as libraries
+from .listing import list_ids as list_ids
+from .listing import spec as spec
 from .registry import UnknownEnvironmentError as UnknownEnvironmentError
-from .registry import list_ids as list_ids
 from .registry import make as make

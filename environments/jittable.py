@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -34,9 +35,9 @@ class Outcome(typing.NamedTuple):
 
     state: PyTree
     observation: PyTree
-    reward: Array = 0.0
-    terminated: Array = False
-    truncated: Array = False
+    reward: Array | float = 0.0
+    terminated: Array | bool = False
+    truncated: Array | bool = False
     action_mask: Array | None = None
 
 
@@ -68,8 +69,8 @@ class JittableEnvironment:
     def __init__(
         self,
         spec: EnvironmentSpec,
-        reset: typing.Callable[[Array], Outcome],
-        step: typing.Callable[[Array, PyTree, PyTree], Outcome],
+        reset: collections.abc.Callable[[Array], Outcome],
+        step: collections.abc.Callable[[Array, PyTree, PyTree], Outcome],
     ):
         """Batches one environment.
 
@@ -85,9 +86,15 @@ class JittableEnvironment:
         self._reset, self._step = jax.jit(self._pure_reset), jax.jit(self._pure_step)
 
     def reset(self, key: Array) -> tuple[Rows, TimeStep]:
+        if jax.enable_x64.value:
+            with in_32_bits():
+                return self._reset(key)
         return self._reset(key)
 
     def step(self, state: Rows, action: PyTree) -> tuple[Rows, TimeStep]:
+        if jax.enable_x64.value:
+            with in_32_bits():
+                return self._step(state, self._fit(action))
         return self._step(state, action)
 
     def close(self) -> None:
@@ -99,7 +106,7 @@ class JittableEnvironment:
         no_B = jnp.zeros(self.spec.batch_size, bool)
         time_step = TimeStep(
             observation=new.observation,
-            reward=jnp.zeros(no_B.shape),
+            reward=jnp.zeros(no_B.shape, jnp.float32),
             terminated=no_B,
             truncated=no_B,
             first=~no_B,
@@ -119,7 +126,7 @@ class JittableEnvironment:
         elapsed_B = jnp.where(first_B, 0, state.elapsed + 1)
         terminated_B = seen.terminated & ~first_B
         truncated_B = (seen.truncated | (elapsed_B >= self.spec.time_limit)) & ~first_B
-        reward_B = jnp.where(first_B, 0, seen.reward)
+        reward_B = jnp.where(first_B, jnp.float32(0), seen.reward)
         time_step = TimeStep(
             observation=seen.observation,
             reward=reward_B,
@@ -129,6 +136,14 @@ class JittableEnvironment:
             action_mask=seen.action_mask,
         )
         return Rows(key, seen.state, elapsed_B, terminated_B | truncated_B), time_step
+
+    def _fit(self, action: PyTree) -> PyTree:
+        """An action in the dtypes of its space; where JAX has 64 bits, it may have come in those."""
+        leaves = spaces.leaves(self.spec.action_space)
+        values = [
+            jnp.asarray(spaces.get(action, leaf.path), spaces.leaf_shape_dtype(leaf.space).dtype) for leaf in leaves
+        ]
+        return spaces.unflatten(self.spec.action_space, values)
 
     def _reset_rows(self, key: Array) -> Outcome:
         return self._tidy(jax.vmap(self._reset_one)(jax.random.split(key, self.spec.batch_size)))
@@ -207,7 +222,17 @@ def check_installed(library: str) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> typing.Iterator[None]:
+def in_32_bits() -> collections.abc.Iterator[None]:
+    """Makes JAX compute in 32 bits, as the libraries mean it, whatever the process says; also a decorator.
+
+    With `JAX_ENABLE_X64` their numbers would be others, and some of them cannot be compiled at all.
+    """
+    with jax.enable_x64(False):
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> collections.abc.Iterator[None]:
     """Keeps a library from telling on standard output what it loads."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
@@ -234,7 +259,7 @@ def _strong(leaf: typing.Any) -> Array:
 
 
 def _choose_rows(choose_B: Array, chosen: PyTree, other: PyTree) -> PyTree:
-    def choose(a, b):
+    def choose(a: Array, b: Array) -> Array:
         return jnp.where(choose_B.reshape(choose_B.shape + (1,) * (a.ndim - 1)), a, b)
 
     return jax.tree.map(choose, chosen, other)

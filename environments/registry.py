@@ -20,15 +20,20 @@ that are not in it.
 
 from __future__ import annotations
 
+import collections.abc
+import contextlib
 import difflib
-import functools
 import importlib
 import importlib.metadata
+import operator
 import types
 import typing
 import warnings
 
+from ldm_jax import spaces
 from ldm_jax.environment import Environment, EnvironmentFaultError, LibraryMissingError
+from ldm_jax.errors import ConfigError, LdmError
+from ldm_jax.types import EnvironmentSpec
 
 from .catalog import entries
 from .catalog.taxonomy import first_match
@@ -55,7 +60,16 @@ BUILT_IN = types.MappingProxyType(
 """Adapter module of each library that this package serves itself; the extra to install has the library's name."""
 
 
-class UnknownEnvironmentError(ValueError):
+STATEFUL = frozenset({"envpool", "gymnasium"})
+"""The built-in libraries whose environments are no pure functions."""
+
+MAX_TIME_LIMIT = 2**31 - 2
+"""The largest time limit, in steps: libraries count them in 32 bits, and some are told of one step more."""
+
+_MAX_BATCH_SIZE = 2**31 - 1
+
+
+class UnknownEnvironmentError(LdmError, ValueError):
     """No environment goes by this id, or it is one that does not work."""
 
 
@@ -64,31 +78,41 @@ def make(
 ) -> Environment:
     """Makes B parallel environments of one kind.
 
+    >>> import environments, jax
+    >>> environment = environments.make("gymnax/CartPole-v1", batch_size=2)
+    >>> state, time_step = environment.reset(jax.random.key(0))
+    >>> time_step.observation.shape, time_step.first.tolist()
+    ((2, 4), [True, True])
+
     Args:
       id: `library/<the library's own id>`, as `list_ids` gives them.
       batch_size: B, at least 1.
-      time_limit: steps after which an episode is truncated; None takes the library's own limit, or a default where the
-        library has none.
+      time_limit: steps after which an episode is truncated, at most `MAX_TIME_LIMIT`; None takes the library's own
+        limit, or a default where the library has none.
       isolation: how a library that cannot live in this interpreter is kept apart: the kind alone, or an `Isolation`
         with the number of workers and their limits. What its interpreter needs is built the first time.
 
     Raises:
       UnknownEnvironmentError: no such library or environment, or one that is known not to work.
       LibraryMissingError: the library is not installed; says the extra to install. Or its interpreter cannot be built.
-      ValueError: `batch_size` or `time_limit` is not a positive integer, or `isolation` is asked for where the library
-        lives in this interpreter.
+      ConfigError: `batch_size` or `time_limit` is not a positive integer or too large, or `isolation` is asked for
+        where the library lives in this interpreter.
+      EnvironmentFaultError: the library cannot make it, or not with this time limit.
+      SpaceError: it has a space that is not supported.
     """
-    _check_positive("batch_size", batch_size)
+    batch_size = _check_count("batch_size", batch_size, _MAX_BATCH_SIZE)
     if time_limit is not None:
-        _check_positive("time_limit", time_limit)
-    library, slash, name = id.partition("/")
-    if not slash:
-        full = {known.partition("/")[2]: known for known in list_ids()}
-        near = [full[name] for name in _near(id, full)]
-        raise UnknownEnvironmentError(f"got the environment id {id!r}, expected `library/name`{_or(near)}")
+        time_limit = _check_count("time_limit", time_limit, MAX_TIME_LIMIT)
+    library, name = split(id)
     adapter = _adapter(library)
-    _check_offered(library, name, adapter)
-    return _make(library, name, adapter, batch_size, time_limit, isolation)
+    _check_known(library, name, adapter)
+    environment = _make(library, name, adapter, batch_size, time_limit, isolation)
+    try:
+        _check_made(environment.spec, id, batch_size, time_limit)
+    except EnvironmentFaultError:
+        environment.close()
+        raise
+    return environment
 
 
 def make_candidate(id: str) -> Environment:
@@ -117,48 +141,6 @@ def candidates(library: str) -> dict[str, str]:
     return dict(_candidates(library, _adapter(library)))
 
 
-def list_ids(
-    library: str | None = None, *, domain: str | None = None, action: str | None = None, verified: bool | None = True
-) -> list[str]:
-    """The ids of one library or of all.
-
-    Where a library is in the catalog, nothing is imported and nothing needs to be installed: `make` says what is
-    missing. Other libraries, a third party's, are asked for what they offer; one that fails is left out of the list of
-    all with a warning, and so is one whose interpreter is not built, so that one package does not take the others away.
-
-    Args:
-      library: the library; None for all.
-      domain: what the task is about, `"navigation"`. Of ids outside the catalog this is not known, nor is the action.
-      action: the kind of the action space: `"Discrete"`, `"MultiDiscrete"`, `"Box"`, `"Dict"`, ...
-      verified: True for those that work, False for those in the catalog that do not, None for both.
-
-    Raises:
-      UnknownEnvironmentError: `library` is not known.
-      LibraryMissingError: `library` is not in the catalog, and not installed either.
-    """
-    ids = []
-    for known in [library] if library is not None else _libraries():
-        if listed := entries.entries(known):
-            ids += [
-                entry.id
-                for entry in listed.values()
-                if all(
-                    wanted in (None, value)
-                    for wanted, value in ((domain, entry.domain), (action, entry.action), (verified, entry.verified))
-                )
-            ]
-        elif library is not None:
-            ids += _uncatalogued(known) if domain is action is None and verified is not False else []
-        elif domain is action is None and verified is not False:
-            try:
-                if known not in groups.libraries() or groups.libraries()[known].is_built:
-                    ids += _uncatalogued(known)
-            except LibraryMissingError as error:
-                if known not in BUILT_IN:
-                    warnings.warn(f"left out the environments of {known!r}: {error}", RuntimeWarning, stacklevel=2)
-    return ids
-
-
 def version(library: str) -> str:
     """The version of a library that is installed, or that its group pins."""
     if library in groups.libraries():
@@ -180,7 +162,21 @@ def group(library: str) -> str:
     return groups.libraries()[library].venv.name if library in groups.libraries() else ""
 
 
-def _check_offered(library: str, name: str, adapter: typing.Any) -> None:
+def split(id: str) -> tuple[str, str]:
+    """The library of an id, and the library's own id.
+
+    Raises:
+      UnknownEnvironmentError: it is not of the form `library/name`.
+    """
+    library, slash, name = id.partition("/") if isinstance(id, str) else ("", "", "")
+    if slash:
+        return library, name
+    full = {entry.name: entry.id for entry in entries.select(entries.libraries(), verified=True)}
+    near = [full[name] for name in _near(str(id), full)]
+    raise UnknownEnvironmentError(f"got the environment id {id!r}, expected `library/name`{_or(near)}")
+
+
+def _check_known(library: str, name: str, adapter: typing.Any) -> None:
     known = entries.entries(library)
     if name in known:
         if not known[name].verified:
@@ -193,14 +189,13 @@ def _check_offered(library: str, name: str, adapter: typing.Any) -> None:
         if not known:
             return  # its worker will say
     else:
-        offered = _candidates(library, adapter)
-        if reason := offered.get(name, ""):
+        found = _candidates(library, adapter)
+        if reason := found.get(name, ""):
             raise UnknownEnvironmentError(f"{library}/{name} is not offered: {reason}")
-        if name in offered:
+        if name in found:
             return
-        names |= {name for name, reason in offered.items() if not reason} - known.keys()
-    near = [f"{library}/{near}" for near in _near(name, names)]
-    raise UnknownEnvironmentError(f"{library} has no environment {name!r}{_or(near)}")
+        names |= {name for name, reason in found.items() if not reason} - known.keys()
+    raise unknown_name(library, name, names)
 
 
 def _make(
@@ -213,25 +208,47 @@ def _make(
 ) -> Environment:
     if not isinstance(adapter, groups.IsolatedLibrary):
         if isolation != "auto":
-            raise ValueError(f"isolation is {isolation!r}, but {library} runs in this interpreter: leave it at 'auto'")
-        try:
+            raise ConfigError(f"isolation is {isolation!r}, but {library} runs in this interpreter: leave it at 'auto'")
+        with _naming(library, name):
             return adapter.make(name, batch_size, time_limit)
-        except ModuleNotFoundError as error:
-            raise _missing(library, error) from error
     if isinstance(isolation, str):
         from .isolation.program import Isolation
 
         isolation = Isolation(isolation)
-    return adapter.make(name, batch_size, time_limit, isolation)
+    with _naming(library, name):
+        return adapter.make(name, batch_size, time_limit, isolation)
 
 
-def _uncatalogued(library: str) -> list[str]:
-    found = _candidates(library, _adapter(library))
-    return [f"{library}/{name}" for name, reason in found.items() if not reason]
+@contextlib.contextmanager
+def _naming(library: str, name: str) -> collections.abc.Iterator[None]:
+    """Puts the id into whatever goes wrong while an environment is made."""
+    id = f"{library}/{name}"
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if isinstance(error, LibraryMissingError):
+            raise
+        raise _missing(library, error) from error
+    except LdmError as error:
+        if id in str(error):
+            raise
+        kind = type(error) if isinstance(error, LibraryMissingError | spaces.SpaceError) else EnvironmentFaultError
+        raise kind(f"{id} cannot be made: {error}") from error
+    except (Exception, SystemExit) as error:  # libraries raise whatever they like, and some end the process
+        raise EnvironmentFaultError(f"{id} cannot be made: it raised {error!r}") from error
 
 
-def _libraries() -> dict[str, str]:
-    """Adapter module of each known library: the built-in ones, those of groups, then those of entry points."""
+def _check_made(made: EnvironmentSpec, id: str, batch_size: int, time_limit: int | None) -> None:
+    wanted = {"id": id, "batch_size": batch_size} | ({} if time_limit is None else {"time_limit": time_limit})
+    for field, value in wanted.items():
+        if getattr(made, field) != value:
+            raise EnvironmentFaultError(
+                f"{id} was made with {field} {getattr(made, field)!r}, asked for {value!r}: its adapter cannot do it"
+            )
+
+
+def adapter_modules() -> dict[str, str]:
+    """The adapter module of each known library: the built-in ones, those of groups, then those of entry points."""
     table = BUILT_IN | dict.fromkeys(groups.libraries(), groups.__name__)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         taken = table.get(entry.name)
@@ -253,12 +270,9 @@ def _package(entry: importlib.metadata.EntryPoint) -> str:
 
 
 def _adapter(library: str) -> typing.Any:
-    table = _libraries()
+    table = adapter_modules()
     if library not in table:
-        raise UnknownEnvironmentError(
-            f"no library {library!r} of environments; known are {', '.join(sorted(table))}{_or(_near(library, table))} "
-            f"(a package adds one by an entry point in {ENTRY_POINT_GROUP!r})"
-        )
+        raise unknown_library(library)
     if library in groups.libraries():
         return groups.libraries()[library]
     try:
@@ -269,11 +283,10 @@ def _adapter(library: str) -> typing.Any:
         ) from error
 
 
-@functools.cache
-def _candidates(library: str, adapter: typing.Any) -> typing.Mapping[str, str]:
+def _candidates(library: str, adapter: typing.Any) -> collections.abc.Mapping[str, str]:
+    # Asked anew every time: an id may be registered, or a package installed, after a first try failed.
     try:
-        found = adapter.candidates() if hasattr(adapter, "candidates") else dict.fromkeys(adapter.list_ids(), "")
-        return types.MappingProxyType(found)
+        return adapter.candidates() if hasattr(adapter, "candidates") else dict.fromkeys(adapter.list_ids(), "")
     except (LibraryMissingError, EnvironmentFaultError):
         raise
     except ImportError as error:
@@ -290,12 +303,33 @@ def _missing(library: str, error: ImportError) -> LibraryMissingError:
     return LibraryMissingError(f"{library} cannot be imported: {error!r}")
 
 
-def _check_positive(what: str, value: object) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
-        raise ValueError(f"{what} is {value!r}, expected an integer of at least 1")
+def unknown_library(library: str) -> UnknownEnvironmentError:
+    """The error that says which libraries there are."""
+    table = adapter_modules()
+    return UnknownEnvironmentError(
+        f"no library {library!r} of environments; known are {', '.join(sorted(table))}{_or(_near(library, table))} "
+        f"(a package adds one by an entry point in {ENTRY_POINT_GROUP!r})"
+    )
 
 
-def _near(name: str, known: typing.Iterable[str]) -> list[str]:
+def unknown_name(library: str, name: str, known: collections.abc.Iterable[str]) -> UnknownEnvironmentError:
+    """The error that says which of the `known` names of a library are near."""
+    near = [f"{library}/{near}" for near in _near(name, known)]
+    return UnknownEnvironmentError(f"{library} has no environment {name!r}{_or(near)}")
+
+
+def _check_count(what: str, value: object, largest: int) -> int:
+    """The value as a plain integer: one of NumPy's would be found out when the first file is written."""
+    try:
+        count = operator.index(typing.cast(typing.SupportsIndex, value))
+    except TypeError:
+        count = 0
+    if isinstance(value, bool) or not 1 <= count <= largest:
+        raise ConfigError(f"{what} is {value!r}, expected an integer of at least 1 and at most {largest}")
+    return count
+
+
+def _near(name: str, known: collections.abc.Iterable[str]) -> list[str]:
     by_lower = {candidate.lower(): candidate for candidate in known}
     return [by_lower[lower] for lower in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
 

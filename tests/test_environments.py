@@ -1,6 +1,11 @@
+import contextlib
+import copy
 import dataclasses
 import functools
+import importlib.util
+import json
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
@@ -16,6 +21,7 @@ from hypothesis import strategies
 import environments
 import ldm_jax
 from environments import registry
+from environments.catalog import entries
 from ldm_jax import spaces
 from ldm_jax.types import TimeStep
 
@@ -246,6 +252,43 @@ def test_the_kit_finds_a_broken_law(broken, law):
     assert caught.value.law == law
 
 
+def _as_integers(key, space, batch_size, action_mask=None):
+    """Samples with `high + 1` in the type of the space, which overflows in int8."""
+    low, high = space.low.astype(np.int8), space.high.astype(np.int8)
+    return jax.random.randint(key, (batch_size, *space.shape), low, high + np.int8(1)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        _as_integers,
+        lambda key, space, batch_size, mask=None: np.zeros((batch_size, *space.shape), np.float32),
+        lambda key, space, batch_size, mask=None: np.full((batch_size, *space.shape), np.nan, np.float32),
+        lambda key, space, batch_size, mask=None: jax.random.normal(key, (batch_size, *space.shape)),
+        lambda key, space, batch_size, mask=None: jax.random.uniform(key, (batch_size, *space.shape)),
+        lambda key, space, batch_size, mask=None: 2 * jax.random.beta(key, 1.3, 1.0, (batch_size, *space.shape)) - 1,
+    ],
+)
+def test_the_kit_calls_samples_unsound_that_are_not_uniform(sample, monkeypatch):
+    class Bytes(Wrapped):
+        def __init__(self, **options):
+            super().__init__("envpool/Pendulum-v1", **options)
+            bound = 127 if sample is _as_integers else 1
+            self.spec = dataclasses.replace(self.spec, action_space=gymnasium.spaces.Box(-bound, bound, (1,)))
+
+    monkeypatch.setattr(spaces, "sample", sample)
+    with pytest.raises(environments.ConformanceError, match="the law of sampling"):
+        environments.check_environment(Bytes)
+
+
+def test_the_kit_compares_an_environment_with_the_entry_of_its_id(monkeypatch):
+    spec = environments.spec("gymnax/CartPole-v1")
+    wrong = dataclasses.replace(spec, action_space=gymnasium.spaces.Discrete(3))
+    monkeypatch.setattr("environments.listing.spec", lambda id: wrong)
+    with pytest.raises(environments.ConformanceError, match=r"the law of the catalog: .*action_space"):
+        environments.check_environment(spec.id)
+
+
 def test_the_kit_names_the_law_when_an_environment_cannot_be_made():
     def make(batch_size, time_limit):
         raise RuntimeError("no display")
@@ -399,15 +442,30 @@ def test_unknown_ids_are_answered_with_a_way_out(id, text):
         environments.make(id)
 
 
-@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"batch_size": 2.0}, {"batch_size": True}, {"time_limit": 0}])
-def test_sizes_must_be_positive_integers(arguments):
-    with pytest.raises(ValueError, match="expected an integer of at least 1"):
-        environments.make("gymnax/CartPole-v1", **arguments)
+@pytest.mark.parametrize("name", ["batch_size", "time_limit"])
+@pytest.mark.parametrize("size", [0, -1, 2.0, "2", True, np.True_, np.array([2]), 2**31 - 1 + True, sys.maxsize])
+def test_sizes_must_be_positive_integers(name, size):
+    for id in ("gymnax/CartPole-v1", "envpool/CartPole-v1", "gymnasium/CartPole-v1"):
+        with pytest.raises(ldm_jax.errors.ConfigError, match=f"{name} is .*, expected an integer of at least 1 and at"):
+            environments.make(id, **{name: size})
+
+
+@pytest.mark.parametrize("id", ["gymnax/CartPole-v1", "envpool/Taxi-v3", "gymnasium/CartPole-v1"])
+def test_integers_of_any_type_become_plain_ones_and_the_largest_limit_works(id):
+    largest = registry.MAX_TIME_LIMIT
+    with contextlib.closing(environments.make(id, np.int64(2), time_limit=np.uint32(largest))) as environment:
+        spec = environment.spec
+        assert (type(spec.batch_size), type(spec.time_limit)) == (int, int)
+        assert json.loads(json.dumps([spec.batch_size, spec.time_limit])) == [2, largest]
+        state, _ = environment.reset(jax.random.key(0))
+        _, time_step = environment.step(state, np.zeros(2, np.int32))
+        assert not np.any(time_step.truncated)
+    with pytest.raises(ldm_jax.errors.ConfigError, match=f"at most {largest}"):
+        environments.make(id, time_limit=largest + 1)
 
 
 def test_a_missing_library_names_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnax", None)
-    registry._candidates.cache_clear()
     for name in ("CartPole-v1", "SomethingNewer-v9"):
         with pytest.raises(ldm_jax.LibraryMissingError, match=r"pip install 'ldm_jax\[gymnax\]'"):
             environments.make(f"gymnax/{name}")
@@ -493,3 +551,128 @@ def test_time_steps_are_a_pytree_with_numpy_arrays_where_the_simulator_is_statef
     assert isinstance(time_step, TimeStep)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(time_step))
     assert bytes(time_step.observation["mission"][0]).rstrip(b"\0") == b"get to the green goal square"
+
+
+# What is known without making anything.
+
+
+@pytest.mark.parametrize("library", ["gymnax", "envpool", "gymnasium", "jumanji", "pgx", "xminigrid", "craftax"])
+def test_the_catalog_describes_an_environment_as_it_is_made(library):
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    id = environments.list_ids(library)[0]
+    with contextlib.closing(environments.make(id)) as environment:
+        assert environments.spec(id) == environment.spec
+
+
+def test_what_the_catalog_does_not_know_is_said_with_a_way_out(tmp_path, monkeypatch):
+    _declare(tmp_path, "corridors", "corridors = no_such_module")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert environments.libraries()[-1] == "corridors" and "gymnax" in environments.libraries()
+    for id, text in {
+        "gymnax/Cartpole-v1": "did you mean gymnax/CartPole-v1",
+        "envpool/Cig-v1": "not offered: .*crashes",
+        "corridors/Corridor-v0": "the catalog knows nothing of corridors: make corridors/Corridor-v0",
+        "corridor/Corridor-v0": "no library 'corridor' .*did you mean corridors",
+        "CartPole-v1": "expected `library/name`; did you mean .*/CartPole-v1",
+        7: "expected `library/name`",
+    }.items():
+        with pytest.raises(environments.UnknownEnvironmentError, match=text):
+            environments.spec(id)
+    with pytest.raises(environments.UnknownEnvironmentError, match=r"no library 'gymnaxx' .*did you mean gymnax"):
+        environments.find("gymnaxx")
+
+
+@pytest.mark.parametrize("question", [{}, {"library": "gymnax"}, {"domain": "memory", "verified": None}])
+def test_a_table_is_a_sequence_of_the_entries_that_are_listed_and_shows_itself(question):
+    table = environments.find(**question)
+    assert table.ids == [entry.id for entry in table] and len(table) == len(table.ids)
+    assert sorted(table.ids) == sorted(environments.list_ids(**question))
+    assert isinstance(table[:3], environments.Table) and table[:3].ids == table.ids[:3] and table[0] in table
+    for text in (repr(table), table._repr_html_()):
+        assert all(id in text for id in table.ids[:20]) and table.ids[21] not in text
+        assert f"{len(table):,} environments of " in text and "more" in text
+    assert "<td>Discrete(" in table._repr_html_()
+
+
+def test_what_is_known_of_an_environment_can_be_pickled_copied_and_compared():
+    error = environments.ConformanceError("a/b", "jit", "no")
+    for value in (environments.spec("gymnax/CartPole-v1"), environments.find("gymnax"), environments.find("gymnax")[0]):
+        assert pickle.loads(pickle.dumps(value)) == value == copy.deepcopy(value)
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.law) == (str(error), "jit")
+
+
+# What was not there may be there now.
+
+
+class Still(gymnasium.Env):
+    action_space, observation_space = gymnasium.spaces.Discrete(2), gymnasium.spaces.Box(0, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+
+@pytest.fixture
+def register():
+    """Puts an environment into Gymnasium's registry for the time of a test."""
+    names = []
+
+    def put(name, point, **options):
+        names.append(name)
+        gymnasium.register(name, point, max_episode_steps=9, **options)
+        return f"gymnasium/{name}"
+
+    yield put
+    for name in names:
+        del gymnasium.registry[name]
+
+
+def test_an_id_that_is_registered_after_a_failed_try_is_found(register):
+    with pytest.raises(environments.UnknownEnvironmentError):
+        environments.make("gymnasium/Late-v0")
+    assert environments.make(register("Late-v0", Still)).spec.time_limit == 9
+
+
+def test_a_catalog_that_is_written_anew_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(entries, "FOLDER", tmp_path)
+    path, known = tmp_path / "gymnax.jsonl", entries.read(pathlib.Path(entries.__file__).parent / "gymnax.jsonl")
+    assert not entries.entries("gymnax")
+    for count in (2, 3):
+        entries.write(path, known[:count])
+        assert [entry.id for entry in entries.entries("gymnax").values()] == [entry.id for entry in known[:count]]
+
+
+# What goes wrong while an environment is made.
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no display"), SystemExit(3), KeyError("x"), spaces.SpaceError("a Graph"), ImportError("libx")]
+)
+def test_whatever_goes_wrong_while_an_environment_is_made_comes_with_its_id(error, register, monkeypatch):
+    id = register("Odd-v0", lambda: _raise(error))
+    with pytest.raises(ldm_jax.LdmError, match="gymnasium/Odd-v0 cannot be made"):
+        environments.make(id)
+    import environments.adapters.gymnax as adapter
+
+    monkeypatch.setattr(adapter, "make", lambda name, batch_size, time_limit: _raise(error))
+    with pytest.raises(ldm_jax.LdmError, match="gymnax/CartPole-v1 cannot be made"):
+        environments.make("gymnax/CartPole-v1")
+
+
+def test_a_limit_that_an_adapter_does_not_keep_is_refused_when_it_is_made(monkeypatch):
+    import environments.adapters.gymnax as adapter
+
+    make = adapter.make
+    monkeypatch.setattr(adapter, "make", lambda name, batch_size, time_limit: make(name, batch_size, None))
+    assert environments.make("gymnax/CartPole-v1", time_limit=500).spec.time_limit == 500
+    with pytest.raises(ldm_jax.EnvironmentFaultError, match="time_limit 500, asked for 7"):
+        environments.make("gymnax/CartPole-v1", time_limit=7)

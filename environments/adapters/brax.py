@@ -16,7 +16,7 @@ import numpy as np
 
 from ldm_jax.types import Array, PyTree
 
-from ..jittable import JittableEnvironment, Outcome, box, check_installed, make_spec, old_key, quiet
+from ..jittable import JittableEnvironment, Outcome, box, check_installed, in_32_bits, make_spec, old_key, quiet
 
 LIBRARY = "brax"
 
@@ -55,6 +55,7 @@ def domain(name: str) -> str:
     return _DOMAINS.get(name, "locomotion")
 
 
+@in_32_bits()
 def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironment:
     """Makes B environments by brax's own id; None limits an episode to 1,000 steps."""
     # MuJoCo says that it has not found an optional package.

@@ -20,7 +20,7 @@ import numpy as np
 
 from ldm_jax.types import Array, PyTree
 
-from ..jittable import JittableEnvironment, Outcome, box, check_installed, make_spec, quiet
+from ..jittable import JittableEnvironment, Outcome, box, check_installed, in_32_bits, make_spec, quiet
 
 LIBRARY = "craftax"
 
@@ -53,6 +53,7 @@ def domain(name: str) -> str:
     return "games"
 
 
+@in_32_bits()
 def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironment:
     """Makes B environments by craftax's own id; None keeps its time limit (10,000 steps, 100,000 where not classic)."""
     from craftax import craftax_env

@@ -12,7 +12,7 @@ import numpy as np
 from ldm_jax import spaces
 from ldm_jax.types import Array, PyTree
 
-from ..jittable import JittableEnvironment, Outcome, make_spec
+from ..jittable import JittableEnvironment, Outcome, in_32_bits, make_spec
 
 LIBRARY = "gymnax"
 
@@ -63,6 +63,7 @@ def domain(name: str) -> str:
     return "games" if name.endswith("-MinAtar") else _DOMAINS.get(name, LIBRARY)
 
 
+@in_32_bits()
 def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironment:
     """Makes B environments by gymnax's own id; None keeps gymnax's own time limit (8 to 2,500 steps)."""
     import gymnax

@@ -19,7 +19,7 @@ import numpy as np
 from ldm_jax import spaces
 from ldm_jax.types import Array, PyTree
 
-from ..jittable import JittableEnvironment, Outcome, make_spec, old_key
+from ..jittable import JittableEnvironment, Outcome, in_32_bits, make_spec, old_key
 
 LIBRARY = "jumanji"
 
@@ -60,6 +60,7 @@ def domain(name: str) -> str:
     return _DOMAINS.get(name, "operations research")
 
 
+@in_32_bits()
 def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironment:
     """Makes B environments by jumanji's own id; None keeps its time limit, or 1,000 steps where it has none."""
     inner = _jumanji().make(name)

@@ -10,12 +10,11 @@ import typing
 
 import gymnasium
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.types import Array, PyTree
 
-from ..jittable import JittableEnvironment, Outcome, make_spec, old_key
+from ..jittable import JittableEnvironment, Outcome, in_32_bits, make_spec, old_key
 
 LIBRARY = "navix"
 
@@ -33,10 +32,11 @@ def domain(name: str) -> str:
     return "navigation"
 
 
+@in_32_bits()
 def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironment:
     """Makes B environments by navix's own id; None keeps navix's own time limit of 100 steps."""
     inner = _navix().make(name) if time_limit is None else _navix().make(name, max_steps=time_limit)
-    struct = jax.eval_shape(inner.reset, jax.ShapeDtypeStruct((2,), jnp.uint32))
+    struct = jax.eval_shape(lambda key: inner.reset(old_key(key)), jax.random.key(0))
     shape = struct.observation.shape
     space: gymnasium.Space = gymnasium.spaces.Box(
         0, np.broadcast_to(np.array(_LARGEST, np.uint8), shape), shape, np.uint8

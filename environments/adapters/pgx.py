@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from ldm_jax.types import Array, PyTree
 
-from ..jittable import JittableEnvironment, Outcome, box, check_installed, make_spec, old_key
+from ..jittable import JittableEnvironment, Outcome, box, check_installed, in_32_bits, make_spec, old_key
 
 LIBRARY = "pgx"
 
@@ -70,6 +70,7 @@ def domain(name: str) -> str:
     return _DOMAINS.get(name, "board games")
 
 
+@in_32_bits()
 def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironment:
     """Makes B games by pgx's own id; None limits an episode to 1,000 moves of the player."""
     import pgx

@@ -13,7 +13,7 @@ import numpy as np
 
 from ldm_jax.types import Array, PyTree
 
-from ..jittable import JittableEnvironment, Outcome, make_spec, old_key
+from ..jittable import JittableEnvironment, Outcome, in_32_bits, make_spec, old_key
 
 LIBRARY = "xminigrid"
 
@@ -28,6 +28,7 @@ def domain(name: str) -> str:
     return "memory" if name.startswith("MiniGrid-Memory") else "navigation"
 
 
+@in_32_bits()
 def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironment:
     """Makes B environments by the library's own id; None keeps its time limit (100 to 81,920 steps)."""
     constants = _xminigrid().core.constants

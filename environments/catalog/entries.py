@@ -6,6 +6,7 @@ package, and is read one library at a time when it is first asked for, without i
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import functools
 import json
@@ -23,7 +24,7 @@ class CatalogError(LdmError, ValueError):
     """A file of the catalog that is not as it should be."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Entry:
     """One line: an id, and what came of trying it.
 
@@ -59,9 +60,13 @@ class Entry:
     reason: str
     steps_per_s: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.verified == bool(self.reason):
             raise CatalogError(f"{self.id} is verified or has a reason, got {self.verified} and {self.reason!r}")
+
+    def __repr__(self) -> str:
+        """Short: spaces are seen by `environments.spec`."""
+        return f"Entry({self.id!r}, {self.domain}, {self.action or 'unknown action'}, {self.reason or 'verified'})"
 
     @property
     def name(self) -> str:
@@ -103,14 +108,44 @@ def libraries() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.jsonl"))
 
 
-def entries(library: str) -> typing.Mapping[str, Entry]:
+def entries(library: str) -> collections.abc.Mapping[str, Entry]:
     """What is known of a library's environments, by the library's own ids; nothing where it is not in the catalog."""
-    return _read(FOLDER / f"{library}.jsonl")
+    path = FOLDER / f"{library}.jsonl"
+    if "/" in library or not path.exists():
+        return types.MappingProxyType({})
+    status = path.stat()
+    return _read(path, (status.st_mtime_ns, status.st_size))  # read again once it was written anew
 
 
-@functools.cache
-def _read(path: pathlib.Path) -> typing.Mapping[str, Entry]:
-    return types.MappingProxyType({entry.name: entry for entry in read(path)} if path.exists() else {})
+def select(
+    chosen: collections.abc.Iterable[str],
+    *,
+    domain: str | None = None,
+    action: str | None = None,
+    verified: bool | None = None,
+) -> list[Entry]:
+    """The entries of some libraries, in order, that have all that is asked for; None asks for nothing.
+
+    Args:
+      chosen: the libraries.
+      domain: what the task is about.
+      action: the kind of the action space.
+      verified: whether it works.
+    """
+    return [
+        entry
+        for library in chosen
+        for entry in entries(library).values()
+        if all(
+            wanted in (None, value)
+            for wanted, value in ((domain, entry.domain), (action, entry.action), (verified, entry.verified))
+        )
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def _read(path: pathlib.Path, written: tuple[int, int]) -> collections.abc.Mapping[str, Entry]:
+    return types.MappingProxyType({entry.name: entry for entry in read(path)})
 
 
 def read(path: pathlib.Path) -> list[Entry]:
@@ -122,6 +157,6 @@ def read(path: pathlib.Path) -> list[Entry]:
     return [Entry.from_line(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def write(path: pathlib.Path, found: typing.Iterable[Entry]) -> None:
+def write(path: pathlib.Path, found: collections.abc.Iterable[Entry]) -> None:
     """Writes entries to a file, sorted by id, at once or not at all."""
     files.write(path, "".join(entry.to_line() + "\n" for entry in sorted(found, key=lambda entry: entry.id)))

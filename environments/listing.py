@@ -1,0 +1,141 @@
+"""What environments there are, answered from the catalog: nothing is imported, installed or built to know."""
+
+from __future__ import annotations
+
+import warnings
+
+from ldm_jax import spaces
+from ldm_jax.environment import LibraryMissingError
+from ldm_jax.types import EnvironmentSpec
+
+from . import registry
+from .catalog import entries
+from .catalog.table import Table
+from .isolation import groups
+from .registry import UnknownEnvironmentError
+
+
+def libraries() -> list[str]:
+    """The libraries that `make` knows: those of this package, then those that installed packages add.
+
+    >>> import environments
+    >>> environments.libraries()[:4]
+    ['gymnax', 'envpool', 'gymnasium', 'jumanji']
+    """
+    return list(registry.adapter_modules())
+
+
+def list_ids(
+    library: str | None = None, *, domain: str | None = None, action: str | None = None, verified: bool | None = True
+) -> list[str]:
+    """The ids of one library or of all.
+
+    Where a library is in the catalog, nothing is imported and nothing needs to be installed: `make` says what is
+    missing. Other libraries, a third party's, are asked for what they offer; one that fails is left out of the list of
+    all with a warning, and so is one whose interpreter is not built, so that one package does not take the others away.
+
+    >>> import environments
+    >>> environments.list_ids("gymnax", domain="bandits")
+    ['gymnax/BernoulliBandit-misc', 'gymnax/GaussianBandit-misc', 'gymnax/SimpleBandit-bsuite']
+
+    Args:
+      library: the library; None for all.
+      domain: what the task is about, `"navigation"`. Of ids outside the catalog this is not known, nor is the action.
+      action: the kind of the action space: `"Discrete"`, `"MultiDiscrete"`, `"Box"`, `"Dict"`, ...
+      verified: True for those that work, False for those in the catalog that do not, None for both.
+
+    Raises:
+      UnknownEnvironmentError: `library` is not known.
+      LibraryMissingError: `library` is not in the catalog, and not installed either.
+    """
+    ids = []
+    for known in [library] if library is not None else registry.adapter_modules():
+        if entries.entries(known):
+            ids += [entry.id for entry in entries.select([known], domain=domain, action=action, verified=verified)]
+        elif library is not None:
+            ids += _uncatalogued(known) if domain is action is None and verified is not False else []
+        elif domain is action is None and verified is not False:
+            try:
+                if known not in groups.libraries() or groups.libraries()[known].is_built:
+                    ids += _uncatalogued(known)
+            except LibraryMissingError as error:
+                if known not in registry.BUILT_IN:
+                    warnings.warn(f"left out the environments of {known!r}: {error}", RuntimeWarning, stacklevel=2)
+    return ids
+
+
+def find(
+    library: str | None = None, *, domain: str | None = None, action: str | None = None, verified: bool | None = True
+) -> Table:
+    """What the catalog knows of environments, as a table that a notebook shows.
+
+    >>> import environments
+    >>> environments.find("gymnax", domain="bandits")  # doctest: +ELLIPSIS
+    3 environments of 1 library
+    id                          domain  observation action       limit steps/s
+    gymnax/BernoulliBandit-misc bandits Box(4)      Discrete(2)    100 ...
+    gymnax/GaussianBandit-misc  bandits Box(4)      Discrete(2)    100 ...
+    gymnax/SimpleBandit-bsuite  bandits Box(1, 1)   Discrete(11)   100 ...
+
+    Args:
+      library: the library; None for all of the catalog. What other packages add is not in it, see `list_ids`.
+      domain: what the task is about, `"navigation"`.
+      action: the kind of the action space: `"Discrete"`, `"MultiDiscrete"`, `"Box"`, `"Dict"`, ...
+      verified: True for those that work, False for those that do not, None for both.
+
+    Returns:
+      The entries, an immutable sequence.
+
+    Raises:
+      UnknownEnvironmentError: `library` is not in the catalog.
+    """
+    if library is not None and not entries.entries(library):
+        raise registry.unknown_library(library)
+    chosen = entries.libraries() if library is None else [library]
+    return Table(entries.select(chosen, domain=domain, action=action, verified=verified))
+
+
+def spec(id: str) -> EnvironmentSpec:
+    """What is known of an environment without making it: the catalog's answer, which installs and imports nothing.
+
+    >>> import environments
+    >>> cart_pole = environments.spec("gymnax/CartPole-v1")
+    >>> cart_pole.action_space, cart_pole.time_limit, cart_pole.domain
+    (Discrete(2), 500, 'classic control')
+
+    Args:
+      id: `library/<the library's own id>`, as `list_ids` gives them.
+
+    Returns:
+      The spec of one environment, `batch_size` 1, as `make` would give it; without an image digest.
+
+    Raises:
+      UnknownEnvironmentError: the catalog does not have it, or as one that does not work.
+    """
+    library, name = registry.split(id)
+    known = entries.entries(library)
+    if name not in known:
+        if not known and library not in registry.adapter_modules():
+            raise registry.unknown_library(library)
+        if not known:
+            raise UnknownEnvironmentError(f"the catalog knows nothing of {library}: make {id} to see its spec")
+        raise registry.unknown_name(library, name, [name for name, entry in known.items() if entry.verified])
+    entry = known[name]
+    if not entry.verified or entry.observation_space is None or entry.action_space is None:
+        raise UnknownEnvironmentError(f"{id} is not offered: {entry.reason}")
+    return EnvironmentSpec(
+        id=id,
+        library=library,
+        version=entry.version,
+        observation_space=spaces.from_json(entry.observation_space),
+        action_space=spaces.from_json(entry.action_space),
+        batch_size=1,
+        time_limit=entry.time_limit,
+        domain=entry.domain,
+        jittable=library in registry.BUILT_IN and library not in registry.STATEFUL,
+    )
+
+
+def _uncatalogued(library: str) -> list[str]:
+    found = registry.candidates(library)
+    return [f"{library}/{name}" for name, reason in found.items() if not reason]
