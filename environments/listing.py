@@ -91,7 +91,7 @@ def find(
     """
     if library is not None and not entries.entries(library):
         raise registry.unknown_library(library)
-    chosen = entries.libraries() if library is None else [library]
+    chosen = entries.catalogued() if library is None else [library]
     return Table(entries.select(chosen, domain=domain, action=action, verified=verified))
 
 

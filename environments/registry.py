@@ -171,7 +171,7 @@ def split(id: str) -> tuple[str, str]:
     library, slash, name = id.partition("/") if isinstance(id, str) else ("", "", "")
     if slash:
         return library, name
-    full = {entry.name: entry.id for entry in entries.select(entries.libraries(), verified=True)}
+    full = {entry.name: entry.id for entry in entries.select(entries.catalogued(), verified=True)}
     near = [full[name] for name in _near(str(id), full)]
     raise UnknownEnvironmentError(f"got the environment id {id!r}, expected `library/name`{_or(near)}")
 

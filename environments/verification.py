@@ -23,7 +23,7 @@ _MAX_REASON_CHARS = 240
 _WARM_UP = 2  # steps; compilation is no part of the rate
 
 
-def verify(id: str, seed: int = 0) -> entries.Entry:
+def verify_id(id: str, seed: int = 0) -> entries.Entry:
     """Makes one environment, resets it, steps it 100 times at random, and resets it again; checks all that it returns.
 
     Whatever goes wrong becomes the reason. What the catalog says of the id so far makes no difference.

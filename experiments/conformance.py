@@ -18,7 +18,7 @@ import environments
 import ldm_jax
 from environments.catalog import entries
 from environments.verification import reason_of
-from experiments.harness import processes, progress
+from experiments.harness import processes, progress, signals
 
 _ROWS = 8
 _STEPS = (12, 40)  # of each of the kit's longer runs
@@ -34,7 +34,7 @@ def choose(libraries: list[str]) -> list[str]:
     return chosen
 
 
-def check(id: str, isolation: str) -> str:
+def check_id(id: str, isolation: str) -> str:
     """What law an id breaks; empty where it keeps them all."""
     entry = entries.entries(id.partition("/")[0])[id.partition("/")[2]]
 
@@ -59,7 +59,7 @@ def _check_in_process(id: str, isolation: str, timeout_s: float) -> tuple[str, s
 
 
 def _check_and_tell(id: str, isolation: str, sender: multiprocessing.connection.Connection) -> None:
-    sender.send(check(id, isolation))
+    sender.send(check_id(id, isolation))
 
 
 def launch() -> None:
@@ -74,7 +74,7 @@ def launch() -> None:
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"got {argv[1:]}, expected flags only")
-        ids = choose(libraries.value or entries.libraries())
+        ids = choose(libraries.value or entries.catalogued())
         broken = []
         with (
             progress.bar("kit", len(ids), "id") as advance,
@@ -92,7 +92,11 @@ def launch() -> None:
         if broken:
             sys.exit("\n".join(sorted(broken)))
 
-    app.run(main)
+    def run(argv: list[str]) -> None:
+        with signals.ending():
+            main(argv)
+
+    app.run(run)
 
 
 if __name__ == "__main__":

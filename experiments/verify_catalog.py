@@ -6,6 +6,7 @@ down at once: killed and started again, it tries only what is missing. At the en
 
 from __future__ import annotations
 
+import collections.abc
 import concurrent.futures
 import contextlib
 import multiprocessing.connection
@@ -14,18 +15,19 @@ import pathlib
 import signal
 import sys
 import threading
-import typing
 
 import jax
 from absl import app, flags
 
-from environments import UnknownEnvironmentError, registry
+from environments import registry
 from environments.catalog import entries
 from environments.isolation import groups, venvs
-from environments.verification import STEPS, entry, name_anew, verify
-from experiments.harness import processes, progress
+from environments.verification import STEPS, entry, name_anew, verify_id
+from experiments.harness import processes, progress, signals
 from experiments.report import catalog_page
-from ldm_jax.environment import EnvironmentFaultError, LibraryMissingError
+from ldm_jax import files
+from ldm_jax.environment import LibraryMissingError
+from ldm_jax.errors import LdmError
 
 _CHUNK = 64  # ids that share a process, and so the imports
 _CLEAR = 16  # ids after which a process forgets what it has compiled
@@ -58,7 +60,7 @@ def verify_library(
     version = registry.version(library)
     if library in groups.libraries():
         venvs.build(groups.libraries()[library].venv)  # ids are tried there, so that no image is built to list them
-    before = [known for known in (entries.read(path) if path.exists() else ()) if known.verified or not retry]
+    before = [known for known in (entries.read_entries(path) if path.exists() else ()) if known.verified or not retry]
     before += _read_journal(journal)
     candidates = {f"{library}/{name}": reason for name, reason in registry.candidates(library).items()}
     found = {
@@ -90,7 +92,7 @@ def verify_library(
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    entries.write(path, found.values())
+    entries.write_entries(path, found.values())
     journal.unlink()
     return list(found.values())
 
@@ -101,10 +103,10 @@ def _read_journal(path: pathlib.Path) -> list[entries.Entry]:
         return []
     whole = path.read_bytes().rpartition(b"\n")[0]
     os.truncate(path, len(whole) + bool(whole))
-    return entries.read(path)
+    return entries.read_entries(path)
 
 
-def _attend(todo: Todo, timeout_s: float, write_down: typing.Callable[[entries.Entry], None]) -> None:
+def _attend(todo: Todo, timeout_s: float, write_down: collections.abc.Callable[[entries.Entry], None]) -> None:
     """Lets processes try a few ids, a new one whenever one has crashed or hangs; that is then the id's reason."""
     todo = dict(todo)
     while todo:
@@ -140,15 +142,29 @@ def _try_all(todo: Todo, sender: multiprocessing.connection.Connection) -> None:
             os.dup2(nowhere.fileno(), stream)
     for i, (id, reason) in enumerate(todo.items()):
         sender.send(id)
-        sender.send(entry(id, reason=reason) if reason else verify(id))
+        sender.send(entry(id, reason=reason) if reason else verify_id(id))
         if i % _CLEAR == _CLEAR - 1:
             jax.clear_caches()
+
+
+def show(folder: pathlib.Path, page: str) -> None:
+    """Prints what a catalog holds, or writes it to a page.
+
+    Raises:
+      CatalogError: a line is not as it should be.
+    """
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in entries.read_entries(path)]
+    text = catalog_page.render_catalog(lines)
+    if page:
+        files.write(pathlib.Path(page).expanduser(), text)
+    else:
+        print(text)
 
 
 def launch() -> None:
     """Runs the command line."""
     libraries = flags.DEFINE_list("libraries", [], "with commas between; default: all of this package")
-    output = flags.DEFINE_string("output", str(entries.FOLDER), "folder of the catalog")
+    output = flags.DEFINE_string("output", str(entries.CATALOG), "folder of the catalog")
     workers = flags.DEFINE_integer("workers", 2, "ids that are tried at the same time", lower_bound=1)
     timeout_s = flags.DEFINE_float("timeout_s", 180.0, "seconds that one id may take")
     retry = flags.DEFINE_bool("retry", False, "try again what did not work")
@@ -158,29 +174,31 @@ def launch() -> None:
     def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"got {argv[1:]}, expected flags only")
-        folder = pathlib.Path(output.value)
-        known = [*registry.BUILT_IN, *groups.libraries()]
+        folder = pathlib.Path(output.value).expanduser()
         if summary.value or page.value:
-            text = catalog_page.render([line for path in sorted(folder.glob("*.jsonl")) for line in entries.read(path)])
-            if page.value:
-                pathlib.Path(page.value).write_text(text, "utf-8")
-            else:
-                print(text)
+            show(folder, page.value)
             return
         failed = []
-        for library in libraries.value or known:
+        for library in libraries.value or [*registry.BUILT_IN, *groups.libraries()]:
             try:
                 found = verify_library(
                     library, folder, workers=workers.value, timeout_s=timeout_s.value, retry=retry.value
                 )
                 progress.log("catalog", library=library, verified=sum(line.verified for line in found), ids=len(found))
-            except (EnvironmentFaultError, LibraryMissingError, UnknownEnvironmentError, entries.CatalogError) as error:
+            except LdmError as error:
                 failed.append(f"error: {library}: {error}")
         if failed:
             sys.exit("\n".join(failed))
 
+    def run(argv: list[str]) -> None:
+        try:
+            with signals.ending():
+                main(argv)
+        except LdmError as error:
+            sys.exit(f"error: {error}")
+
     with contextlib.suppress(BrokenPipeError):
-        app.run(main)
+        app.run(run)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from environments.isolation import groups, venvs
 from experiments.report import catalog_page
 from ldm_jax import spaces
 
-LINES = [line for library in entries.libraries() for line in entries.entries(library).values()]
+LINES = [line for library in entries.catalogued() for line in entries.entries(library).values()]
 WORKS = [line for line in LINES if line.verified]
 FAILS = [line for line in LINES if not line.verified]
 LIBRARIES = sorted({line.library for line in WORKS})
@@ -54,8 +54,8 @@ def test_every_library_of_this_package_is_in_the_catalog_and_works():
 
 
 def test_lines_stand_in_the_file_of_their_library_in_order():
-    for path in entries.FOLDER.glob("*.jsonl"):
-        lines = entries.read(path)
+    for path in entries.CATALOG.glob("*.jsonl"):
+        lines = entries.read_entries(path)
         assert [line.id for line in lines] == sorted(f"{path.stem}/{line.name}" for line in lines)
         assert all(line.library == path.stem for line in lines)
 
@@ -130,7 +130,8 @@ def test_questions_are_answered_without_importing_or_building_anything(tmp_path)
         from environments.catalog import entries as catalog
 
         def expected(**wanted):
-            lines = [line for name in catalog.libraries() for line in catalog.read(catalog.FOLDER / f"{name}.jsonl")]
+            paths = [catalog.CATALOG / f"{name}.jsonl" for name in catalog.catalogued()]
+            lines = [line for path in paths for line in catalog.read_entries(path)]
             return [line.id for line in lines if all(getattr(line, key) == value for key, value in wanted.items())]
 
         ids = environments.list_ids
@@ -243,7 +244,7 @@ def test_killed_at_any_time_the_census_repeats_nothing(tmp_path):
     lines = [json.dumps(marked.get(line["id"], line)) for line in found]
     journal.write_text("\n".join(lines) + "\n" + lines[0][:40])
     assert _verify_library(output).wait() == 0
-    whole = {line.id: line for line in entries.read(output / "gymnasium.jsonl")}
+    whole = {line.id: line for line in entries.read_entries(output / "gymnasium.jsonl")}
     assert set(whole) == {f"gymnasium/{name}" for name in registry.candidates("gymnasium")}
     assert marked and all(whole[id].steps_per_s == line["steps_per_s"] for id, line in marked.items())
     assert not any(line.steps_per_s > 123455 for id, line in whole.items() if id not in marked)
@@ -268,16 +269,16 @@ def _wait_until_nobody_is_left(group):
 
 def test_what_failed_is_tried_again_when_asked_and_what_is_refused_today_is_refused(tmp_path):
     path = tmp_path / "gymnasium.jsonl"
-    shutil.copy(entries.FOLDER / "gymnasium.jsonl", path)
-    lines = entries.read(path)
+    shutil.copy(entries.CATALOG / "gymnasium.jsonl", path)
+    lines = entries.read_entries(path)
     broken = verification.entry("gymnasium/CartPole-v1", reason="it did not reset and step in time")
     refused = next(line for line in lines if line.name == "GymV21Environment-v0")
     allowed = dataclasses.replace(refused, verified=True, reason="")
     changed = {broken.id: broken, allowed.id: allowed}
-    entries.write(path, [changed.get(line.id, line) for line in lines])
+    entries.write_entries(path, [changed.get(line.id, line) for line in lines])
     command = [sys.executable, "-m", "experiments.verify_catalog", "--libraries=gymnasium", "--workers=1", "--retry"]
     subprocess.run([*command, f"--output={tmp_path}"], check=True, stderr=subprocess.DEVNULL)
-    after = {line.id: line for line in entries.read(path)}
+    after = {line.id: line for line in entries.read_entries(path)}
     assert after[broken.id].verified and set(after) == {line.id for line in lines}
     assert after[refused.id] == refused
     kept = [line for line in lines if line.verified and line.id != broken.id]
@@ -289,5 +290,5 @@ def test_what_failed_is_tried_again_when_asked_and_what_is_refused_today_is_refu
 
 def test_the_page_in_the_docs_is_what_the_catalog_says():
     page = pathlib.Path(__file__).parents[1] / "docs" / "catalog.md"
-    assert page.read_text("utf-8") == catalog_page.render(LINES), "make it again: --page=docs/catalog.md"
+    assert page.read_text("utf-8") == catalog_page.render_catalog(LINES), "make it again: --page=docs/catalog.md"
     assert f"{len(WORKS):,} ids verified" in page.read_text("utf-8")

@@ -639,11 +639,11 @@ def test_an_id_that_is_registered_after_a_failed_try_is_found(register):
 
 
 def test_a_catalog_that_is_written_anew_is_read_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(entries, "FOLDER", tmp_path)
-    path, known = tmp_path / "gymnax.jsonl", entries.read(pathlib.Path(entries.__file__).parent / "gymnax.jsonl")
+    path, known = tmp_path / "gymnax.jsonl", entries.read_entries(entries.CATALOG / "gymnax.jsonl")
+    monkeypatch.setattr(entries, "CATALOG", tmp_path)
     assert not entries.entries("gymnax")
     for count in (2, 3):
-        entries.write(path, known[:count])
+        entries.write_entries(path, known[:count])
         assert [entry.id for entry in entries.entries("gymnax").values()] == [entry.id for entry in known[:count]]
 
 

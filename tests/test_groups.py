@@ -56,7 +56,7 @@ def group(tmp_path, cache, monkeypatch):
     # What pip would install is borrowed from the environment that runs the tests.
     monkeypatch.setattr(venvs, "_install", lambda *arguments: _borrow(library, *arguments))
     (tmp_path / "catalog").mkdir()
-    monkeypatch.setattr(entries, "FOLDER", tmp_path / "catalog")
+    monkeypatch.setattr(entries, "CATALOG", tmp_path / "catalog")
     yield folder
     groups.libraries.cache_clear()
 
@@ -64,7 +64,7 @@ def group(tmp_path, cache, monkeypatch):
 def _write_catalog():
     """A line for one id that works and one for one that does not."""
     works, crashes = verification.entry("corridor/Steady-v0"), verification.entry("corridor/Crash-v0", reason="it died")
-    entries.write(entries.FOLDER / "corridor.jsonl", [works, crashes])
+    entries.write_entries(entries.CATALOG / "corridor.jsonl", [works, crashes])
 
 
 def _borrow(library, spec, base, folder, log, count):

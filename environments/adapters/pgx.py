@@ -117,21 +117,22 @@ def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironm
         return outcome(state, reward)
 
     said = jax.eval_shape(reset, jax.random.key(0))
-    observation_space: gymnasium.Space = (
-        gymnasium.spaces.Dict({part: box(struct) for part, struct in said.observation.items()})
-        if isinstance(said.observation, dict)
-        else box(said.observation)
-    )
     spec = make_spec(
         LIBRARY,
         name,
-        observation_space=observation_space,
+        observation_space=_space(said.observation),
         action_space=gymnasium.spaces.Discrete(said.action_mask.shape[0]),
         batch_size=batch_size,
         time_limit=time_limit or _LIMIT,
         domain=domain(name),
     )
     return JittableEnvironment(spec, reset, step)
+
+
+def _space(structs: PyTree) -> gymnasium.Space:
+    if isinstance(structs, dict):
+        return gymnasium.spaces.Dict({part: box(struct) for part, struct in structs.items()})
+    return box(structs)
 
 
 def _shown(name: str, planes: Array) -> PyTree:

@@ -17,7 +17,7 @@ import typing
 from ldm_jax import files
 from ldm_jax.errors import LdmError
 
-FOLDER = pathlib.Path(__file__).parent
+CATALOG = pathlib.Path(__file__).parent
 
 
 class CatalogError(LdmError, ValueError):
@@ -103,14 +103,14 @@ class Entry:
 _COMPACT: dict[str, typing.Any] = {"ensure_ascii": False, "separators": (",", ":")}
 
 
-def libraries() -> list[str]:
+def catalogued() -> list[str]:
     """The libraries that are in the catalog."""
-    return sorted(path.stem for path in FOLDER.glob("*.jsonl"))
+    return sorted(path.stem for path in CATALOG.glob("*.jsonl"))
 
 
 def entries(library: str) -> collections.abc.Mapping[str, Entry]:
     """What is known of a library's environments, by the library's own ids; nothing where it is not in the catalog."""
-    path = FOLDER / f"{library}.jsonl"
+    path = CATALOG / f"{library}.jsonl"
     if "/" in library or not path.exists():
         return types.MappingProxyType({})
     status = path.stat()
@@ -145,10 +145,10 @@ def select(
 
 @functools.lru_cache(maxsize=256)
 def _read(path: pathlib.Path, written: tuple[int, int]) -> collections.abc.Mapping[str, Entry]:
-    return types.MappingProxyType({entry.name: entry for entry in read(path)})
+    return types.MappingProxyType({entry.name: entry for entry in read_entries(path)})
 
 
-def read(path: pathlib.Path) -> list[Entry]:
+def read_entries(path: pathlib.Path) -> list[Entry]:
     """The entries of one file.
 
     Raises:
@@ -157,6 +157,6 @@ def read(path: pathlib.Path) -> list[Entry]:
     return [Entry.from_line(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def write(path: pathlib.Path, found: collections.abc.Iterable[Entry]) -> None:
+def write_entries(path: pathlib.Path, found: collections.abc.Iterable[Entry]) -> None:
     """Writes entries to a file, sorted by id, at once or not at all."""
     files.write(path, "".join(entry.to_line() + "\n" for entry in sorted(found, key=lambda entry: entry.id)))

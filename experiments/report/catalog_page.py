@@ -28,7 +28,7 @@ without one live in this interpreter.
 """
 
 
-def render(entries: typing.Sequence[Entry]) -> str:
+def render_catalog(entries: typing.Sequence[Entry]) -> str:
     """The page.
 
     Args:
