@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import collections.abc
 import functools
+import typing
 
 import gymnasium
 import numpy as np
 
 from ldm_jax import spaces
 
+_MAX_ROWS = 8  # that an error names
 _MAX_CHECKED = 4096  # elements; the bounds of larger leaves, images, are not worth checking at every step
+
+
+class RowFault(typing.NamedTuple):
+    """A number that no environment may return: in which row, of which kind, and what was seen."""
+
+    row: int
+    kind: str
+    text: str
+
+
+def where(id: str, step_count: int, rows: collections.abc.Iterable[int]) -> str:
+    """The place of a fault, as every error and log of one names it."""
+    return f"{id}, step {step_count} after the reset, rows {list(rows)[:_MAX_ROWS]}"
 
 
 def every(mask: np.ndarray) -> bool:
@@ -21,8 +36,8 @@ def every(mask: np.ndarray) -> bool:
 class CheckedLeaf(spaces.Leaf):
     """One leaf of the observations that are offered, with the checks of its values."""
 
-    def faults(self, value: np.ndarray, asked_B: np.ndarray) -> collections.abc.Iterator[tuple[int, str, str]]:
-        """Row, kind and description of each value `[B, ...]` that is no number or no category of the space."""
+    def faults(self, value: np.ndarray, asked_B: np.ndarray) -> collections.abc.Iterator[RowFault]:
+        """Each row asked for of a value `[B, ...]` with what is no number or no category of the space."""
         if value.dtype.kind == "f":
             finite = np.isfinite(value)
             if every(finite):
@@ -38,7 +53,7 @@ class CheckedLeaf(spaces.Leaf):
         if bad.any():
             what = "the observation" + (f", part {self.name!r}," if self.path else "")
             for row in np.flatnonzero(bad.reshape(len(bad), -1).any(1) & asked_B):
-                yield int(row), kind, f"{what} is {value[row][bad[row]].ravel()[0]}, expected {expected}"
+                yield RowFault(int(row), kind, f"{what} is {value[row][bad[row]].ravel()[0]}, expected {expected}")
 
     def outside(self, value: np.ndarray) -> np.ndarray:
         """`bool [B]`, the rows with a number outside the declared bounds."""
@@ -87,12 +102,20 @@ class Observations:
         self._validators = [leaf.validator(batch_size) for leaf in self.leaves]
 
     def violations(self, values: collections.abc.Sequence[np.ndarray]) -> list[tuple[CheckedLeaf, np.ndarray]]:
-        """The leaves, and of `values` their own `[B, ...]`, that have faults or rows outside their bounds."""
+        """The leaves, each with its own of `values`, `[B, ...]`, that have faults or rows outside their bounds."""
         return [
             (leaf, value)
             for leaf, is_valid, value in zip(self.leaves, self._validators, values, strict=True)
             if not is_valid(value)
         ]
+
+
+def reward_faults(reward_B: np.ndarray, asked_B: np.ndarray) -> collections.abc.Iterator[RowFault]:
+    """Each row asked for whose reward is not finite."""
+    finite_B = np.isfinite(reward_B)
+    if not every(finite_B):
+        for row in np.flatnonzero(~finite_B & asked_B):
+            yield RowFault(int(row), "nan", f"the reward is {reward_B[row]}, expected a finite number")
 
 
 def count_outside(violations: collections.abc.Sequence[tuple[CheckedLeaf, np.ndarray]]) -> int:

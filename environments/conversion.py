@@ -6,9 +6,12 @@ import collections.abc
 import typing
 
 import gymnasium
+import jax
 import numpy as np
 
 from ldm_jax import spaces
+
+AnArray = typing.TypeVar("AnArray", np.ndarray, jax.Array)
 
 MAX_CATEGORIES = 4096
 """A larger `Discrete` observation is a counter, so a number."""
@@ -53,6 +56,17 @@ def action_space(space: typing.Any) -> gymnasium.Space:
                 kind = gymnasium.spaces.MultiDiscrete(high - start + 1, start=start)
         values.append(kind)
     return _rebuild(space, iter(values))
+
+
+def cast(value: AnArray, dtype: np.dtype) -> AnArray:
+    """What a library returned, in the dtype that its space is carried in.
+
+    Whole numbers that the dtype has not become its largest or smallest, so that they are outside the bounds still.
+    """
+    if value.dtype.kind in "iu" and dtype.kind in "iu" and not np.can_cast(value.dtype, dtype):
+        ours, theirs = np.iinfo(dtype), np.iinfo(value.dtype)
+        value = value.clip(max(ours.min, theirs.min), min(ours.max, theirs.max))
+    return value.astype(dtype)
 
 
 def _real(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:

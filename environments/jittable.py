@@ -155,7 +155,7 @@ class JittableEnvironment:
         for leaf in spaces.leaves(space):
             struct = spaces.leaf_shape_dtype(leaf.space)
             value = jnp.asarray(spaces.get(rows.observation, leaf.path))
-            parts.append(value.astype(struct.dtype).reshape(B, *struct.shape))
+            parts.append(conversion.cast(value, struct.dtype).reshape(B, *struct.shape))
         return Outcome(
             jax.tree.map(_strong, rows.state),
             spaces.unflatten(space, parts),

@@ -400,9 +400,9 @@ def test_envpool_leaves_no_threads_behind():
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
-        (lambda r, *ends, o: [r, *ends, o * np.nan], r"step 1 .*observation is nan, .* in rows \[0, 1, 2\]"),
-        (lambda r, *ends, o: [r * [1, np.nan, 1], *ends, o], r"step 1 .*reward is nan in rows \[1\]"),
-        (lambda r, *ends, o: [r, *ends, o[:, :2]], r"step 1 .*shape \[3, 2\], expected \[3, 4\]"),
+        (lambda r, *ends, o: [r, *ends, o * np.nan], r"step 1 .*rows \[0, 1, 2\]: nan: the observation is nan"),
+        (lambda r, *ends, o: [r * [1, np.nan, 1], *ends, o], r"step 1 .*rows \[1\]: nan: the reward is nan"),
+        (lambda r, *ends, o: [r, *ends, o[:, :2]], r"step 1 .*: shape: .* has shape \[3, 2\], expected \[3, 4\]"),
     ],
 )
 def test_faults_of_a_simulator_are_named(fault, text):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections.abc
 import importlib
 import importlib.metadata
+import logging
 import math
 import string
 import types
@@ -25,7 +27,7 @@ from ..tokens import Token, check_newest
 
 LIBRARY = "envpool"
 
-_DOMAINS: typing.Mapping[str, dict[str, str]] = types.MappingProxyType(
+_DOMAINS: collections.abc.Mapping[str, dict[str, str]] = types.MappingProxyType(
     {
         "atari": {"*": "games"},
         "box2d": taxonomy.GYMNASIUM,
@@ -71,6 +73,8 @@ _LIMIT_IS_THEIRS = ("jumanji", "minigrid", "mujoco.playground")
 
 _MAX_THREADS = 16
 
+_log = logging.getLogger(__name__)
+
 
 class _Pool(typing.NamedTuple):
     """How to make a pool, and where its arrays are.
@@ -107,6 +111,7 @@ class EnvpoolEnvironment:
         self.rows_outside = 0
         self._about = pool
         self._rows = np.arange(spec.batch_size, dtype=np.int32)
+        self._all_B = np.ones(spec.batch_size, bool)
         self._observations = checks.Observations(spec.observation_space, spec.batch_size)
         self._action_shape = (spec.batch_size, *(spec.action_space.shape or ()))
         # Of each leaf with B before it: asked for at every step, and slow to make.
@@ -146,7 +151,7 @@ class EnvpoolEnvironment:
         self._step_count += 1
         action = np.array(action, self._about.action_dtype, order="C")  # it refuses arrays that cannot be written
         if action.shape != self._action_shape:
-            raise ValueError(
+            raise spaces.SpaceError(
                 f"{self.spec.id}: the action has shape {list(action.shape)}, expected {list(self._action_shape)}"
             )
         if not self._any_overdue:
@@ -165,9 +170,12 @@ class EnvpoolEnvironment:
         return self._receive([part[row_of] for part in heard])
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-        self._pool = self._token = None
+        pool, self._pool, self._token = self._pool, None, None
+        if pool is not None:
+            try:
+                pool.close()
+            except Exception as error:  # it is gone all the same
+                _log.warning("%s: closing it raised an error: %r", self.spec.id, error)
 
     def _hear(self) -> list[np.ndarray]:
         """Reward, terminated, truncated, the mask if there is one, and the leaves of the observation, as they come."""
@@ -195,17 +203,14 @@ class EnvpoolEnvironment:
         self._last_B = terminated_B | truncated_B
         reward_B = np.asarray(reward_B, np.float32)
         if reward_B.shape != (self.spec.batch_size,):
-            self._fault(f"the reward has shape {list(reward_B.shape)}, expected {[self.spec.batch_size]}")
-        if not checks.every(np.isfinite(reward_B)):
-            rows = np.flatnonzero(~np.isfinite(reward_B))
-            self._fault(f"the reward is {reward_B[rows[0]]} in rows {rows[:8].tolist()}")
+            self._refuse_shape("the reward", reward_B, [self.spec.batch_size])
+        self._refuse(checks.reward_faults(reward_B, self._all_B))
         if any_first:
             reward_B = np.where(first_B, np.float32(0), reward_B)  # MetaWorld rewards a reset
         values = [self._fit(leaf, value) for leaf, value in zip(self._observations.leaves, rest, strict=True)]
         if violations := self._observations.violations(values):
             for leaf, value in violations:
-                if faults := list(leaf.faults(value, np.ones(len(value), bool))):
-                    self._fault(f"{faults[0][2]}, in rows {[row for row, _, _ in faults[:8]]}")
+                self._refuse(leaf.faults(value, self._all_B))
             self.rows_outside += checks.count_outside(violations)
         time_step = TimeStep(
             observation=spaces.unflatten(self.spec.observation_space, values),
@@ -224,9 +229,9 @@ class EnvpoolEnvironment:
         if value.shape != struct.shape:
             if value.size != math.prod(struct.shape):
                 what = "the observation" + (f", part {leaf.name!r}," if leaf.path else "")
-                self._fault(f"{what} has shape {list(value.shape)}, expected {list(struct.shape)}")
+                self._refuse_shape(what, value, struct.shape)
             value = value.reshape(struct.shape)  # scalars come as [B, 1]
-        return value.astype(struct.dtype, copy=False)
+        return value if value.dtype == struct.dtype else conversion.cast(value, struct.dtype)
 
     def _allowed(self, mask: np.ndarray) -> np.ndarray:
         sizes = [size for leaf in spaces.leaves(self.spec.action_space) for size in spaces.choices(leaf.space)]
@@ -234,8 +239,14 @@ class EnvpoolEnvironment:
         # At an end nothing may be allowed any more; a slot without a choice would make NaN of every policy.
         return (mask | ~mask.any(-1, keepdims=True)).reshape(self.spec.batch_size, -1)
 
-    def _fault(self, what: str) -> typing.NoReturn:
-        raise EnvironmentFaultError(f"{self.spec.id}, step {self._step_count} after the reset: {what}")
+    def _refuse(self, faults: collections.abc.Iterable[checks.RowFault]) -> None:
+        if found := list(faults):
+            place = checks.where(self.spec.id, self._step_count, (fault.row for fault in found))
+            raise EnvironmentFaultError(f"{place}: {found[0].kind}: {found[0].text}")
+
+    def _refuse_shape(self, what: str, value: np.ndarray, expected: collections.abc.Iterable[int]) -> typing.NoReturn:
+        place = checks.where(self.spec.id, self._step_count, range(self.spec.batch_size))
+        raise EnvironmentFaultError(f"{place}: shape: {what} has shape {list(value.shape)}, expected {list(expected)}")
 
 
 def candidates() -> dict[str, str]:
@@ -280,7 +291,7 @@ def make(name: str, batch_size: int, time_limit: int | None) -> EnvpoolEnvironme
                 f"{LIBRARY}/{name} needs the shared libraries of Qt, which no Python package brings ({error}); on "
                 "Debian: apt-get install libqt5core5a libqt5gui5"
             ) from error
-        declared, action_space = inner.observation_space, _convert_action(inner.action_space)
+        declared, action_space = inner.observation_space, conversion.action_space(_mend(inner.action_space))
     own_limit = inner.config.max_episode_steps
     if time_limit is None and own_limit == 0:
         time_limit = _MISSION_LIMIT  # not passed on: a mission's reward depends on its own limit
@@ -296,7 +307,7 @@ def make(name: str, batch_size: int, time_limit: int | None) -> EnvpoolEnvironme
         id=f"{LIBRARY}/{name}",
         library=LIBRARY,
         version=importlib.metadata.version(LIBRARY),
-        observation_space=_convert_observation(declared, mask.partition(":")[2]),
+        observation_space=conversion.observation_space(_mend(declared, mask.partition(":")[2])),
         action_space=action_space,
         batch_size=batch_size,
         time_limit=time_limit,
@@ -341,33 +352,16 @@ def _find_mask(state_spec: dict[str, typing.Any], action_space: typing.Any) -> s
     return ""
 
 
-def _convert_action(space: typing.Any) -> gymnasium.Space:
-    if isinstance(space, gymnasium.spaces.Box):
-        if np.issubdtype(space.dtype, np.integer):
-            start = space.low.astype(np.int64)
-            return gymnasium.spaces.MultiDiscrete(space.high.astype(np.int64) - start + 1, start=start)
-        return _real(space)
-    return space
-
-
-def _convert_observation(space: typing.Any, left_out: str = "", name: str = "") -> gymnasium.Space:
+def _mend(space: typing.Any, left_out: str = "", name: str = "") -> gymnasium.Space:
+    """The space that envpool means by the one that it declares."""
     if isinstance(space, gymnasium.spaces.Dict):
         children = {key: child for key, child in space.items() if key != left_out}
-        return gymnasium.spaces.Dict({key: _convert_observation(child, "", key) for key, child in children.items()})
-    if isinstance(space, gymnasium.spaces.Discrete) and (size := int(space.n)) > conversion.MAX_CATEGORIES:
-        start = int(space.start)
-        return gymnasium.spaces.Box(start, start + size - 1, (), np.int32)
+        return gymnasium.spaces.Dict({key: _mend(child, "", key) for key, child in children.items()})
     if name == "mission":
         # MiniGrid declares its sentence as bytes; they are ASCII, padded with zeros.
         return gymnasium.spaces.Text(space.shape[0], min_length=0, charset=string.printable)
     if isinstance(space, gymnasium.spaces.Box) and np.issubdtype(space.dtype, np.floating):
-        return _real(space)
+        # LunarLander, pgx and VizDoom declare the smallest positive number where they mean the lowest one.
+        low = np.where(space.low == np.finfo(space.dtype).tiny, -np.inf, space.low).astype(space.dtype)
+        return gymnasium.spaces.Box(low, space.high, space.shape, typing.cast(typing.Any, space.dtype))
     return space
-
-
-def _real(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:
-    """The Box in float32, without false bounds."""
-    # LunarLander, pgx and VizDoom declare the smallest positive number where they mean the lowest one.
-    low = np.where((space.low < -spaces.UNBOUNDED) | (space.low == np.finfo(space.dtype).tiny), -np.inf, space.low)
-    high = np.where(space.high > spaces.UNBOUNDED, np.inf, space.high)
-    return gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32), space.shape, np.float32)
