@@ -10,7 +10,6 @@ import types
 import typing
 
 import gymnasium
-import jax
 import numpy as np
 
 from ldm_jax import spaces
@@ -19,7 +18,7 @@ from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from .. import checks, conversion
 from ..catalog import taxonomy
-from ..tokens import Token, check_newest
+from ..tokens import Token, check_newest, draw_seeds
 
 LIBRARY = "gymnasium"
 
@@ -48,7 +47,7 @@ class GymnasiumEnvironment:
 
     def reset(self, key: Array) -> tuple[Token, TimeStep]:
         batch_size = self.spec.batch_size
-        seeds = np.asarray(jax.random.randint(key, (batch_size,), 0, np.iinfo(np.int32).max))
+        seeds = draw_seeds(key, batch_size)
         self._step_count = 0
         with self._blame():
             result: typing.Any = self._inner.reset(seed=seeds.tolist())

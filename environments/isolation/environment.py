@@ -19,7 +19,6 @@ import time
 import typing
 import weakref
 
-import jax
 import numpy as np
 
 from ldm_jax import spaces
@@ -28,7 +27,7 @@ from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from .. import checks, conversion
 from ..cores import available_cores
-from ..tokens import Token, check_newest
+from ..tokens import Token, check_newest, draw_seeds
 from .host import IDLE, REMAKE, RESET, SEED, STEP, LocalProcess, Process, Worker, WorkerFaultError
 from .program import Isolation, WorkerSpec
 from .scratch import make_scratch
@@ -96,7 +95,7 @@ class IsolatedEnvironment:
             self._scratch, remove_scratch = make_scratch()
             self._finalize = weakref.finalize(self, _end, self._workers, remove_scratch)
         batch_size = self.spec.batch_size
-        self._seeds_B = np.asarray(jax.random.randint(key, (batch_size,), 0, np.iinfo(np.int32).max)).astype(np.uint32)
+        self._seeds_B = draw_seeds(key, batch_size).astype(np.uint32)
         self._restarts_B = np.zeros(batch_size, np.int64)
         self._survived = self._step_count = 0
         self._elapsed_B = np.zeros(batch_size, np.int64)
