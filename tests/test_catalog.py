@@ -192,18 +192,16 @@ def _step_through(id, seed):
     environment.close()
 
 
-def _draw(libraries, count, seed):
-    """Ids of different libraries."""
+def _draw(libraries, count):
+    """Ids drawn anew every day, one of a library, and the seed they were drawn with."""
+    seed = datetime.date.today().toordinal()
     generator = np.random.default_rng(seed)
     drawn = generator.permutation(sorted(libraries))[:count]
-    return [str(generator.choice(environments.list_ids(str(library)))) for library in drawn]
+    return [str(generator.choice(environments.list_ids(str(library)))) for library in drawn], seed
 
 
-def _today():
-    return datetime.date.today().toordinal()
-
-
-def _step_through_all(ids, seed):
+def test_ids_drawn_anew_every_day_step_through_make():
+    ids, seed = _draw(filter(_is_here, LIBRARIES), 6)
     assert ids
     for id in ids:
         try:
@@ -211,24 +209,15 @@ def _step_through_all(ids, seed):
         except ldm_jax.LibraryMissingError as error:  # a part of a library that its extra or the system brings
             assert "pip install" in str(error) or "apt-get install" in str(error), id
         except Exception as error:
-            error.add_note(f"drawn with the seed {seed}: {id}")
+            error.add_note(f"drawn on {datetime.date.today()}: {id}")
             raise
 
 
-def test_drawn_ids_step_through_make():
-    _step_through_all(_draw(filter(_is_here, LIBRARIES), 6, seed=0), seed=0)
-
-
-@pytest.mark.nightly
-def test_ids_drawn_anew_every_day_step_through_make():
-    _step_through_all(_draw(filter(_is_here, LIBRARIES), 6, _today()), _today())
-
-
-@pytest.mark.nightly
 @pytest.mark.builds
 def test_ids_of_groups_drawn_anew_every_day_build_what_they_need_and_step():
-    for id in _draw(groups.libraries(), 8, _today()):
-        _step_through(id, _today())
+    ids, seed = _draw(groups.libraries(), 8)
+    for id in ids:
+        _step_through(id, seed)
 
 
 # How it is made.

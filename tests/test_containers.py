@@ -63,7 +63,7 @@ def built(python):
     """The name of an image, and what else a program in it needs to be told."""
     containers_here.need()
     library, api = IMAGES[python]
-    return {"image": containers.build(groups.libraries()[library].venv), "api": api}
+    return {"image": containers.build_image(groups.libraries()[library].venv), "api": api}
 
 
 @contextlib.contextmanager
@@ -117,7 +117,7 @@ def test_a_container_sees_and_may_do_next_to_nothing(image):
         assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
         mounts = [line.split()[:4] for line in (inside(environment) / "mounts").read_text().splitlines()]
         by_place = {place: (kind, options.split(",")) for _, place, kind, options in mounts}
-        for place in ("/", "/server.py", "/run/ldm_jax", str(LIBRARY)):
+        for place in ("/", "/ldm_jax_worker", "/run/ldm_jax", str(LIBRARY)):
             assert "ro" in by_place[place][1], place
         assert by_place["/tmp"][0] == "tmpfs"
         hard = str(limit + containers.HARD_MEMORY_MARGIN_BYTES)
@@ -280,7 +280,7 @@ def test_a_group_may_bring_a_containerfile_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "said.txt").write_text("two")
     assert len({shared, before, containers.tag(spec)}) == 3  # its files make a difference
     monkeypatch.setenv("LDM_JAX_CACHE", str(tmp_path / "cache"))
-    name = containers.build(spec)
+    name = containers.build_image(spec)
     try:
         assert containers._podman("run", "--rm", name, "cat", "/said.txt").stdout == "two"
         assert re.fullmatch("sha256:[0-9a-f]{64}", containers.digest(name))

@@ -20,7 +20,7 @@ from environments import registry, verification
 from environments.catalog import entries
 from environments.isolation import Isolation, containers, groups, venvs
 
-GROUPS = sorted(groups.FOLDER.glob("*/group.json"))
+GROUPS = sorted(groups.GROUPS.glob("*/group.json"))
 HERE = ".".join(map(str, sys.version_info[:2]))
 
 
@@ -50,7 +50,7 @@ def group(tmp_path, cache, monkeypatch):
     }
     (folder / "group.json").write_text(json.dumps(description))
     (folder / "requirements.txt").write_text("# nothing\n")
-    monkeypatch.setattr(groups, "FOLDER", tmp_path / "images")
+    monkeypatch.setattr(groups, "GROUPS", tmp_path / "images")
     groups.libraries.cache_clear()
     monkeypatch.setattr(containers, "problem", lambda: "this test is about virtual environments")
     # What pip would install is borrowed from the environment that runs the tests.

@@ -24,6 +24,7 @@ import environments
 import ldm_jax
 from environments.isolation import IsolatedEnvironment, Isolation, WorkerSpec, scratch
 from environments.isolation import host as workers
+from environments.isolation.worker import gym_api, values
 from ldm_jax import spaces
 
 LIBRARY = pathlib.Path(__file__).parent / "misbehaving_library"
@@ -151,9 +152,9 @@ def test_masks_of_allowed_actions_are_passed_on():
 
 @hypothesis.given(space=any_spaces)
 def test_spaces_are_described_in_the_form_of_the_core(space):
-    described = SERVER.describe(space)
+    described = values.describe(space)
     assert described == spaces.to_json(space)
-    assert [leaf.path for leaf in spaces.leaves(space)] == [path for path, _ in SERVER.find_leaves(space)]
+    assert [leaf.path for leaf in spaces.leaves(space)] == [path for path, _ in values.find_leaves(space)]
 
 
 @pytest.mark.parametrize(
@@ -176,9 +177,8 @@ def test_what_cannot_be_offered_is_refused_with_a_reason(name, text):
 
 
 def test_an_interpreter_that_is_missing_is_named():
-    options = worker_spec("Steady").__dict__ | {"python": "/no/such/python"}
     with pytest.raises(ldm_jax.EnvironmentFaultError, match="/no/such/python cannot be started"):
-        IsolatedEnvironment(WorkerSpec(**options), 1, None, Isolation())
+        IsolatedEnvironment(worker_spec("Steady", "/no/such/python"), 1, None, Isolation())
 
 
 # Faults. Four rows, two workers: row 1 makes trouble in step 6, and again later.
@@ -186,8 +186,8 @@ def test_an_interpreter_that_is_missing_is_named():
 OF_A_ROW = {
     "Raise": ("exception", "RuntimeError: no such move"),
     "NanObservation": ("nan", "part 'place', is nan"),
-    "NanReward": ("nan", "the reward is not finite"),
-    "HugeReward": ("nan", "the reward is not finite"),
+    "NanReward": ("nan", "the reward is nan, expected a finite number"),
+    "HugeReward": ("nan", "the reward is inf, expected a finite number"),
     "WrongShape": ("shape", r"part 'place', has shape \[3\], expected \[2\]"),
     "WrongType": ("shape", "expected numbers"),
     "MissingPart": ("shape", "part 'place', is missing"),
@@ -396,18 +396,21 @@ SERVER = load_server()
 
 
 def test_host_and_worker_speak_the_same_protocol():
-    names = ("PROTOCOL", "IDLE", "STEP", "RESET", "SEED", "REMAKE")
-    assert [getattr(SERVER, name) for name in names] == [getattr(workers, name) for name in names]
-    assert SERVER.HEAD.format == workers.HEAD.format
+    names = ("IDLE", "STEP", "RESET", "SEED", "REMAKE")
+    assert [getattr(SERVER.gym_api, name) for name in names] == [getattr(gym_api, name) for name in names]
+    assert SERVER.PROTOCOL == workers.PROTOCOL and SERVER.HEAD.format == workers.HEAD.format
 
 
-def test_the_server_is_written_for_python_3_7():
-    ast.parse(workers.SERVER.read_text(), feature_version=(3, 7))
+def test_the_program_of_workers_is_written_for_python_3_7():
+    sources = list(workers.SERVER.parent.glob("*.py"))
+    assert len(sources) == 4
+    for source in sources:
+        ast.parse(source.read_text(), feature_version=(3, 7))
 
 
 def test_a_worker_of_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(workers, "PROTOCOL", 99)
-    with pytest.raises(ldm_jax.EnvironmentFaultError, match="got the protocol 99, expected 2"):
+    with pytest.raises(ldm_jax.EnvironmentFaultError, match="got the protocol 99, expected 3"):
         IsolatedEnvironment(worker_spec("Steady"), 1, None, Isolation())
 
 

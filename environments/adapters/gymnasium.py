@@ -1,29 +1,61 @@
-"""Gymnasium: any library of it that is installed in this interpreter, stepped as a `gymnasium.vector` environment.
+"""Gymnasium: any library of it that is installed in this interpreter, stepped one row after another.
 
 Its own classic control and toy text come with it; ids of other packages are those that their import has registered.
+Rows are called, and what they return is checked and converted, by the program of the workers: an environment behaves
+here as it does in an interpreter of its own, except that its first fault ends the run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import operator
+import os
 import types
-import typing
+from traceback import format_exception_only
 
 import gymnasium
 import numpy as np
 
-from ldm_jax import spaces
 from ldm_jax.environment import EnvironmentFaultError, LibraryMissingError
+from ldm_jax.spaces import SpaceError
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
-from .. import checks, conversion
+from .. import checks
 from ..catalog import taxonomy
-from ..tokens import Token, check_newest, draw_seeds
+from ..isolation.batch import DEFAULT_TIME_LIMIT, EnvironmentBatch, Spaces, read_spaces
+from ..isolation.program import Options, encode_options
+from ..isolation.worker import gym_api, values
+from ..tokens import Token, check_newest
 
 LIBRARY = "gymnasium"
 
-_DEFAULT_LIMITS = types.MappingProxyType({"toy_text": 200, "": 1000})
+_DEFAULT_LIMITS = types.MappingProxyType({"toy_text": 200, "": DEFAULT_TIME_LIMIT})
 """Steps, where an id has none, by the last word of its package: a random CliffWalking walks thousands of steps."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Folder(contextlib.AbstractContextManager[None]):
+    """Where a library works: it may go elsewhere with `os.chdir`, and this process does not go with it."""
+
+    def __init__(self) -> None:
+        self._theirs = ""
+
+    def __enter__(self) -> None:
+        self._ours = os.getcwd()
+        if self._theirs:
+            with contextlib.suppress(FileNotFoundError):
+                os.chdir(self._theirs)
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            now = os.getcwd()
+        except FileNotFoundError:  # it has removed the folder that it works in
+            now = ""
+        if now != self._ours:
+            self._theirs = now
+            os.chdir(self._ours)
 
 
 class GymnasiumEnvironment:
@@ -31,108 +63,63 @@ class GymnasiumEnvironment:
 
     Attributes:
       spec: what is known before stepping.
-      rows_outside: rows since `make` with a number outside the declared bounds: some libraries return those.
     """
 
     spec: EnvironmentSpec
-    rows_outside: int
 
-    def __init__(self, spec: EnvironmentSpec, inner: gymnasium.vector.SyncVectorEnv, masked: bool):
-        self.spec = spec
-        self.rows_outside = 0
-        self._inner, self._masked = inner, masked
-        self._observations = checks.Observations(spec.observation_space, spec.batch_size)
-        self._actions = spaces.leaves(inner.single_action_space)
+    def __init__(self, spec: EnvironmentSpec, library: gym_api.Library, first: gymnasium.Env, folder: _Folder):
+        self.spec, self._folder = spec, folder
         self._token: Token | None = None
+        self._step_count = 0
+        with folder:
+            choices = library.count_choices(first)
+        self._batch = EnvironmentBatch(spec, choices, workers=1)
+        try:
+            self._batch.place(np.zeros(self._batch.size, np.uint8))
+        except MemoryError as error:
+            raise EnvironmentFaultError(
+                f"{spec.id} with {spec.batch_size} rows cannot be made: {error}; take fewer rows (batch_size)"
+            ) from None
+        self._rows = gym_api.Rows(library, first, self._batch.arrays, range(spec.batch_size))
+
+    @property
+    def rows_outside(self) -> int:
+        """Rows since `make` with a number outside the declared bounds: some libraries return those."""
+        return self._batch.rows_outside
 
     def reset(self, key: Array) -> tuple[Token, TimeStep]:
-        batch_size = self.spec.batch_size
-        seeds = draw_seeds(key, batch_size)
         self._step_count = 0
-        with self._blame():
-            result: typing.Any = self._inner.reset(seed=seeds.tolist())
-        no_B = np.zeros(batch_size, bool)
-        return self._receive(result[0], no_B, no_B, no_B, ~no_B, result[1])
+        return self._advance(self._batch.start(key))
 
     def step(self, state: Token, action: PyTree) -> tuple[Token, TimeStep]:
         check_newest(self.spec.id, state, self._token)
-        self._token = None  # a step that fails leaves no state to go on from
+        command_B = self._batch.act(action)
         self._step_count += 1
-        values = []
-        for leaf in self._actions:
-            value = np.asarray(spaces.get(action, leaf.path))
-            values.append(value.astype(leaf.space.dtype).reshape(self.spec.batch_size, *(leaf.space.shape or ())))
-        first_B = self._last_B
-        with self._blame():
-            result: typing.Any = self._inner.step(spaces.unflatten(self._inner.single_action_space, values))
-        observation, reward_B, terminated_B, truncated_B, info = result
-        return self._receive(observation, reward_B, terminated_B, truncated_B, first_B, info)
+        return self._advance(command_B)
 
     def close(self) -> None:
         self._token = None
-        self._inner.close()
+        with self._folder:
+            errors = self._rows.close()
+        for error in errors:
+            _log.warning(
+                "%s: closing it raised an error, and it is gone all the same: %s", self.spec.id, _summary(error)
+            )
 
-    def _receive(
-        self,
-        observation: PyTree,
-        reward_B: typing.Any,
-        terminated_B: typing.Any,
-        truncated_B: typing.Any,
-        first_B: np.ndarray,
-        info: dict[str, typing.Any],
-    ) -> tuple[Token, TimeStep]:
-        batch_size = self.spec.batch_size
-        reward_B = np.asarray(reward_B, np.float32)
-        if not np.isfinite(reward_B).all():
-            self._fault(f"the reward is {reward_B}, expected finite numbers")
-        values = [self._fit(leaf, spaces.get(observation, leaf.path)) for leaf in self._observations.leaves]
-        violations = self._observations.violations(values)
-        for leaf, value in violations:
-            for _, _, text in leaf.faults(value, np.ones(batch_size, bool)):
-                self._fault(text)
-        self.rows_outside += checks.count_outside(violations)
-        self._last_B = np.asarray(terminated_B | truncated_B)
-        mask = None
-        if self._masked:
-            mask = np.asarray(info["action_mask"]).astype(bool)
-            # At an end nothing may be allowed any more; a slot without a choice would make NaN of every policy.
-            mask |= ~mask.any(1, keepdims=True)
+    def _advance(self, command_B: np.ndarray) -> tuple[Token, TimeStep]:
+        self._token = None  # a step that fails leaves no state to go on from
+        self._batch.arrays["command"][:] = command_B
+        with self._folder:
+            failures = self._rows.obey()
+        for row, kind, error in failures:
+            place = checks.where(self.spec.id, self._step_count, [row])
+            raise EnvironmentFaultError(f"{place}: {kind}: {_summary(error)}") from error
+        for fault in self._batch.find_faults(np.ones(self.spec.batch_size, bool)):
+            place = checks.where(self.spec.id, self._step_count, fault.rows)
+            raise EnvironmentFaultError(f"{place}: {fault.kind}: {fault.text}")
+        time_step = self._batch.receive(command_B != gym_api.STEP, np.zeros(self.spec.batch_size, bool))
         self._token = Token()
-        return self._token, TimeStep(
-            observation=spaces.unflatten(self.spec.observation_space, values),
-            reward=reward_B,
-            terminated=np.array(terminated_B, bool),
-            truncated=np.array(truncated_B, bool),
-            first=first_B.copy(),
-            action_mask=mask,
-        )
-
-    def _fit(self, leaf: checks.CheckedLeaf, value: typing.Any) -> np.ndarray:
-        struct = spaces.leaf_shape_dtype(leaf.space)
-        if isinstance(leaf.space, gymnasium.spaces.Text):
-            (size,) = struct.shape
-            texts = [text.encode() for text in value]
-            if too_long := [text for text in texts if len(text) > size]:
-                self._fault(f"the observation has a text of {len(too_long[0])} bytes, expected at most {size}")
-            return np.stack([np.frombuffer(text.ljust(size, b"\0"), np.uint8) for text in texts])
-        value = np.asarray(value)
-        if np.issubdtype(struct.dtype, np.integer) and isinstance(leaf.space, gymnasium.spaces.Box):
-            limits = np.iinfo(struct.dtype)
-            value = np.clip(value, limits.min, limits.max)
-        return value.astype(struct.dtype).reshape(self.spec.batch_size, *struct.shape)
-
-    @contextlib.contextmanager
-    def _blame(self) -> typing.Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # libraries raise whatever they like
-            raise EnvironmentFaultError(f"{self._where()}: it raised {error!r}") from error
-
-    def _fault(self, what: str) -> typing.NoReturn:
-        raise EnvironmentFaultError(f"{self._where()}: {what}")
-
-    def _where(self) -> str:
-        return f"{self.spec.id}, step {self._step_count} after the reset"
+        return self._token, time_step
 
 
 def candidates() -> dict[str, str]:
@@ -149,53 +136,62 @@ def domain(name: str) -> str:
     return taxonomy.first_match(taxonomy.GYMNASIUM, name) if known else LIBRARY
 
 
-def make(name: str, batch_size: int, time_limit: int | None) -> GymnasiumEnvironment:
+def make(
+    name: str, batch_size: int, time_limit: int | None, options: Options = types.MappingProxyType({})
+) -> GymnasiumEnvironment:
     """Makes B environments by an id of Gymnasium's registry.
 
     Args:
       name: the id.
       batch_size: B.
       time_limit: steps; None keeps the registered limit, or takes a default where there is none.
+      options: of the library's own `make`; each environment gets them anew.
 
     Raises:
+      ConfigError: an option that could not be carried to another interpreter.
       EnvironmentFaultError: the library cannot make it.
       LibraryMissingError: a package that it needs is not installed.
       SpaceError: it declares a space that is not supported.
     """
-    registered = gymnasium.registry[name]
-    family = next((family for family in _DEFAULT_LIMITS if f".{family}." in f".{_module(name)}."), "")
-    limit = time_limit or registered.max_episode_steps or _DEFAULT_LIMITS[family]
-
-    def make_one() -> gymnasium.Env:
-        return gymnasium.make(name, max_episode_steps=limit, disable_env_checker=True)
-
+    id, folder = f"{LIBRARY}/{name}", _Folder()
+    encoded = encode_options(id, options)
+    library = gym_api.Library(gymnasium, gymnasium.registry[name], encoded, time_limit and operator.index(time_limit))
     try:
-        inner = gymnasium.vector.SyncVectorEnv(
-            [make_one] * batch_size, autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP
-        )
-        _, info = inner.reset(seed=0)
+        with folder:
+            first = library.make()
     except gymnasium.error.DependencyNotInstalled as error:
         raise LibraryMissingError(
-            f"{LIBRARY}/{name} cannot be made: {error}; what it needs comes with: pip install 'ldm_jax[gymnasium]'"
+            f"{id} cannot be made: {error}; what it needs comes with: pip install 'ldm_jax[gymnasium]'"
         ) from error
-    except Exception as error:
-        raise EnvironmentFaultError(f"{LIBRARY}/{name} cannot be made: {error}") from error
-    action_space = conversion.action_space(inner.single_action_space)
+    except gym_api.FAILURES as error:
+        raise EnvironmentFaultError(f"{id} cannot be made: {_summary(error)}") from error
+    family = next((family for family in _DEFAULT_LIMITS if f".{family}." in f".{_module(name)}."), "")
+    carried = _read_spaces(id, first)
     spec = EnvironmentSpec(
-        id=f"{LIBRARY}/{name}",
+        id=id,
         library=LIBRARY,
         version=gymnasium.__version__,
-        observation_space=conversion.observation_space(inner.single_observation_space),
-        action_space=action_space,
-        batch_size=batch_size,
-        time_limit=limit,
+        observation_space=carried.observation,
+        action_space=carried.action,
+        batch_size=operator.index(batch_size),
+        time_limit=library.known_limit(first) or _DEFAULT_LIMITS[family],
         domain=domain(name),
         jittable=False,
     )
-    masked = isinstance(action_space, gymnasium.spaces.Discrete) and (
-        np.shape(info.get("action_mask", ())) == (batch_size, int(action_space.n))
-    )
-    return GymnasiumEnvironment(spec, inner, masked)
+    return GymnasiumEnvironment(spec, library, first, folder)
+
+
+def _read_spaces(id: str, environment: gymnasium.Env) -> Spaces:
+    try:
+        declared = [values.describe(space) for space in (environment.observation_space, environment.action_space)]
+        return read_spaces(*declared)
+    except (values.RefusedError, SpaceError) as error:
+        raise SpaceError(f"{id} declares spaces that are not supported: {error}") from error
+
+
+def _summary(error: BaseException) -> str:
+    """An error as a traceback ends with it, without the traceback."""
+    return str(error) if isinstance(error, values.WrongError) else "".join(format_exception_only(error)).strip()
 
 
 def _module(name: str) -> str:

@@ -23,7 +23,7 @@ class System(gymnasium.Wrapper):
         return self.env.reset(seed=seed)
 
 
-def make(name):
+def make_system(name):
     """The system of a name, with the library's own defaults."""
     # Its own controllers want torch, and turn every warning of the interpreter into an error: they are left out.
     sys.modules.setdefault("controlgym.controllers", types.ModuleType("controlgym.controllers"))
@@ -37,4 +37,4 @@ def make(name):
 def register():
     """Puts the systems into the registry: controlgym has a list of its own, inside its `make`."""
     for name in (*_LINEAR, *_PARTIAL):
-        gymnasium.register(name, entry_point=f"{__name__}:make", kwargs={"name": name})
+        gymnasium.register(name, entry_point=f"{__name__}:make_system", kwargs={"name": name})

@@ -22,7 +22,7 @@ _GRIDS = (
 )
 
 
-def make(name):
+def make_grid(name):
     """The grid of a name as a Gymnasium environment."""
     import grid2op
     from grid2op import gym_compat
@@ -40,4 +40,4 @@ def make(name):
 def register():
     """Puts the grids into the registry."""
     for name in _GRIDS:
-        gymnasium.register(name, entry_point=f"{__name__}:make", kwargs={"name": name})
+        gymnasium.register(name, entry_point=f"{__name__}:make_grid", kwargs={"name": name})

@@ -43,7 +43,7 @@ def prices(kind):
     return table.dropna()
 
 
-def make(kind):
+def make_market(kind):
     """The trading environment on the market of a kind."""
     from gym_trading_env.environments import TradingEnv
 
@@ -56,4 +56,4 @@ def make(kind):
 def register():
     """Puts one environment for each kind of market into the registry."""
     for kind in _KINDS:
-        gymnasium.register(f"TradingEnv-{kind}", entry_point=f"{__name__}:make", kwargs={"kind": kind})
+        gymnasium.register(f"TradingEnv-{kind}", entry_point=f"{__name__}:make_market", kwargs={"kind": kind})

@@ -88,7 +88,7 @@ class Game(gymnasium.Env):
 
     def _legal(self, action):
         legal = self._state.legal_actions(self._player)
-        return action if action in legal else legal[action % len(legal)]
+        return int(action) if action in legal else legal[action % len(legal)]
 
     def _mask(self):
         mask = np.zeros(self._moves, np.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import functools
 import hashlib
@@ -29,6 +30,7 @@ from .host import QUIET, SERVER, WorkerFaultError
 
 PYTHON = "/venv/bin/python"
 """The interpreter inside an image."""
+_PROGRAM = "/ldm_jax_worker"  # the folder of the worker's program, inside
 PIDS_LIMIT = 256
 CPUS = 2
 HARD_MEMORY_MARGIN_BYTES = 256 << 20
@@ -82,12 +84,12 @@ def digest(name: str) -> str:
     return f"sha256:{_podman('image', 'inspect', '--format={{.Id}}', name).stdout.strip().removeprefix('sha256:')}"
 
 
-def built(spec: venvs.VenvSpec) -> bool:
+def is_image_built(spec: venvs.VenvSpec) -> bool:
     """Whether a group's image has been built, and has been seen to run."""
     return _mark(spec).exists()
 
 
-def build(spec: venvs.VenvSpec) -> str:
+def build_image(spec: venvs.VenvSpec) -> str:
     """The name of a group's image, which is built if it is not there.
 
     Raises:
@@ -96,12 +98,12 @@ def build(spec: venvs.VenvSpec) -> str:
     if why := problem():
         raise LibraryMissingError(f"{spec.name} cannot run in a container: {why}")
     name = tag(spec)
-    if built(spec) and _exists(name):
+    if is_image_built(spec) and _exists(name):
         return name
     folder = venvs.cache_folder() / "images"
     folder.mkdir(parents=True, exist_ok=True)
     with venvs.locked(folder / f"{spec.name}.lock"):
-        if built(spec) and _exists(name):
+        if is_image_built(spec) and _exists(name):
             return name
         start = time.monotonic()
         _log.warning("building the container image %s, this once", name)
@@ -123,9 +125,9 @@ def build(spec: venvs.VenvSpec) -> str:
 
 
 class ContainerProcess:
-    """A worker in a container of its own; see `workers.Process`.
+    """A worker in a container of its own; see `host.Process`.
 
-    The container sees no network but its loopback, no file of the host but the server and what is in `path`, all
+    The container sees no network but its loopback, no file of the host but the program and what is in `path`, all
     read-only; it has no capabilities and cannot gain any, and its memory, CPU time and processes are limited. When the
     worker ends, for whatever reason, the container ends and removes itself.
 
@@ -148,8 +150,8 @@ class ContainerProcess:
         self,
         image: str,
         folder: str,
-        variables: typing.Mapping[str, str],
-        path: typing.Sequence[str],
+        variables: collections.abc.Mapping[str, str],
+        path: collections.abc.Sequence[str],
         memory_limit_bytes: int,
         start_timeout_s: float,
     ):
@@ -162,37 +164,10 @@ class ContainerProcess:
             listener.bind(f"{run}/socket")
             os.chmod(f"{run}/socket", 0o666)
             listener.listen(1)
-            read_only = {str(SERVER): "/server.py", run: "/run/ldm_jax", **{each: each for each in path}}
-            limit = memory_limit_bytes + HARD_MEMORY_MARGIN_BYTES
+            readable = {str(SERVER.parent): _PROGRAM, run: "/run/ldm_jax", **{each: each for each in path}}
             with _service(run) as client:
                 _remove_left(client)
-                container = client.containers.create(
-                    image,
-                    [PYTHON, "-I", "/server.py", "/run/ldm_jax/socket"],
-                    name=self.name,
-                    environment={**QUIET, "HOME": "/tmp", "TMPDIR": "/tmp", **variables},
-                    working_dir="/tmp",
-                    user="65534:65534",
-                    network_mode="none",
-                    read_only=True,
-                    cap_drop=["ALL"],
-                    no_new_privileges=True,
-                    mem_limit=limit,
-                    memswap_limit=limit,
-                    cpu_period=100_000,
-                    cpu_quota=CPUS * 100_000,
-                    pids_limit=PIDS_LIMIT,
-                    init=True,  # ends with the worker, and everything in the container with it
-                    auto_remove=True,
-                    labels={_LABEL: str(os.getpid())},
-                    mounts=[
-                        {"type": "tmpfs", "source": "tmpfs", "target": "/tmp"},
-                        *(
-                            {"type": "bind", "source": source, "target": target, "read_only": True}
-                            for source, target in read_only.items()
-                        ),
-                    ],
-                )
+                container = _create(client, image, self.name, variables, readable, memory_limit_bytes)
                 container.start()
                 container.reload()
                 self._monitor = os.pidfd_open(container.attrs["State"]["ConmonPid"])
@@ -233,6 +208,42 @@ class ContainerProcess:
         raise WorkerFaultError("start", f"the worker in the container {how}")
 
 
+def _create(
+    client: typing.Any,
+    image: str,
+    name: str,
+    variables: collections.abc.Mapping[str, str],
+    readable: collections.abc.Mapping[str, str],
+    memory_limit_bytes: int,
+) -> typing.Any:
+    """A container that is ready to start; `readable` says where each file or folder of the host is in it."""
+    limit = memory_limit_bytes + HARD_MEMORY_MARGIN_BYTES
+    mounts: list[dict[str, typing.Any]] = [{"type": "tmpfs", "source": "tmpfs", "target": "/tmp"}]
+    for source, target in readable.items():
+        mounts.append({"type": "bind", "source": source, "target": target, "read_only": True})
+    return client.containers.create(
+        image,
+        [PYTHON, "-I", f"{_PROGRAM}/{SERVER.name}", "/run/ldm_jax/socket"],
+        name=name,
+        environment={**QUIET, "HOME": "/tmp", "TMPDIR": "/tmp", **variables},
+        working_dir="/tmp",
+        user="65534:65534",
+        network_mode="none",
+        read_only=True,
+        cap_drop=["ALL"],
+        no_new_privileges=True,
+        mem_limit=limit,
+        memswap_limit=limit,
+        cpu_period=100_000,
+        cpu_quota=CPUS * 100_000,
+        pids_limit=PIDS_LIMIT,
+        init=True,  # ends with the worker, and everything in the container with it
+        auto_remove=True,
+        labels={_LABEL: str(os.getpid())},
+        mounts=mounts,
+    )
+
+
 def _containerfile(spec: venvs.VenvSpec) -> pathlib.Path:
     own = spec.requirements.parent / "Containerfile"
     return own if own.exists() else _CONTAINERFILE
@@ -243,7 +254,7 @@ def _mark(spec: venvs.VenvSpec) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _service(folder: str) -> typing.Iterator[typing.Any]:
+def _service(folder: str) -> collections.abc.Iterator[typing.Any]:
     """A client of a Podman service that lives as long as this context."""
     address = f"unix://{folder}/podman"
     # The kernel ends it with the thread that started it. Its own clock may run out in a long call: let that be late.

@@ -6,6 +6,7 @@ library of a group has the functions of an adapter, so that the registry treats 
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import functools
 import json
@@ -25,7 +26,7 @@ if typing.TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-FOLDER = pathlib.Path(__file__).parents[1] / "images"
+GROUPS = pathlib.Path(__file__).parents[1] / "images"
 BRIDGES = pathlib.Path(__file__).parents[1] / "bridges"
 
 
@@ -44,24 +45,24 @@ class IsolatedLibrary:
 
     name: str
     venv: venvs.VenvSpec
-    worker: typing.Mapping[str, typing.Any]
-    domains: typing.Mapping[str, str]
+    worker: collections.abc.Mapping[str, typing.Any]
+    domains: collections.abc.Mapping[str, str]
     include: tuple[str, ...]
-    exclude: typing.Mapping[str, str]
+    exclude: collections.abc.Mapping[str, str]
 
     @property
     def version(self) -> str:
         """The version of the library that its group pins."""
         pins = dict(line.split("==") for line in venvs.pinned(self.venv.requirements))
-        found = {venvs.normal(name.partition("[")[0]): version for name, version in pins.items()}
-        return found.get(venvs.normal(self.worker["distribution"]), "unknown")
+        found = {venvs.normalize_name(name.partition("[")[0]): version for name, version in pins.items()}
+        return found.get(venvs.normalize_name(self.worker["distribution"]), "unknown")
 
     @property
     def is_built(self) -> bool:
         """Whether an environment can be made without building anything first."""
         from . import containers
 
-        return venvs.built(self.venv) is not None or containers.built(self.venv)
+        return venvs.built(self.venv) is not None or containers.is_image_built(self.venv)
 
     def candidates(self) -> dict[str, str]:
         """The ids that the library registers, each with the reason why it is not offered, empty where it is.
@@ -101,7 +102,7 @@ class IsolatedLibrary:
 
         if kind == "container" or (kind == "auto" and containers.problem() is None):
             try:
-                image = containers.build(self.venv)
+                image = containers.build_image(self.venv)
                 return containers.PYTHON, image, containers.digest(image)
             except LibraryMissingError as error:
                 if kind == "container":
@@ -111,12 +112,12 @@ class IsolatedLibrary:
 
 
 @functools.cache
-def _candidates(library: IsolatedLibrary) -> typing.Mapping[str, str]:
-    from .environment import registered
+def _candidates(library: IsolatedLibrary) -> collections.abc.Mapping[str, str]:
+    from .host import list_registered
     from .program import Isolation
 
     isolation = Isolation("venv" if venvs.built(library.venv) else "auto", workers=1)
-    modules = registered(library.prepare("", isolation), isolation)
+    modules = list_registered(library.prepare("", isolation), isolation)
     ours = {"bridge", *(name.partition(".")[0] for name in library.worker["imports"])}
     if library.include:
         names = [name for name in modules if first_match(dict.fromkeys(library.include, "x"), name)]
@@ -126,14 +127,14 @@ def _candidates(library: IsolatedLibrary) -> typing.Mapping[str, str]:
 
 
 @functools.cache
-def libraries() -> typing.Mapping[str, IsolatedLibrary]:
+def libraries() -> collections.abc.Mapping[str, IsolatedLibrary]:
     """The libraries of all groups by name.
 
     Raises:
       ValueError: a group's description is not as it should be.
     """
     found: dict[str, IsolatedLibrary] = {}
-    for path in sorted(FOLDER.glob("*/group.json")):
+    for path in sorted(GROUPS.glob("*/group.json")):
         for library in read_group(path):
             if library.name in found:
                 raise ValueError(f"{path} describes the library {library.name!r}, which another group has too")
@@ -169,7 +170,7 @@ def read_group(path: pathlib.Path) -> list[IsolatedLibrary]:
 
 
 def _library(name: str, venv: venvs.VenvSpec, fields: dict[str, typing.Any]) -> IsolatedLibrary:
-    domains, exclude = (types.MappingProxyType(dict(fields.pop(key, {}))) for key in ("domains", "exclude"))
+    domains, exclude = (dict(fields.pop(key, {})) for key in ("domains", "exclude"))
     include = tuple(fields.pop("include", ()))
     program = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     if bridge := program.pop("bridge", ""):
@@ -179,10 +180,18 @@ def _library(name: str, venv: venvs.VenvSpec, fields: dict[str, typing.Any]) -> 
         program["bridge"] = str(path)
     allowed = {
         *("api", "imports", "bridge", "distribution", "domain", "kwargs", "variables"),
-        *("seed_option", "seed_arguments", "seed_every_reset", "remake", "global_randomness", "time_limit"),
+        *(
+            "seed_option",
+            "seed_arguments",
+            "seed_every_reset",
+            "remake",
+            "plain_integers",
+            "global_randomness",
+            "time_limit",
+        ),
     }
     if unknown := set(program) - allowed:
         raise ValueError(f"the library {name!r} has unknown fields {', '.join(sorted(unknown))}")
     if missing := {"api", "imports", "distribution", "domain"} - set(program):
         raise ValueError(f"the library {name!r} lacks the fields {', '.join(sorted(missing))}")
-    return IsolatedLibrary(name, venv, types.MappingProxyType(program), domains, include, exclude)
+    return IsolatedLibrary(name, venv, program, domains, include, exclude)

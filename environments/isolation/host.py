@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import collections.abc
 import contextlib
 import json
 import os
@@ -18,13 +19,16 @@ import typing
 
 import numpy as np
 
+from ldm_jax.environment import EnvironmentFaultError
+
+from .program import Isolation, WorkerSpec
+from .scratch import make_scratch
+
 SERVER = pathlib.Path(__file__).parent / "worker" / "server.py"
-PROTOCOL = 2
+"""It runs beside the other files of its folder, and needs nothing else of this package."""
+PROTOCOL = 3
 HEAD = struct.Struct("<cII")
 """Of a message: its kind, the length of what follows in bytes, and the number of the question."""
-IDLE, STEP, RESET, SEED, REMAKE = range(5)
-"""Commands of a row; see `worker/server.py`."""
-
 MAX_MESSAGE_BYTES = 1 << 24
 MAX_LOG_CHARS = 2000
 GOODBYE_S = 2.0
@@ -50,8 +54,11 @@ class WorkerFaultError(Exception):
     """
 
     def __init__(self, kind: str, text: str):
-        super().__init__(text)
-        self.kind = kind
+        super().__init__(kind, text)
+        self.kind, self.text = kind, text
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Process(typing.Protocol):
@@ -85,7 +92,7 @@ class LocalProcess:
       WorkerFaultError: the interpreter cannot be started.
     """
 
-    def __init__(self, python: str, folder: str, variables: typing.Mapping[str, str], log: typing.IO[bytes]):
+    def __init__(self, python: str, folder: str, variables: collections.abc.Mapping[str, str], log: typing.IO[bytes]):
         self.connection, theirs = socket.socketpair()
         # Not ours: what leads Python to our own packages.
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
@@ -133,7 +140,7 @@ class Worker:
       attached: whether it has the file of arrays.
     """
 
-    def __init__(self, launch: typing.Callable[[typing.IO[bytes]], Process], job: dict[str, typing.Any]):
+    def __init__(self, launch: collections.abc.Callable[[typing.IO[bytes]], Process], job: dict[str, typing.Any]):
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as the worker
         try:
             self._process = launch(self._log)
@@ -213,12 +220,15 @@ class Worker:
             raise WorkerFaultError("garbage", f"the worker sent {type(content).__name__}, expected an object")
         return kind, content
 
-    def close(self) -> None:
-        """Lets the worker close its environments and go, then makes sure."""
+    def close(self) -> list[str]:
+        """Lets the worker close its environments and go, then makes sure; the errors that closing them raised."""
+        errors: list[str] = []
         with contextlib.suppress(WorkerFaultError):
             self.send(b"Q")
-            self.receive(GOODBYE_S)
+            _, content = self.receive(GOODBYE_S)
+            errors = [str(text) for text in content.get("errors", ())]
         self.kill()
+        return errors
 
     def kill(self) -> None:
         """Ends the process and all that it has started; a second call does nothing."""
@@ -268,3 +278,54 @@ class Worker:
         size = os.fstat(self._log.fileno()).st_size
         text = os.pread(self._log.fileno(), MAX_LOG_CHARS, max(0, size - MAX_LOG_CHARS)).decode("utf-8", "replace")
         return f"; its log ends: {text.strip()}" if text.strip() else ""
+
+
+def start_worker(spec: WorkerSpec, job: dict[str, typing.Any], isolation: Isolation, scratch: str) -> Worker:
+    """Starts a worker, in a container where the spec names an image.
+
+    Args:
+      spec: what it runs.
+      job: what it is told (`WorkerSpec.job`).
+      isolation: what it may cost.
+      scratch: a folder of this machine for what it writes.
+
+    Raises:
+      WorkerFaultError: it cannot be started.
+    """
+
+    def launch(log: typing.IO[bytes]) -> Process:
+        if not spec.image:
+            return LocalProcess(spec.python, scratch, spec.variables, log)
+        from .containers import ContainerProcess
+
+        readable = (*spec.path, *filter(None, [spec.bridge]))
+        place = (spec.image, scratch, spec.variables, readable)
+        return ContainerProcess(*place, isolation.memory_limit_bytes, isolation.start_timeout_s)
+
+    return Worker(launch, job)
+
+
+def list_registered(spec: WorkerSpec, isolation: Isolation) -> dict[str, str]:
+    """What the imports of a worker put into the registry.
+
+    Args:
+      spec: of a worker without a name.
+      isolation: where it runs and how long that may take.
+
+    Returns:
+      The module that each id's environment comes from, by id.
+
+    Raises:
+      EnvironmentFaultError: the libraries cannot be imported.
+    """
+    scratch, remove_scratch = make_scratch()
+    try:
+        worker = start_worker(spec, spec.job(isolation.memory_limit_bytes), isolation, scratch)
+        try:
+            return worker.handshake(isolation.start_timeout_s)["ids"]
+        finally:
+            worker.kill()
+    except WorkerFaultError as error:
+        raise EnvironmentFaultError(f"the environments of {spec.library} cannot be listed: {error}") from None
+    finally:
+        remove_scratch()

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import typing
 
+from ldm_jax.errors import ConfigError, check_finite
+
+from .worker import values
+
 KINDS = ("auto", "container", "venv")
+
+Options = collections.abc.Mapping[str, typing.Any]
+"""Options of a library's own `make`, by name."""
+
+
+def encode_options(id: str, options: Options) -> dict[str, typing.Any]:
+    """The options of a library's `make` as JSON values, from which a worker makes the same ones.
+
+    Args:
+      id: of the environment, for the error.
+      options: by name.
+
+    Raises:
+      ConfigError: names the option that cannot be carried exactly.
+    """
+    try:
+        return values.encode_options(options)
+    except values.OptionError as error:
+        raise ConfigError(f"{id}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +44,9 @@ class Isolation:
       start_timeout_s: seconds for a worker to import its library and make its first environment.
       max_faults: faults survived from one `reset(key)` to the next; one more raises.
       memory_limit_bytes: what one worker may hold.
+
+    Raises:
+      ConfigError: an unknown kind, or a limit that is none.
     """
 
     kind: str = "auto"
@@ -29,13 +56,14 @@ class Isolation:
     max_faults: int = 10
     memory_limit_bytes: int = 4 << 30
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"isolation is {self.kind!r}, expected one of {', '.join(KINDS)}")
+            raise ConfigError(f"isolation is {self.kind!r}, expected one of {', '.join(KINDS)}")
+        check_finite(self)
         if self.workers < 0 or self.max_faults < 0:
-            raise ValueError(f"workers {self.workers} and max_faults {self.max_faults} cannot be negative")
+            raise ConfigError(f"workers {self.workers} and max_faults {self.max_faults} cannot be negative")
         if self.call_timeout_s <= 0 or self.start_timeout_s <= 0 or self.memory_limit_bytes <= 0:
-            raise ValueError(f"limits of time and memory must be positive, got {self}")
+            raise ConfigError(f"limits of time and memory must be positive, got {self}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +78,7 @@ class WorkerSpec:
       imports: modules that put it there.
       distribution: the package whose version counts.
       domain: what the task is about.
-      kwargs: options of the library's own `make`.
+      kwargs: options of the library's own `make`; the library gets them exactly, anew for each environment.
       bridge: file of a module whose `register` puts more ids there; see `environments.bridges`.
       path: folders to import from, beside the interpreter's own.
       variables: environment variables of the process.
@@ -58,10 +86,14 @@ class WorkerSpec:
       seed_arguments: arguments of the environment's method `seed` that want a number before every reset.
       seed_every_reset: whether `reset` without a seed draws true randomness.
       remake: whether `reset` under the same seed is only reproducible on a new environment.
+      plain_integers: whether `step` wants Python's integers, though the action space samples numpy's.
       global_randomness: whether the library draws from the interpreter's global generators.
       time_limit: steps; 0 takes what the library says.
       image: of the container to run it in; empty for a process of this machine.
       digest: of what it runs in, see `EnvironmentSpec.image_digest`.
+
+    Raises:
+      ConfigError: an option of `kwargs` cannot be carried exactly to another interpreter.
     """
 
     python: str
@@ -71,30 +103,45 @@ class WorkerSpec:
     imports: tuple[str, ...]
     distribution: str
     domain: str
-    kwargs: typing.Mapping[str, typing.Any] = dataclasses.field(default_factory=dict)
+    # Arrays have no single truth value: specs are compared by what the worker is told.
+    kwargs: Options = dataclasses.field(default_factory=dict, compare=False)
     bridge: str = ""
     path: tuple[str, ...] = ()
-    variables: typing.Mapping[str, str] = dataclasses.field(default_factory=dict)
+    variables: collections.abc.Mapping[str, str] = dataclasses.field(default_factory=dict)
     seed_option: str = ""
     seed_arguments: tuple[str, ...] = ()
     seed_every_reset: bool = False
     remake: bool = False
+    plain_integers: bool = False
     global_randomness: bool = False
     time_limit: int = 0
     image: str = ""
     digest: str = ""
+    _options: dict[str, typing.Any] = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_options", encode_options(self.id, self.kwargs))
 
     @property
     def id(self) -> str:
         """The id of the environment, `library/name`."""
         return f"{self.library}/{self.name}"
 
-    def job(self, memory_limit_bytes: int) -> dict[str, typing.Any]:
-        """What the worker is told, in JSON values."""
-        told = ("library", "name", "api", "imports", "bridge", "path", "seed_option", "seed_every_reset", "remake")
+    def job(self, memory_limit_bytes: int, time_limit: int | None = None) -> dict[str, typing.Any]:
+        """What the worker is told, in JSON values.
+
+        Args:
+          memory_limit_bytes: what it may hold.
+          time_limit: steps that the caller wants an episode to have; None takes the spec's.
+        """
+        told = (
+            *("library", "name", "api", "imports", "bridge", "path"),
+            *("seed_option", "seed_every_reset", "remake", "plain_integers"),
+        )
         return {name: getattr(self, name) for name in told} | {
-            "kwargs": dict(self.kwargs),
+            "options": self._options,
             "seed_arguments": self.seed_arguments,
             "global_randomness": self.global_randomness or bool(self.seed_arguments),
-            "memory_limit": memory_limit_bytes,
+            "time_limit": int(time_limit or self.time_limit),
+            "memory_limit": int(memory_limit_bytes),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import collections.abc
 import contextlib
 import dataclasses
 import fcntl
@@ -17,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import time
-import typing
 
 from ldm_jax.environment import LibraryMissingError
 
@@ -148,7 +148,7 @@ def pinned(requirements: pathlib.Path) -> tuple[str, ...]:
     return tuple(filter(None, lines))
 
 
-def normal(distribution: str) -> str:
+def normalize_name(distribution: str) -> str:
     """A distribution's name in the one spelling that counts: indexes and what is installed spell it as they like."""
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
@@ -157,7 +157,7 @@ def _place(spec: VenvSpec) -> pathlib.Path:
     return cache_folder() / "venvs" / f"{spec.name}-{spec.digest}"
 
 
-def _candidates(version: str) -> typing.Iterator[str]:
+def _candidates(version: str) -> collections.abc.Iterator[str]:
     if version == ".".join(map(str, sys.version_info[:2])):
         # Of a virtual environment, the interpreter that it was made from: it outlives the other.
         yield getattr(sys, "_base_executable", sys.executable)
@@ -220,7 +220,7 @@ def _install(spec: VenvSpec, base: str, folder: pathlib.Path, log: pathlib.Path,
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path) -> typing.Iterator[None]:
+def locked(path: pathlib.Path) -> collections.abc.Iterator[None]:
     """Holds a lock that other processes that build the same thing wait for."""
     with path.open("w") as file:
         try:

@@ -43,7 +43,7 @@ class Steady(Seeded):
         return self.see(), {}
 
     def step(self, action):
-        assert type(action) is int
+        assert type(action) is type(self.action_space.sample())
         if action == TROUBLE:
             result = self.trouble()
             if result is not None:
@@ -307,6 +307,214 @@ class Everything(Seeded):
         return {"action": action, "image": image, "counter": self.count, "words": "ä" * (self.count % 13)}
 
 
+# Oddities that are no faults, and faults of single rows: they can be tried in the interpreter of the host too.
+
+
+class InfoOfMixedTypes(Steady):
+    """What nobody reads cannot be put into one array."""
+
+    def step(self, action):
+        *rest, _ = super().step(action)
+        return (*rest, {"lap_time": 12 if action else None, 3: [object()]})
+
+
+class InfoIsNone(Steady):
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], None
+
+    def step(self, action):
+        return (*super().step(action)[:-1], None)
+
+
+class MaskIsAList(Choosy):
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], {"action_mask": [True, False, True, True]}
+
+    def step(self, action):
+        return (*Steady.step(self, action)[:-1], {"action_mask": [0, 1, 1, 0]})
+
+
+class MaskIsMissingAtTheEnd(MaskIsAList):
+    def step(self, action):
+        observation, reward, _, _, info = super().step(action)
+        ends = self.steps == 4
+        return observation, reward, ends, False, {} if ends else info
+
+
+class MaskOfAnotherSize(MaskIsAList):
+    def trouble(self):
+        return self.see(), 0.0, False, False, {"action_mask": [1, 1]}
+
+    def step(self, action):
+        return Steady.step(self, action)
+
+
+class MaskIsOneOfEachSlot(Seeded):
+    """Masks as Gymnasium's MultiDiscrete wants them, or as one array."""
+
+    def __init__(self):
+        self.observation_space = spaces.Box(0, 1, (2,), np.float32)
+        self.action_space = spaces.MultiDiscrete([2, 3])
+
+    def mask(self):
+        return (np.array([1, 0], np.int8), np.array([0, 1, self.steps % 2], np.int8))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(2, np.float32), {"action_mask": self.mask()}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.steps += 1
+        # At the end nothing is allowed in the second slot.
+        mask = (np.ones(2, np.int8), np.zeros(3, np.int8)) if self.steps == 5 else self.mask()
+        return action.astype(np.float32) / 3, 0.0, self.steps == 5, False, {"action_mask": mask}
+
+
+class MaskIsFlat(MaskIsOneOfEachSlot):
+    def mask(self):
+        return np.concatenate(super().mask())
+
+
+class KeysInTheirOwnOrder(Seeded):
+    """Takes actions in the order of its space, which is not that of the alphabet."""
+
+    def __init__(self):
+        parts = {"turn": spaces.Discrete(3), "accelerate": spaces.Box(np.float32(-1), np.float32(1), (1,))}
+        self.action_space = spaces.Dict([*parts.items()])
+        self.observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        assert list(action) == list(self.action_space.sample()) == list(self.action_space.spaces)
+        turn, accelerate = action.values()
+        return np.array([turn, accelerate[0]], np.float32), 0.0, False, False, {}
+
+
+class ReadsItsSpec(Steady):
+    def reset(self, *, seed=None, options=None):
+        assert self.spec.id == "ReadsItsSpec-v0"
+        return super().reset(seed=seed)
+
+
+class ReadsItsLimit(Steady):
+    """Its wrapper, see below, shows the limit that its registration has."""
+
+
+class ChangesFolder(Steady):
+    """Works in a folder of its own, where its files are."""
+
+    def __init__(self):
+        os.chdir(os.path.dirname(os.path.abspath(__file__)))
+        super().__init__()
+
+    def step(self, action):
+        assert os.path.exists("__init__.py")
+        return super().step(action)
+
+
+class CloseRaises(Steady):
+    viewer = None
+
+    def close(self):
+        self.viewer.close()
+
+
+class TakesOptions(Steady):
+    """Shows whether it was given what `gymnasium.make` gives, and spoils it for whoever gets the same objects."""
+
+    def __init__(self, size=(), prices=None, weights=None, level=0):
+        super().__init__()
+        known = isinstance(size, tuple) and type(level) is np.int16 and set(prices) == {0, 1}
+        self.offset = 100.0 * known + prices[1] + float(weights.sum())
+        weights += 1
+        prices.clear()
+
+    def noise(self):
+        return self.offset
+
+
+class BeyondItsBounds(Steady):
+    """Shows numbers that their type here does not hold, in a space of bytes that it leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Dict(
+            picture=spaces.Box(0, 255, (2,), np.uint8), count=spaces.Box(0, 100, (1,), np.int64)
+        )
+
+    def see(self):
+        return {"picture": np.array([self.steps * 100, 3]), "count": np.array([self.steps * 10**10])}
+
+
+class WideIntegers(Steady):
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Dict(
+            cents=spaces.Box(0, 10**12, (1,), np.int64), ticks=spaces.Box(0, 2**32 - 1, (), np.uint32)
+        )
+
+    def see(self):
+        return {"cents": np.array([(5 + self.steps) * 10**9]), "ticks": np.uint32(2**32 - 2**10 * (1 + self.steps))}
+
+
+class FarDiscrete(Steady):
+    """Its actions start where 32 bits end."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = spaces.Discrete(5) if OLD else spaces.Discrete(5, start=2**33)
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return super().step(0)
+
+
+class ExitsInStep(Steady):
+    """As programs of pygame do when their window is closed."""
+
+    def trouble(self):
+        sys.exit()
+
+
+class ExitsInReset(Steady):
+    def reset(self, *, seed=None, options=None):
+        sys.exit(3)
+
+
+class TypeErrorInReset(Steady):
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1) + None, {}
+
+
+class ResetReturnsNone(Steady):
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+
+
+class ResetReturnsTheObservation(Steady):
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0]
+
+
+class ResetTakesNoSeed(Steady):
+    def reset(self):
+        return super().reset()
+
+
+class Huge(Steady):
+    """A million bytes a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Box(0, 255, (1 << 20,), np.uint8)
+
+
 class Old(gym.Env):
     """Any of them in the manners of Gym 0.21: a method `seed`, observations alone from `reset`, one flag of the end."""
 
@@ -329,8 +537,25 @@ class Old(gym.Env):
         return observation, reward, terminated, {**info, "TimeLimit.truncated": truncated}
 
 
-for environment in (*Steady.__subclasses__(), Steady, Everything):
+def descendants(kind):
+    return [each for child in kind.__subclasses__() for each in (child, *descendants(child))]
+
+
+for environment in descendants(Seeded):
     if OLD:
         gym.register(f"{environment.__name__}-v0", entry_point=Old, kwargs={"make": environment})
-    else:
+    elif environment is not ReadsItsLimit or gym.__name__ == "gym":
         gym.register(f"{environment.__name__}-v0", environment)
+if gym.__name__ == "gymnasium":
+
+    class ShowsTheLimit(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
+        def __init__(self, env):
+            gym.utils.RecordConstructorArgs.__init__(self)
+            super().__init__(env)
+
+        def observation(self, observation):
+            return {**observation, "place": np.full(2, self.env.spec.max_episode_steps)}
+
+    gym.register(
+        "ReadsItsLimit-v0", ReadsItsLimit, max_episode_steps=20, additional_wrappers=(ShowsTheLimit.wrapper_spec(),)
+    )
