@@ -12,6 +12,7 @@ import collections.abc
 import dataclasses
 import math
 import operator
+import sys
 import typing
 
 import jax
@@ -199,14 +200,13 @@ def collect(
         block_key = jax.random.fold_in(agent_key, begin)
         loop, block = rollout(environment, agent, reference.params, loop, block_key, config.block)
         block = jax.tree.map(lambda x, keep=config.steps - begin: np.asarray(x[:keep]), block)
-        outside += _check(spec, block.timestep, begin)
-        _check_labels(spec, block.record, begin)
-        random += int(block.record.random.sum())
         record = block.record
+        outside += _check(spec, block.timestep, record, begin)
+        random += int(record.random.sum())
         transition = Transition(block.timestep, block.action, record.label, record.distribution, ~block.timestep.last)
         for name, value in to_leaves(spec.observation_space, spec.action_space, transition).items():
             leaves[name][begin : begin + len(value)] = value
-        progress(len(block.record.random) * spec.batch_size)
+        progress(len(record.random) * spec.batch_size)
     return Collected(
         leaves=leaves,
         episodes=index_episodes(leaves, seed, levels),
@@ -290,8 +290,22 @@ def _choose(choose: Array, chosen: PyTree, other: PyTree) -> PyTree:
     return jax.tree.map(choose_leaf, chosen, other)
 
 
-def _check(spec: EnvironmentSpec, timestep: TimeStep, begin: int) -> int:
+def _check(spec: EnvironmentSpec, timestep: TimeStep, record: _Record, begin: int) -> int:
     """Refuses what would poison the data, and counts the observations outside their bounds, which is no reason to."""
+    # An action that is no number makes the next time step none, and that one the next label: what came first is named.
+    if _first_not_finite((record.label, record.distribution)) < _first_not_finite(timestep):
+        _check_labels(spec, record, begin)
+    outside = _check_timesteps(spec, timestep, begin)
+    _check_labels(spec, record, begin)
+    return outside
+
+
+def _first_not_finite(tree: PyTree) -> int:
+    steps = [np.argwhere(~np.isfinite(leaf))[:1, 0] for leaf in jax.tree.leaves(tree) if leaf.dtype.kind == "f"]
+    return min((int(step[0]) for step in steps if step.size), default=sys.maxsize)
+
+
+def _check_timesteps(spec: EnvironmentSpec, timestep: TimeStep, begin: int) -> int:
     if not np.isfinite(timestep.reward).all():
         step, stream = np.argwhere(~np.isfinite(timestep.reward))[0]
         raise EnvironmentFaultError(

@@ -1,8 +1,17 @@
-"""Single-use tokens: what stands for the hidden state of a simulator."""
+"""What simulators with hidden state need: seeds for their rows, and single-use tokens that stand for the state."""
 
 from __future__ import annotations
 
+import jax
+import numpy as np
+
 from ldm_jax.environment import StaleStateError
+from ldm_jax.types import Array
+
+
+def draw_seeds(key: Array, batch_size: int) -> np.ndarray:
+    """`int32 [B]`, a seed for each row from one key: the same, however many bits JAX has."""
+    return np.asarray(jax.random.randint(key, (batch_size,), 0, np.iinfo(np.int32).max, np.int32))
 
 
 class Token:

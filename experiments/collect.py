@@ -1,11 +1,12 @@
 """Collects labelled trajectories of every admitted environment: `python -m experiments.collect --workdir=runs/mine`.
 
 Writes one group per environment to `dataset/`, whole or not at all. Killed and started again, it collects only what is
-missing; a group whose reference has changed since is collected anew.
+missing; a group whose reference has changed since is collected anew. One that fails does not stop the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import typing
@@ -13,11 +14,12 @@ import typing
 import environments as registry
 from data import collect
 from data.references import ScoredReference, load_reference
-from data.store import Dataset, append_part, create_dataset, remove_group
+from data.store import Dataset, StoreError, append_part, create_dataset, remove_group
 from experiments.harness import progress
-from experiments.harness.stage import stage
+from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.workdir import listed, pin_config, seed_of
 from ldm_jax.cards import EnvironmentCard
+from ldm_jax.errors import LdmError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +27,8 @@ class CollectStageConfig:
     """What is collected.
 
     Attributes:
-      seed: of all episodes and all noise.
-      data: how much of it.
+      seed: seed of all episodes and all noise.
+      data: how much is collected of each environment.
     """
 
     seed: int = 0
@@ -44,47 +46,74 @@ def run(config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[s
 
     Raises:
       WorkdirError: the workdir cannot be used.
+      ReferencePolicyError: an id that was named has no reference, or a damaged one; nothing has been done then.
       StoreError: its `dataset/` is not one, or cannot be written.
+      UnitsFailedError: some environments failed; the others are collected.
     """
-    ids = environments or listed(workdir / "references")
+    plan = _plan(config, workdir, environments)
     pin_config(workdir, "collect", config, owns=("dataset",))
-    dataset, missing = create_dataset(workdir / "dataset"), []
-    for id in ids:
-        scored = load_reference(workdir / "references" / id)
-        if not scored.admission.admitted:
-            progress.log("refused", id=id, reason=scored.admission.reason)
-        elif not _is_done(dataset, id, scored):
-            missing.append(scored)
-    if missing:
-        total = sum(_streams(config, scored) for scored in missing) * config.data.steps
-        with progress.bar("collect", total, "step") as advance:
-            for scored in missing:
-                if scored.policy.spec.id in dataset.ids:
-                    dataset = remove_group(dataset, scored.policy.spec.id)
-                dataset = _collect(config, dataset, scored, advance)
+    dataset = create_dataset(workdir / "dataset")
+    missing = [id for id in plan.steps if not _is_done(dataset, _load(workdir, id))]
+    total = sum(plan.steps[id] for id in missing)
+    with progress.bar("collect", total, "step") as advance:
+        for id in missing:
+            try:
+                dataset = _collect(config, dataset, _load(workdir, id), advance)
+            except StoreError:
+                raise  # the next one would fail, too
+            except LdmError as error:
+                progress.log("failed", id=id, reason=error)
+                plan.failed[id] = str(error)
+    if plan.failed:
+        raise UnitsFailedError(plan.failed)
 
 
-def _is_done(dataset: Dataset, id: str, scored: ScoredReference) -> bool:
-    if id not in dataset.ids:
+class _Plan(typing.NamedTuple):
+    """What is known before: the steps to collect, by id, and why there are none of others."""
+
+    steps: dict[str, int]
+    failed: dict[str, str]
+
+
+def _plan(config: CollectStageConfig, workdir: pathlib.Path, named: tuple[str, ...]) -> _Plan:
+    plan = _Plan({}, {})
+    for id in named:
+        _load(workdir, id)  # who names an id wants to know first
+    for id in named or listed(workdir / "references"):
+        try:
+            scored = _load(workdir, id)
+            if scored.admission.admitted:
+                plan.steps[id] = collect.affordable_streams(scored.policy.spec, config.data) * config.data.steps
+            else:
+                progress.log("refused", id=id, reason=scored.admission.reason)
+        except LdmError as error:
+            progress.log("failed", id=id, reason=error)
+            plan.failed[id] = str(error)
+    return plan
+
+
+def _load(workdir: pathlib.Path, id: str) -> ScoredReference:
+    return load_reference(workdir / "references" / id)
+
+
+def _is_done(dataset: Dataset, scored: ScoredReference) -> bool:
+    if scored.policy.spec.id not in dataset.ids:
         return False
-    card = dataset.card(id)
+    card = dataset.card(scored.policy.spec.id)
     return card.reference == scored.policy.reference and card.reference_returns == scored.reference_returns
 
 
-def _streams(config: CollectStageConfig, scored: ScoredReference) -> int:
-    return collect.affordable_streams(scored.policy.spec, config.data)
-
-
 def _collect(
-    config: CollectStageConfig, dataset: Dataset, scored: ScoredReference, advance: typing.Callable[[int], None]
+    config: CollectStageConfig,
+    dataset: Dataset,
+    scored: ScoredReference,
+    advance: progress.Advance,
 ) -> Dataset:
-    spec, streams, clock = scored.policy.spec, _streams(config, scored), progress.clock()
-    environment = registry.make(spec.id, streams)
-    try:
-        seed = seed_of(config.seed, "collect", spec.id)
+    id, clock = scored.policy.spec.id, progress.clock()
+    streams = collect.affordable_streams(scored.policy.spec, config.data)
+    with contextlib.closing(registry.make(id, streams)) as environment:
+        seed = seed_of(config.seed, "collect", id)
         collected = collect.collect(environment, scored.policy, seed, config.data, advance)
-    finally:
-        environment.close()
     card = EnvironmentCard.of(
         environment.spec,
         statistics=collected.statistics,
@@ -92,10 +121,12 @@ def _collect(
         reference_returns=scored.reference_returns,
         reference=scored.policy.reference,
     )
+    if id in dataset.ids:
+        dataset = remove_group(dataset, id)
     dataset = append_part(dataset, card, collected.leaves, collected.episodes)
     progress.log(
         "collected",
-        id=spec.id,
+        id=id,
         streams=streams,
         steps=collected.statistics.steps,
         episodes=len(collected.episodes.start),

@@ -1,30 +1,35 @@
 """Evaluates the saved policy in every environment: `python -m experiments.evaluate --workdir=runs/mine`.
 
 Writes `evaluation/<id>.json` as each environment is finished and, once all are, `report/`. Killed and started again, it
-evaluates only what is missing.
+evaluates only what is missing. What cannot be evaluated is listed in the report, with the reason.
 """
 
 from __future__ import annotations
 
+import collections.abc
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import pathlib
+import types
 import typing
 
 import jax
 import numpy as np
 
 import environments as registry
-from data.references import load_reference
+from data.references import ReferencePolicyError, load_reference
 from experiments.harness import progress
 from experiments.harness.stage import stage
 from experiments.harness.workdir import key_of, listed, pin_config
-from experiments.report.page import write_report
+from experiments.report.page import read_metrics, write_report
 from experiments.report.targets import PUBLIC_TARGETS
 from ldm_jax import files
 from ldm_jax import policy as policies
+from ldm_jax.cards import check_matches
+from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.evaluation import aggregates, scores
 from ldm_jax.model.network import count_parameters
 from ldm_jax.rollout import evaluate
@@ -35,28 +40,37 @@ class EvaluateConfig:
     """How the policy is evaluated; its decoding is the one it was saved with, the same in all environments.
 
     Attributes:
-      seed: of the episodes.
-      rows: parallel rows per environment; each starts with an empty context.
-      episodes: per row, on one context; the first is reported apart too.
+      seed: seed of the episodes.
+      num_envs: parallel environments of each id; each starts with an empty context.
+      episodes: episodes of each of them, on one context; the first is reported apart, too.
     """
 
     seed: int = 1_000_003
-    rows: int = 64
+    num_envs: int = 64
     episodes: int = 4
 
-    def __post_init__(self):
-        if self.rows < 2 or self.episodes < 1:
-            raise ValueError(f"got {self.rows} rows x {self.episodes} episodes, expected at least 2 rows x 1")
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("num_envs", 2), ("episodes", 1)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, expected at least {least}")
 
 
 @stage("evaluate")
-def run(config: EvaluateConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
+def run(
+    config: EvaluateConfig,
+    workdir: pathlib.Path,
+    environments: tuple[str, ...] = (),
+    failed: collections.abc.Mapping[str, str] = types.MappingProxyType({}),
+) -> dict[str, typing.Any]:
     """Evaluates in all environments the policy knows, scores it and writes the report.
+
+    Where an environment cannot be evaluated, the report says why, and has all others.
 
     Args:
       config: how many episodes.
       workdir: has `references/` and `policy/`.
       environments: the ids to report; empty for all that have a reference, admitted or refused.
+      failed: why there is no reference of some of them.
 
     Returns:
       The contents of `report/scores.json`.
@@ -64,36 +78,58 @@ def run(config: EvaluateConfig, workdir: pathlib.Path, environments: tuple[str, 
     Raises:
       WorkdirError: the workdir cannot be used.
       PolicyError: there is no policy.
+      ReferencePolicyError: an id that was named has no reference; nothing has been done then.
     """
     policy = policies.load(workdir / "policy")
     ids = environments or listed(workdir / "references")
+    measured = {id: _measurement(policy, workdir, id, failed.get(id, "")) for id in ids}
     pin_config(workdir, "evaluate", config, owns=("evaluation", "report"))
     digest = fingerprint(policy)
-    paths = {id: workdir / "evaluation" / f"{id}.json" for id in ids if id in policy.cards}
-    missing = [id for id, path in paths.items() if _kept(path, digest) is None]
-    if missing:
-        with progress.bar("evaluate", len(missing) * config.rows * config.episodes, "episode") as advance:
-            for id in missing:
+    paths = {id: workdir / "evaluation" / f"{id}.json" for id in ids if not measured[id].missing}
+    missing = [id for id, path in paths.items() if _finished(path, digest) is None]
+    with progress.bar("evaluate", len(missing) * config.num_envs * config.episodes, "episode") as advance:
+        for id in missing:
+            try:
                 _evaluate(config, policy, digest, id, paths[id], advance)
-    measured: list[scores.Measurement] = []
-    for id in ids:
-        scored = load_reference(workdir / "references" / id)
-        returns = _kept(paths[id], digest) if id in paths else None
-        reference = (scored.random_returns.array, scored.reference_returns.array)
-        missing_reason = "" if id in policy.cards else "the policy was not trained in it"
-        measured.append(
-            scores.Measurement(
-                id, scored.policy.spec.domain, *reference, returns, PUBLIC_TARGETS.get(id), missing_reason
-            )
-        )
-    results = scores.score_each(measured, config.seed)
-    parameters = count_parameters(policy.params)
-    found = aggregates.to_json(results, parameters, policy.decoding, config.seed)
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+            except LdmError as error:
+                progress.log("failed", id=id, reason=error)
+                measured[id] = measured[id]._replace(missing=str(error))
+    for id, path in paths.items():
+        measured[id] = measured[id]._replace(model_returns=_finished(path, digest))
+    results = scores.score_each(measured.values(), config.seed)
+    found = aggregates.to_json(results, count_parameters(policy.params), policy.decoding, config.seed)
     details = {"Evaluation seed": config.seed, "Policy": digest, "ldm_jax": importlib.metadata.version("ldm_jax")}
-    page = write_report(workdir / "report", found, rows, "One policy, many environments", details)
+    training = read_metrics(workdir / "metrics.jsonl")
+    page = write_report(workdir / "report", found, training, "One policy, many environments", details)
     print(f"{aggregates.table(found)}\n\nreport: {page}")
     return found
+
+
+def _measurement(policy: policies.Policy, workdir: pathlib.Path, id: str, missing: str) -> scores.Measurement:
+    """What is known of an environment before the policy acts in it; `missing` says why it will not."""
+    unknown = scores.Measurement(id, "unknown", None, None, None, PUBLIC_TARGETS.get(id), missing)
+    directory = workdir / "references" / id
+    if missing and not directory.exists():
+        return unknown
+    try:
+        scored = load_reference(directory)
+    except ReferencePolicyError as error:
+        if not directory.exists():
+            raise  # it was named, and is not known: most often it is misspelled
+        return unknown._replace(missing=str(error))
+    if id in policy.cards:
+        try:
+            check_matches(policy.cards[id], scored.policy.spec, "the policy")
+        except LdmError as error:
+            missing = str(error)
+    else:
+        missing = missing or "the policy was not trained there"
+    return unknown._replace(
+        domain=scored.policy.spec.domain,
+        random_returns=scored.random_returns.array,
+        reference_returns=scored.reference_returns.array,
+        missing=missing,
+    )
 
 
 def fingerprint(policy: policies.Policy) -> str:
@@ -106,10 +142,13 @@ def fingerprint(policy: policies.Policy) -> str:
     return digest.hexdigest()
 
 
-def _kept(path: pathlib.Path, digest: str) -> np.ndarray | None:
-    """Returns `[rows, episodes]` of an earlier evaluation of the same policy."""
-    kept = json.loads(path.read_text()) if path.exists() else {"policy": ""}
-    return np.array(kept["returns"]) if kept["policy"] == digest else None
+def _finished(path: pathlib.Path, digest: str) -> np.ndarray | None:
+    """Returns `[num_envs, episodes]` of a finished evaluation of the same policy, if there is one."""
+    try:
+        result = json.loads(path.read_text())
+        return np.array(result["returns"], np.float64) if result["policy"] == digest else None
+    except (FileNotFoundError, ValueError, TypeError, KeyError):  # what is damaged is evaluated again
+        return None
 
 
 def _evaluate(
@@ -118,15 +157,12 @@ def _evaluate(
     digest: str,
     id: str,
     path: pathlib.Path,
-    advance: typing.Callable[[int], None],
+    advance: progress.Advance,
 ) -> None:
     clock, key = progress.clock(), key_of(config.seed, "evaluate", id)
-    environment = registry.make(id, config.rows)
-    try:
-        watch = progress.up_to(advance)
-        episodes = evaluate(environment, policy.agent(id), policy.params, key, config.episodes, watch)
-    finally:
-        environment.close()
+    with contextlib.closing(registry.make(id, config.num_envs)) as environment:
+        agent = policy.agent(environment)
+        episodes = evaluate(environment, agent, policy.params, key, config.episodes, progress.up_to(advance))
     returns = episodes.returns.astype(np.float64)
     result = {"id": id, "policy": digest, "returns": returns.tolist(), "lengths": episodes.lengths.tolist()}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,25 @@
 """From nothing to a measured policy: `python -m experiments.quickstart --workdir=runs/quickstart`.
 
 Trains references, collects, pretrains one model and evaluates it, one stage after the other. Killed and started again
-with the same flags, it goes on where it was.
+with the same flags, it goes on where it was. An environment that fails does not stop the others: the report says why.
 """
 
 from __future__ import annotations
 
+import collections.abc
+import contextlib
 import dataclasses
 import pathlib
 import typing
 
 from data import collect as collecting
 from experiments import collect, evaluate, pretrain, references
-from experiments.harness.ids import check_ids
-from experiments.harness.stage import stage
+from experiments.harness import progress
+from experiments.harness.ids import find_unfit, parse_ids
+from experiments.harness.mesh import make_mesh
+from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.workdir import pin_config
+from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import SIZES
 from ldm_jax.training.optimizer import TrainingConfig
 
@@ -54,6 +59,23 @@ class QuickstartConfig:
     pretrain: pretrain.PretrainConfig = dataclasses.field(default_factory=pretrain.PretrainConfig)
     evaluate: evaluate.EvaluateConfig = dataclasses.field(default_factory=evaluate.EvaluateConfig)
 
+    def __post_init__(self) -> None:
+        data, pretraining = self.collect.data, self.pretrain
+        if pretraining.window > data.steps:
+            raise ConfigError(
+                f"pretrain.window is {pretraining.window}, expected at most collect.data.steps, {data.steps}: collect "
+                "longer streams or shorten the window"
+            )
+        if pretraining.held_out > data.streams:
+            raise ConfigError(
+                f"pretrain.held_out is {pretraining.held_out}, expected at most collect.data.streams, {data.streams}: "
+                "collect more streams or hold out more of them"
+            )
+        if pretraining.model.tokens_per_step != 1:
+            raise ConfigError(
+                f"pretrain.model.tokens_per_step is {pretraining.model.tokens_per_step}, expected 1: no other acts"
+            )
+
 
 SMOKE = QuickstartConfig(
     environments=("gymnax/Catch-bsuite", "gymnax/CartPole-v1", "envpool/FrozenLake-v1"),
@@ -62,7 +84,7 @@ SMOKE = QuickstartConfig(
     pretrain=pretrain.PretrainConfig(
         model=SIZES["nano"], training=TrainingConfig(steps=60, warmup=5), window=16, checkpoint_steps=20
     ),
-    evaluate=evaluate.EvaluateConfig(rows=50, episodes=2),
+    evaluate=evaluate.EvaluateConfig(num_envs=50, episodes=2),
 )
 """Small enough for a test: it shows that all parts fit, not what they can do."""
 
@@ -83,13 +105,33 @@ def run(config: QuickstartConfig, workdir: pathlib.Path, environments: tuple[str
       UnknownEnvironmentError: an id that is not known; nothing has been done then.
       WorkdirError: the workdir cannot be used.
     """
-    ids = environments or config.environments
-    check_ids(ids)
+    ids = environments or parse_ids(config.environments)
+    if unknown := sorted({*config.pretrain.evaluation.ids} - {*ids}):
+        raise ConfigError(
+            f"pretrain.evaluation.environments names {', '.join(unknown)}, expected some of --environments"
+        )
+    make_mesh(config.pretrain.mesh)  # it says if there are not so many devices
+    failed = find_unfit(ids, config.pretrain.model)
+    for id, reason in failed.items():
+        progress.log("refused", id=id, reason=reason)
+    if len(failed) == len(ids):
+        raise UnitsFailedError(failed)
     pin_config(workdir, "quickstart", dataclasses.replace(config, environments=ids), owns=("*",))
-    references.run(config.references, workdir, ids)
-    collect.run(config.collect, workdir, ids)
+    with _going_on(failed):
+        references.run(config.references, workdir, tuple(id for id in ids if id not in failed))
+    with _going_on(failed):
+        collect.run(config.collect, workdir, tuple(id for id in ids if id not in failed))
     pretrain.run(config.pretrain, workdir)
-    return evaluate.run(config.evaluate, workdir, ids)
+    return evaluate.run(config.evaluate, workdir, ids, failed)
+
+
+@contextlib.contextmanager
+def _going_on(failed: dict[str, str]) -> collections.abc.Iterator[None]:
+    """Goes on without the environments that fail in the block, and notes the reasons."""
+    try:
+        yield
+    except UnitsFailedError as error:
+        failed |= error.reasons
 
 
 if __name__ == "__main__":

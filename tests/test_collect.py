@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import gymnasium
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_datasets
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from runs import CASES, go_right, reference_of
 
 import environments
 import ldm_jax
-from data.collect import CollectConfig, affordable_streams, collect, noise_levels
+from data import collect as collecting
+from data.collect import CollectConfig, affordable_streams, collect, index_episodes, noise_levels
+from data.references import ReferencePolicyError
+from data.statistics import measure
+from ldm_jax.cards import CardError
 from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16
+from ldm_jax.encoding.codec import Codec
 from ldm_jax.environment import EnvironmentFaultError
+from ldm_jax.errors import ConfigError
 from ldm_jax.spaces import leaf_shape_dtype
 
 STREAMS, STEPS = 24, 200
@@ -141,27 +153,177 @@ class _Broken:
 
     def reset(self, key):
         self.__dict__["steps"] = 0
-        return self.inner.reset(key)
+        state, timestep = self.inner.reset(key)
+        return state, self._masked(timestep) if self.lie == "no mask" else timestep
 
     def step(self, state, action):
         state, timestep = self.inner.step(state, action)
         self.__dict__["steps"] += 1
-        if self.__dict__["steps"] > 40:
-            lies = {"reward": timestep.reward * np.nan, "observation": np.full_like(timestep.observation, 99)}
-            timestep = timestep._replace(**{self.lie: lies[self.lie]})
+        lies = self.__dict__["steps"] > 40
+        if self.lie.endswith("mask"):
+            return state, self._masked(timestep) if lies == (self.lie == "mask") else timestep
+        if lies:
+            values = {"reward": timestep.reward * np.nan, "observation": np.full_like(timestep.observation, 99)}
+            timestep = timestep._replace(**{self.lie: values[self.lie]})
         return state, timestep
+
+    def _masked(self, timestep):
+        return timestep._replace(action_mask=np.ones((len(timestep.reward), self.spec.action_space.n), bool))
 
     def close(self):
         self.inner.close()
 
 
-@pytest.mark.parametrize(("lie", "words"), [("reward", "reward nan at step 41"), ("observation", "99")])
+@pytest.mark.parametrize(
+    ("lie", "words"),
+    [
+        ("reward", "reward nan at step 41"),
+        ("observation", "99"),
+        ("mask", "gave an action mask after its first time step"),
+        ("no mask", "lost its action mask after its first time step"),
+    ],
+)
 def test_lies_are_refused(lie, words):
     environment = _Broken(environments.make("envpool/FrozenLake-v1", STREAMS), lie)
     with pytest.raises(EnvironmentFaultError, match=words) as caught:
         collect(environment, reference_of(go_right, environment), 0, CONFIG)
     assert "envpool/FrozenLake-v1" in str(caught.value)
     environment.close()
+
+
+def _label(value):
+    def policy(observation):
+        action, distribution = _damp(observation)
+        return jnp.full_like(action, value), distribution
+
+    return policy
+
+
+def _scale(observation):
+    action, distribution = _damp(observation)
+    return action, distribution._replace(scale=jnp.full_like(action, jnp.inf))
+
+
+_damp = CASES["gymnax/Pendulum-v1"]
+
+
+@pytest.mark.parametrize(("policy", "words"), [(_label(jnp.nan), "NaN"), (_scale, "its scale is not finite")])
+def test_labels_that_are_no_numbers_are_refused(policy, words):
+    environment = environments.make("gymnax/Pendulum-v1", 4)
+    with pytest.raises(ReferencePolicyError, match=f"the label of gymnax/Pendulum-v1 in steps 0 to 63.*{words}"):
+        collect(environment, reference_of(policy, environment), 0, CONFIG)
+
+
+def test_labels_that_do_not_exist_are_refused():
+    environment = environments.make("gymnax/CartPole-v1", 4)
+
+    def policy(observation):
+        action, distribution = CASES["gymnax/CartPole-v1"](observation)
+        return action + 7, distribution
+
+    with pytest.raises(ReferencePolicyError, match=r"the label of gymnax/CartPole-v1.*outside Discrete\(2\)"):
+        collect(environment, reference_of(policy, environment), 0, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "change", [{"version": "0"}, {"time_limit": 3}, {"action_space": gymnasium.spaces.Discrete(4, start=1)}]
+)
+def test_a_reference_of_another_version_of_the_environment_collects_nothing(change):
+    environment = environments.make("envpool/FrozenLake-v1", 4)
+    reference = reference_of(go_right, environment)
+    other = dataclasses.replace(reference, spec=dataclasses.replace(reference.spec, **change))
+    with pytest.raises(CardError, match=f"the reference of envpool/FrozenLake-v1 is not .*{next(iter(change))}"):
+        collect(environment, other, 0, CONFIG)
+    environment.close()
+
+
+def test_arrays_too_large_for_memory_are_refused_before_the_first_step():
+    environment = environments.make("gymnax/CartPole-v1", 4)
+    reference, seen = reference_of(CASES["gymnax/CartPole-v1"], environment), []
+    for config in (
+        CollectConfig(steps=10**6, max_bytes=2**20),
+        CollectConfig(steps=10**14, max_bytes=2**60),  # allowed, and more than any machine has
+    ):
+        with pytest.raises(ConfigError, match=r"4 streams of 10+ steps of gymnax/CartPole-v1 take \d+ MiB, more than"):
+            collect(environment, reference, 0, config, seen.append)
+    assert not seen
+    with pytest.raises(ConfigError, match="2 streams of 1000000 steps"):
+        affordable_streams(environment.spec, CollectConfig(steps=10**6, max_bytes=2**20))
+
+
+def _measured(observation, reward):
+    spec = environments.make("gymnax/CartPole-v1", 2).spec
+    spec = dataclasses.replace(spec, observation_space=gymnasium.spaces.Box(-np.inf, np.inf, observation.shape[2:]))
+    card = tiny_datasets.card(observation_space=spec.observation_space)
+    leaves = tiny_datasets.leaves(card, *reward.shape) | {"observation/value": observation, "reward": reward}
+    return card, leaves, measure(spec, leaves)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    st.floats(-9, 20), st.floats(-9, 20), hnp.arrays(np.int8, (20, 3, 4)), hnp.arrays(np.int8, (20, 3)), st.booleans()
+)
+def test_statistics_and_features_do_not_depend_on_the_unit(power, reward_power, observation, reward, shifted):
+    observation = observation.astype(np.float32) + 1000 * shifted
+    observation[..., 3] = 7.0 * shifted  # a number that never changes
+    found = []
+    for unit, reward_unit in ((1.0, 1.0), (10.0**power, 10.0**reward_power)):
+        card, leaves, statistics = _measured(
+            (observation * unit).astype(np.float32), (reward * reward_unit).astype(np.float32)
+        )
+        features, _ = Codec(dataclasses.replace(card, statistics=statistics)).window(
+            {name: value[:, 0] for name, value in leaves.items()}
+        )
+        known = 1.0 if shifted else np.array([*np.where(np.ptp(observation, (0, 1)) > 0, unit, 1.0)])
+        known = np.where(observation[0, 0] != 0, unit, known)
+        found.append(
+            (
+                np.array(statistics.observation_mean) / unit,
+                np.array(statistics.observation_std) / known,
+                statistics.reward_scale / (reward_unit if reward.any() else 1.0),
+                features.numeric[..., 0],
+                features.reward,
+            )
+        )
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_a_small_return_is_not_lost_beside_a_large_one():
+    first = np.zeros((6, 1), bool)
+    first[[0, 3]] = True
+    reward = np.array([0, 1e20, 0, 0, 1e-3, 1e-3], np.float32)[:, None]
+    episodes = index_episodes({"first": first, "reward": reward}, 0, np.zeros(1, np.float32))
+    np.testing.assert_allclose(episodes.return_, [1e20, 2e-3], rtol=1e-6)
+
+
+def test_observations_that_float32_does_not_hold_are_refused():
+    space = gymnasium.spaces.Dict(
+        {
+            "wide": gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64),
+            "grid": gymnasium.spaces.Box(0, np.inf, (5, 5)),
+        }
+    )
+    spec = dataclasses.replace(environments.make("gymnax/CartPole-v1", 2).spec, observation_space=space)
+    for name, value in (("wide", 1e300), ("wide", np.inf), ("grid", np.inf)):
+        observation = {"wide": np.zeros((3, 2, 2)), "grid": np.zeros((3, 2, 5, 5), np.float32)}
+        observation[name].flat[0] = value
+        no = np.zeros((3, 2), bool)
+        timestep = ldm_jax.TimeStep(
+            observation=observation, reward=np.zeros((3, 2), np.float32), terminated=no, truncated=no, first=no
+        )
+        with pytest.raises(EnvironmentFaultError, match=f"part '{name}', is infinite in float32"):
+            collecting._check_timesteps(spec, timestep, 0)
+
+
+@pytest.mark.parametrize("travel", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_what_was_collected_travels(case, travel):
+    _, _, collected = case
+    again = travel(collected)
+    assert again == collected and (again != collected) is False and travel(CONFIG) == CONFIG
+    reward = collected.leaves["reward"].copy()
+    reward[0, 0] += 1
+    assert collected != collected._replace(leaves=collected.leaves | {"reward": reward})
 
 
 def test_large_observations_get_fewer_streams():
@@ -177,3 +339,11 @@ def test_large_observations_get_fewer_streams():
 def test_config_refuses_nothing_to_do(field):
     with pytest.raises(ValueError, match=field):
         CollectConfig(**{field: 0})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.5, "64", -1])
+@pytest.mark.parametrize("field", ["streams", "steps", "block", "max_bytes"])
+def test_config_takes_whole_numbers_alone(field, value):
+    with pytest.raises(ConfigError, match=f"{field} is {value!r}, expected"):
+        CollectConfig(**{field: value})
+    assert type(getattr(CollectConfig(**{field: np.int32(64)}), field)) is int

@@ -1,6 +1,9 @@
 """Laws of the suites that are written in JAX, each on real environments."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -116,3 +119,45 @@ def test_what_is_not_offered_says_why(id, text):
     with pytest.raises(environments.UnknownEnvironmentError, match=f"not offered: {text}"):
         environments.make(id)
     assert id not in environments.list_ids(id.split("/")[0])
+
+
+# Settings of the process: in 64 bits the libraries would give other numbers, and some could not be compiled at all.
+
+PLAY = """
+import hashlib, sys
+import jax, numpy as np
+import environments
+from ldm_jax import spaces
+
+for id in sys.argv[1:]:
+    environment = environments.make(id, 3, time_limit=4)
+    reset, step = environment.reset, environment.step
+    state, time_step = reset(jax.random.key(0))
+    seen, space = [time_step], environment.spec.action_space
+    actions = [spaces.zeros(space, (3,)) for _ in range(9)]
+    for t, action in enumerate(actions):
+        if isinstance(action, np.ndarray) and action.dtype == np.int32 and t % 2:
+            action = action.astype(np.int64)  # as 64 bits would have it
+        state, time_step = step(state, action)
+        seen.append(time_step)
+    if environment.spec.jittable:  # and in one program
+        run = lambda key: jax.lax.scan(lambda state, action: step(state, action), reset(key)[0], np.stack(actions))[1]
+        seen.append(jax.jit(run)(jax.random.key(1)))
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(seen)]
+    print(id, *sorted({str(leaf.dtype) for leaf in leaves}), hashlib.sha256(b"".join(map(bytes, leaves))).hexdigest())
+"""
+
+
+def play_in_a_process(names, **variables):
+    command, environment = [sys.executable, "-c", PLAY, *names], {**os.environ, **variables}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_time_steps_are_the_same_where_the_process_computes_in_64_bits():
+    wanted = ("gymnax/Pendulum-v1", "pgx/tic_tac_toe", "envpool/Pendulum-v1", "gymnasium/CartPole-v1")
+    names = [name for name in wanted if importlib.util.find_spec(name.split("/")[0]) is not None]
+    plain = play_in_a_process(names, JAX_ENABLE_X64="0")
+    assert len(plain.splitlines()) == len(names) and "64 " not in plain
+    assert play_in_a_process(names, JAX_ENABLE_X64="1") == plain

@@ -1,7 +1,10 @@
 """The mixture: a batch is a function of one integer, and windows are what they claim to be."""
 
 import collections
+import copy
+import dataclasses
 import itertools
+import pickle
 import uuid
 
 import hypothesis
@@ -11,9 +14,12 @@ import pytest
 from hypothesis import strategies as st
 from tiny_datasets import ID, append, card, episodes, leaves
 
+import data
 from data import mixture as mixture_module
 from data import store
+from data.batches import make_codecs
 from data.mixture import BucketRows, Mixture, MixtureError, WindowSource
+from ldm_jax.model.config import SIZES
 
 LENGTH, WHERE = 16, "observation/value"
 PARTS = {"x/a": [(40, 3), (16, 2), (90, 1)], "x/b": [(64, 4)], "x/c": [(33, 2), (10, 5)]}
@@ -229,3 +235,45 @@ def test_a_damaged_part_stops_the_iterator_with_its_name(tmp_path):
     batches = Mixture({"b": BucketRows(source(dataset, (ID,), (1,)), 2)}).batches()
     with pytest.raises(store.StoreError, match="part-00001 of gymnax/CartPole-v1, leaf 'reward', cannot be read"):
         next(batches)
+
+
+def test_weights_whose_sum_is_infinite_are_drawn_by(dataset):
+    weights = (1e308, 1e308, 1e308)
+    environments = [window.environment_index for window in source(dataset, weights=weights).locate(range(300))]
+    equal = [window.environment_index for window in source(dataset, weights=(1, 1, 1)).locate(range(300))]
+    assert environments == equal and {*environments} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.5])
+def test_no_count_is_a_fraction_or_nan(dataset, value):
+    for make in (
+        lambda: mixture_module.Streams(value),
+        lambda: source(dataset, length=value),
+        lambda: Mixture({"b": BucketRows(source(dataset), value)}),
+        lambda: mixture(dataset, process_count=value),
+    ):
+        with pytest.raises(MixtureError, match=f"is {value}, expected a whole number"):
+            make()
+
+
+@pytest.mark.parametrize("travel", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_mixture_travels_before_and_after_use(dataset, travel):
+    original = mixture(dataset)
+    before = travel(original)
+    batch = original[3]
+    for copied in (before, travel(original)):
+        assert copied == original and copied.fingerprint == original.fingerprint
+        assert_equal(copied[3], batch)
+    assert original != mixture(dataset, seed=1) and source(dataset) != source(dataset, weights=(1, 1, 1))
+    assert len({source(dataset), source(dataset)}) == 1
+
+
+@pytest.mark.parametrize("travel", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_what_a_model_is_trained_on_travels(travel):
+    url, model = f"memory://{uuid.uuid4()}", dataclasses.replace(SIZES["nano"], values=64)
+    dataset = append(append(store.create_dataset(url)), "x/other", streams=8)
+    batches = data.mix(dataset, make_codecs(dataset, dataset.ids, model), 16, 2, 0)
+    copied = travel(batches)
+    assert copied == batches != data.mix(dataset, make_codecs(dataset, dataset.ids, model), 16, 2, 1)
+    assert_equal(copied[5], batches[5])
+    assert_equal(travel(batches)[5], batches[5])

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from data.store import open_dataset, verify
+from data.store import open_dataset, verify_dataset
 from environments import UnknownEnvironmentError
 from experiments import collect, pretrain, quickstart, references
 from experiments.harness.flags import rebuild
@@ -119,7 +119,7 @@ def test_the_end_is_a_table_and_a_report(killed):
     assert steps == sorted(set(steps)) and steps[-1] == 60
     for stage in ("quickstart", "references", "collect", "pretrain", "evaluate"):
         assert json.loads((workdir / f"{stage}.json").read_text())
-    verify(open_dataset(workdir / "dataset"))
+    verify_dataset(open_dataset(workdir / "dataset"))
 
 
 def test_a_run_never_killed_gives_the_same(killed, tmp_path):

@@ -124,7 +124,7 @@ def test_writing_again_replaces_the_files_with_the_same_bytes(report, tmp_path):
 
 def test_nothing_admitted_and_no_training_still_make_a_page():
     refused = scores.score(scores.Measurement("gymnax/A", "games", np.zeros(4), np.zeros(4), None), seed=0)
-    text = page.render(aggregates.to_json([refused], 1, "greedy", seed=0), [], "Empty")
+    text = page.render_report(aggregates.to_json([refused], 1, "greedy", seed=0), [], "Empty")
     assert "0 admitted of 1 registered" in text and "No training metrics" in text and Tags(text).open == []
 
 

@@ -41,7 +41,7 @@ def test_what_is_written_is_read_back(seen, acted, steps, streams, masked, distr
     url = memory()
     store.append_part(store.create_dataset(url), made, written, episodes(steps, streams))
     dataset = store.open_dataset(url)
-    store.verify(dataset)
+    store.verify_dataset(dataset)
     (read,) = dataset.parts(ID)
     assert (read.steps, read.streams, read.leaf_names) == (steps, streams, tuple(sorted(written)))
     start = data.draw(st.integers(0, steps - 1))
@@ -75,7 +75,7 @@ def test_a_leaf_of_any_name_stays_in_its_folder(tmp_path, name):
     made = card(observation_space=spaces.Dict({key: spaces.Box(0, 1) for key in (name, other)}))
     dataset = store.create_dataset(tmp_path / "inside")
     store.append_part(dataset, made, leaves(made, 5, 2), episodes(5, 2))
-    store.verify(store.open_dataset(tmp_path / "inside"))
+    store.verify_dataset(store.open_dataset(tmp_path / "inside"))
     assert [path.name for path in tmp_path.iterdir()] == ["inside"]
     assert sorted(path.name for path in (tmp_path / "inside").iterdir()) == ["gymnax", "manifest.json"]
 
@@ -93,7 +93,7 @@ def test_chunks_hold_one_stream_and_shards_divide_into_them(leaf):
     made, name = card(observation_space=spaces.Box(0, 255, shape[2:], dtype)), "observation/value"
     written = leaves(made, *shape[:2]) | {name: value}
     dataset = store.append_part(store.create_dataset(memory()), made, written, episodes(*shape[:2]))
-    store.verify(dataset)
+    store.verify_dataset(dataset)
     window = dataset.parts(ID)[0].read([name], 10, shape[0], 3)[name]
     np.testing.assert_array_equal(window, value[10:, 3])
 
@@ -180,14 +180,14 @@ def test_a_killed_writer_loses_at_most_the_part_in_flight(tmp_path):
         said = 1 + len(process.stdout.read().split())
         process.wait()
         dataset = store.open_dataset(tmp_path)
-        store.verify(dataset)
+        store.verify_dataset(dataset)
         count = len(dataset.parts(ID))
         assert kept + said <= count <= kept + said + 1
         rewards = [float(part.read(["reward"], 0, 1, 0)["reward"][0]) for part in dataset.parts(ID)]
         assert rewards[kept : kept + said] == [float(kept + value) for value in range(said)], start
         kept = count
     dataset = append(dataset, steps=200, streams=8, value=kept)
-    store.verify(store.open_dataset(tmp_path))
+    store.verify_dataset(store.open_dataset(tmp_path))
     folders = {path.name for path in (tmp_path / ID).iterdir() if path.is_dir()}
     assert folders == {part.name for part in dataset.parts(ID)}, "leftovers were taken over"
     claims = {path.stem for path in (tmp_path / ID).glob("*.claim")}
@@ -203,7 +203,7 @@ def test_what_a_dead_writer_left_is_no_end_of_another_file(tmp_path):
     for path in (manifest_file, card_file, tmp_path / ID / "part-00002.claim"):
         path.with_name(f"{path.name}.__lock").write_bytes(b"x" * 100_000)
     store.append_part(dataset, newer, leaves(newer), episodes(70, 3))
-    store.verify(store.open_dataset(tmp_path))
+    store.verify_dataset(store.open_dataset(tmp_path))
     assert card_file.read_bytes() == content and b"xx" not in manifest_file.read_bytes()
 
 
@@ -217,7 +217,7 @@ def test_leftovers_of_a_dead_writer_do_no_harm(tmp_path):
     assert store.open_dataset(tmp_path).ids == ()
     dataset = append(dataset)
     assert [part.name for part in dataset.parts(ID)] == ["part-00001"]
-    store.verify(store.open_dataset(tmp_path))
+    store.verify_dataset(store.open_dataset(tmp_path))
 
 
 def test_a_claim_of_a_live_writer_is_respected(tmp_path):
@@ -236,7 +236,7 @@ def test_a_failed_append_leaves_nothing(tmp_path):
         with pytest.raises(store.StoreError, match="cannot write"):
             store.append_part(dataset, card(), leaves(card()), episodes(70, 3))
     assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [p for p in before if p.is_file()]
-    store.verify(append(store.open_dataset(tmp_path)))
+    store.verify_dataset(append(store.open_dataset(tmp_path)))
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["one group", "a group each"])
@@ -249,7 +249,7 @@ def test_concurrent_threads_lose_nothing(same):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(24)))
     dataset = store.open_dataset(url)
-    store.verify(dataset)
+    store.verify_dataset(dataset)
     parts = [part for id in dataset.ids for part in dataset.parts(id)]
     assert sorted(part.read(["reward"], 0, 1, 0)["reward"][0] for part in parts) == list(range(24))
 
@@ -259,7 +259,7 @@ def test_concurrent_processes_lose_nothing(tmp_path):
     assert [process.communicate()[0].count("\n") for process in processes] == [15, 15, 15]
     assert all(process.returncode == 0 for process in processes)
     dataset = store.open_dataset(tmp_path)
-    store.verify(dataset)
+    store.verify_dataset(dataset)
     got = [sorted(part.read(["reward"], 0, 1, 0)["reward"][0] for part in dataset.parts(id)) for id in dataset.ids]
     assert got == [[*range(15), *range(100, 115)], [*range(200, 215)]]
 
@@ -270,7 +270,7 @@ def test_a_removed_group_leaves_the_others(tmp_path):
         dataset = append(dataset, id)
     dataset = store.remove_group(dataset, "x/a")
     assert dataset.ids == store.open_dataset(tmp_path).ids == ("x/a/b", "x/ab")
-    store.verify(dataset)
+    store.verify_dataset(dataset)
     assert not [path for path in (tmp_path / "x/a").rglob("*") if path.is_file() and "b" not in path.parts]
     dataset = append(dataset, "x/a", value=5)
     assert dataset.parts("x/a")[0].read(["reward"], 0, 2, 0)["reward"].tolist() == [5, 5], "not what was cached"
@@ -300,10 +300,10 @@ def test_damage_is_named_and_never_read_as_data(tmp_path, damage):
     with pytest.raises(store.StoreError, match=message):
         dataset.parts(ID)[0].read(["observation/value"], 0, 5, 0)
     with pytest.raises(store.StoreError, match=message):
-        store.verify(dataset)
+        store.verify_dataset(dataset)
     assert dataset.parts(ID)[0].read(["reward"], 0, 5, 0)["reward"].shape == (5,)
     append(store.remove_group(dataset, ID))
-    store.verify(store.open_dataset(tmp_path))
+    store.verify_dataset(store.open_dataset(tmp_path))
 
 
 def test_a_swapped_file_fails_verification(tmp_path):
@@ -312,7 +312,7 @@ def test_a_swapped_file_fails_verification(tmp_path):
     other = tmp_path / ID / "part-00002" / path.relative_to(tmp_path / ID / "part-00001")
     path.write_bytes(other.read_bytes())
     with pytest.raises(store.StoreError, match="leaf 'reward', cannot be read: its checksum differs"):
-        store.verify(dataset)
+        store.verify_dataset(dataset)
 
 
 @pytest.mark.parametrize("name", ["episodes.npy", "card"])
@@ -321,7 +321,7 @@ def test_a_damaged_index_or_card_is_named(tmp_path, name):
     (path,) = (tmp_path / ID).glob("card-*") if name == "card" else [tmp_path / ID / "part-00001" / name]
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(store.StoreError, match=f"{name}.*{ID} again"):
-        store.verify(dataset)
+        store.verify_dataset(dataset)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "manifest.json"])
@@ -499,7 +499,7 @@ def test_of_many_that_make_one_dataset_at_once_all_write_to_it(tmp_path):
     assert done.returncode == 0, done.stderr
     for folder in root.iterdir():
         dataset = store.open_dataset(folder)
-        store.verify(dataset)
+        store.verify_dataset(dataset)
         assert dataset.ids == tuple(f"gymnax/{number}" for number in range(4))
 
 
@@ -541,7 +541,7 @@ def test_a_file_that_may_not_grow_leaves_the_dataset_as_it_was(tmp_path):
     (line,) = done.stdout.splitlines()
     assert line.startswith("cannot write ") and "File too large. Choose a place with room" in line
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
-    store.verify(append(store.open_dataset(tmp_path)))
+    store.verify_dataset(append(store.open_dataset(tmp_path)))
 
 
 @pytest.fixture
@@ -576,7 +576,7 @@ def test_a_full_disk_leaves_the_dataset_as_it_was(small_disk):
             assert store.open_dataset(dataset.url) == before and {*(small_disk / "data").rglob("*.npy")} == files
             outcomes.add(re.search(r"cannot write (\S*?)(part-\d+)?(/\S*)? at", str(error))[3])
         filler.unlink()
-        store.verify(store.open_dataset(dataset.url))
+        store.verify_dataset(store.open_dataset(dataset.url))
         if "written" in outcomes:
             break
     assert "written" in outcomes and len(outcomes) > 2, f"filled at several files, not only at {outcomes}"
@@ -591,18 +591,22 @@ def test_what_cannot_be_read_is_not_said_to_be_damaged(tmp_path, name):
     path.symlink_to(path.name)  # as a broken mount: even the superuser cannot read it
     dataset = store.open_dataset(tmp_path)
     with pytest.raises(store.StoreError, match=r"cannot (be )?read.*symbolic links") as caught:
-        store.verify(dataset)
+        store.verify_dataset(dataset)
     assert "delete" not in str(caught.value) and "damaged. " not in str(caught.value)
     assert_one_line(caught.value)
     path.unlink()
     kept.rename(path)
-    store.verify(dataset)
+    store.verify_dataset(dataset)
 
 
 def test_what_was_removed_meanwhile_is_not_said_to_be_damaged(tmp_path):
     dataset = append(append(store.create_dataset(tmp_path)), "x/other")
     store.remove_group(dataset, ID)
-    for read in (lambda: dataset.card(ID), lambda: dataset.parts(ID)[0].episodes, lambda: store.verify(dataset)):
+    for read in (
+        lambda: dataset.card(ID),
+        lambda: dataset.parts(ID)[0].episodes,
+        lambda: store.verify_dataset(dataset),
+    ):
         with pytest.raises(store.StoreError, match="removed or replaced since the dataset was opened: open it again"):
             read()
     (part,) = dataset.parts("x/other")

@@ -7,7 +7,7 @@ from .dataset import Part as Part
 from .dataset import Request as Request
 from .dataset import open_dataset as open_dataset
 from .dataset import read_many as read_many
-from .dataset import verify as verify
+from .dataset import verify_dataset as verify_dataset
 from .manifest import MANIFEST as MANIFEST
 from .manifest import EpisodeIndex as EpisodeIndex
 from .manifest import StoreError as StoreError

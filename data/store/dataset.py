@@ -252,7 +252,7 @@ def open_dataset(url: str | os.PathLike[str]) -> Dataset:
     return Dataset(storage, groups)
 
 
-def verify(dataset: Dataset) -> None:
+def verify_dataset(dataset: Dataset) -> None:
     """Reads everything again and compares it with the checksums in the manifest.
 
     Args:
@@ -286,7 +286,7 @@ def read_manifest(storage: Storage) -> Shown:
         found = storage.read(MANIFEST)
         if found.content is None:
             raise manifest.foreign(storage.url, f"it has files but no {MANIFEST}")
-    groups = None if found.content is None else manifest.decode(storage.url, found.content)
+    groups = None if found.content is None else manifest.decode_manifest(storage.url, found.content)
     return Shown(groups, found.generation)
 
 

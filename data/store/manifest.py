@@ -19,12 +19,12 @@ from ldm_jax.encoding.transition import check_leaves
 from ldm_jax.errors import LdmError
 from ldm_jax.spaces import SpaceError
 
-FORMAT = "ldm_jax trajectories"
+MANIFEST_FORMAT = "ldm_jax trajectories"
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 EPISODES = "episodes.npy"
 CHUNK_BYTES = 128 << 10
-CHUNK_STEPS = (16, 1024)
+CHUNK_STEP_RANGE = (16, 1024)
 """A chunk is what one read decodes: about CHUNK_BYTES of one stream, since windows are 64 to 1,024 steps of one."""
 SHARD_BYTES = 64 << 20
 """A shard is one file, held in memory while it is written."""
@@ -109,8 +109,8 @@ class GroupRecord(typing.NamedTuple):
 Groups = dict[str, GroupRecord]
 
 
-def encode(groups: Groups) -> bytes:
-    """The manifest as JSON bytes; `decode` is the inverse."""
+def encode_manifest(groups: Groups) -> bytes:
+    """The manifest as JSON bytes; `decode_manifest` is the inverse."""
     # Leaves of one shape and dtype share their metadata, or it would be nearly all of the manifest.
     table: dict[str, Json] = {}
 
@@ -129,16 +129,16 @@ def encode(groups: Groups) -> bytes:
             for part in group.parts
         }
         described[id] = {"card": group.card, "parts": parts}
-    manifest = {"format": FORMAT, "schema_version": SCHEMA_VERSION, "groups": described, "metadata": table}
+    manifest = {"format": MANIFEST_FORMAT, "schema_version": SCHEMA_VERSION, "groups": described, "metadata": table}
     return json.dumps(manifest, separators=(",", ":")).encode()
 
 
-def decode(url: str, data: bytes) -> Groups:
+def decode_manifest(url: str, data: bytes) -> Groups:
     """Reads a manifest.
 
     Args:
       url: where it is from, for the error.
-      data: what `encode` wrote.
+      data: what `encode_manifest` wrote.
 
     Returns:
       The groups.
@@ -150,8 +150,8 @@ def decode(url: str, data: bytes) -> Groups:
         manifest = json.loads(data)
     except ValueError as error:
         raise foreign(url, f"its {MANIFEST} is no JSON") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise foreign(url, f"its {MANIFEST} is not one of {FORMAT!r}")
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise foreign(url, f"its {MANIFEST} is not one of {MANIFEST_FORMAT!r}")
     if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
         raise StoreError(
             f"the dataset {url} has the schema version {version}, this program reads and writes {SCHEMA_VERSION}: "
@@ -209,7 +209,7 @@ def array_metadata(value: np.ndarray) -> Json:
     """
     (steps, streams, *inner), size = value.shape, value.dtype.itemsize
     step_bytes = max(1, size * math.prod(inner))
-    chunk_steps = min(steps, max(CHUNK_STEPS[0], min(CHUNK_STEPS[1], CHUNK_BYTES // step_bytes)))
+    chunk_steps = min(steps, max(CHUNK_STEP_RANGE[0], min(CHUNK_STEP_RANGE[1], CHUNK_BYTES // step_bytes)))
     chunks = max(1, SHARD_BYTES // (chunk_steps * step_bytes))
     shard_streams = min(streams, chunks)
     shard_steps = chunk_steps * min(math.ceil(steps / chunk_steps), max(1, chunks // shard_streams))

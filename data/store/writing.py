@@ -45,7 +45,7 @@ def create_dataset(url: str | os.PathLike[str]) -> Dataset:
     groups, generation = read_manifest(storage)
     if groups is None:
         # Conditional: of two that create at once, one does and the other opens.
-        storage.write(MANIFEST, manifest.encode({}), generation)
+        storage.write(MANIFEST, manifest.encode_manifest({}), generation)
     return open_dataset(storage.url)
 
 
@@ -232,7 +232,7 @@ def _commit(storage: Storage, change: collections.abc.Callable[[Groups], Groups]
                 f"the {MANIFEST} of {storage.url} disappeared: was the dataset deleted while it was written to?"
             )
         groups = change(groups)
-        if storage.write(MANIFEST, manifest.encode(groups), generation):
+        if storage.write(MANIFEST, manifest.encode_manifest(groups), generation):
             return groups
         time.sleep(random.uniform(0, min(1.0, 0.002 * 2**attempt)))
     raise StoreError(

@@ -23,7 +23,7 @@ from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 from .. import checks, conversion
 from ..catalog import taxonomy
 from ..cores import available_cores
-from ..tokens import Token, check_newest
+from ..tokens import Token, check_newest, draw_seeds
 
 LIBRARY = "envpool"
 
@@ -127,7 +127,7 @@ class EnvpoolEnvironment:
         self.close()
         batch_size = self.spec.batch_size
         # Envpool takes seeds only when a pool is made. A pool costs a millisecond and what its simulators load.
-        seeds = np.asarray(jax.random.randint(key, (batch_size,), 0, np.iinfo(np.int32).max))
+        seeds = draw_seeds(key, batch_size)
         with _quiet():
             self._pool = _envpool().make_gymnasium(
                 self._about.name,

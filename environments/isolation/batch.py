@@ -12,13 +12,13 @@ import math
 import typing
 
 import gymnasium
-import jax
 import numpy as np
 
 from ldm_jax import spaces
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from .. import checks, conversion
+from ..tokens import draw_seeds
 from .worker.gym_api import RESET, SEED, STEP
 
 DEFAULT_TIME_LIMIT = 1000
@@ -119,8 +119,7 @@ class EnvironmentBatch:
     def start(self, key: Array) -> np.ndarray:
         """Seeds all rows; returns their commands, `uint8 [B]`."""
         batch_size = self.spec.batch_size
-        seeds_B = np.asarray(jax.random.randint(key, (batch_size,), 0, np.iinfo(np.int32).max))
-        self.arrays["seed"][:] = seeds_B.astype(np.uint32)
+        self.arrays["seed"][:] = draw_seeds(key, batch_size).astype(np.uint32)
         self._elapsed_B = np.zeros(batch_size, np.int64)
         self._last_B = np.zeros(batch_size, bool)
         return np.full(batch_size, SEED, np.uint8)

@@ -1,10 +1,17 @@
-"""Command lines: frozen dataclass configurations as absl flags, and back."""
+"""Command lines: frozen dataclass configurations as absl flags, and back, and every mistake in one line."""
 
 from __future__ import annotations
 
+import ast
+import collections.abc
+import contextlib
 import dataclasses
+import errno
+import inspect
 import logging
+import os
 import pathlib
+import re
 import sys
 import typing
 
@@ -12,22 +19,10 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from data.mixture import MixtureError
-from data.references import ReferencePolicyError
-from data.store import StoreError
-from environments import UnknownEnvironmentError
 from experiments.harness import signals
+from experiments.harness.ids import parse_ids
 from experiments.harness.progress import logger
-from experiments.harness.workdir import WorkdirError
-from ldm_jax.cards import CardError
-from ldm_jax.environment import EnvironmentFaultError, LibraryMissingError
-from ldm_jax.errors import ConfigError
-from ldm_jax.evaluation.scaling_law import ScalingError
-from ldm_jax.policy import PolicyError
-from ldm_jax.spaces import SpaceError
-from ldm_jax.training.checkpoints import CheckpointError
-from ldm_jax.training.diagnosis import DiagnosisError
-from ldm_jax.training.loop import TrainingError
+from ldm_jax.errors import LdmError, check_finite
 
 
 class _Dataclass(typing.Protocol):
@@ -36,76 +31,178 @@ class _Dataclass(typing.Protocol):
 
 T = typing.TypeVar("T", bound=_Dataclass)
 
-EXPECTED_ERRORS = (
-    CardError,
-    CheckpointError,
-    ConfigError,
-    EnvironmentFaultError,
-    LibraryMissingError,
-    MixtureError,
-    PolicyError,
-    ReferencePolicyError,
-    DiagnosisError,
-    ScalingError,
-    SpaceError,
-    StoreError,
-    TrainingError,
-    UnknownEnvironmentError,
-    WorkdirError,
-)
-"""What a user can put right: said in one line, without a traceback."""
+
+Run = collections.abc.Callable[[T, pathlib.Path, tuple[str, ...]], object]
+"""`run(config, workdir, environments)` of a stage; `environments` is empty where the flag is not given."""
 
 
-def launch(run: typing.Callable[[T, pathlib.Path, tuple[str, ...]], typing.Any], presets: dict[str, T]) -> None:
+def launch(run: Run[T], presets: dict[str, T]) -> None:
     """Runs a script: `--workdir`, `--environments=a,b`, `--preset` and one `--config.<field>` per field of its config.
 
     Args:
-      run: `run(config, workdir, environments)`; `environments` is empty where the flag is not given.
+      run: the stage.
       presets: configurations by name, the first one the default.
     """
-    names = list(presets)
-    # The preset says what the other flags' defaults are, so it is read before they are defined.
-    early = flags.FlagValues()
-    for values in (early, flags.FLAGS):
-        flags.DEFINE_enum("preset", names[0], names, "which defaults the configuration starts from", flag_values=values)
-    workdir = flags.DEFINE_string("workdir", None, "folder of everything that is written", required=True)
-    environments = flags.DEFINE_list("environments", [], "ids, with commas between; default: see the script")
+    flags.disclaim_key_flags()  # they are the script's: --help shows them
+    with one_line():
+        config = define(presets, sys.argv, flags.FLAGS)
+    run_app(lambda argv: call(run, config, flags.FLAGS))
+
+
+def define(presets: dict[str, T], argv: list[str], values: flags.FlagValues) -> T:
+    """Defines the flags of a stage.
+
+    Args:
+      presets: configurations by name, the first one the default.
+      argv: the command line: the preset that it names says what the defaults of the other flags are.
+      values: where the flags are defined.
+
+    Returns:
+      The preset.
+
+    Raises:
+      absl.flags.Error: the command line names a preset or a field that is not there.
+    """
+    names, early = list(presets), flags.FlagValues()
+    for each in (early, values):
+        flags.DEFINE_enum("preset", names[0], names, "which defaults the configuration starts from", flag_values=each)
+    flags.DEFINE_string("workdir", None, "folder of everything that is written", required=True, flag_values=values)
+    flags.DEFINE_string("environments", "", "ids with commas between; default: see the script", flag_values=values)
+    early(argv, known_only=True)
+    config = presets[early.preset]
+    text = "\n".join(["the configuration, by its fields:", *describe_fields(config)])
     try:
-        early(sys.argv, known_only=True)
-        config = presets[early.preset]
-        holder = config_flags.DEFINE_config_dict("config", ConfigDict(dataclasses.asdict(config)), "see its dataclass")
-    except (flags.Error, AttributeError, KeyError) as error:
-        sys.exit(f"error: {error}")
-
-    def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"got {argv[1:]}, expected flags only")
-        # Orbax alone says a hundred things for each checkpoint.
-        absl_logging.set_verbosity(absl_logging.WARNING)
-        logger.setLevel(logging.INFO)
-        try:
-            resolved = rebuild(config, holder.value)
-        except ValueError as error:  # a configuration that checked itself
-            sys.exit(f"error: {error}")
-        try:
-            with signals.ending():
-                run(resolved, pathlib.Path(workdir.value), tuple(environments.value))
-        except EXPECTED_ERRORS as error:
-            logger.debug("", exc_info=True)
-            sys.exit(f"error: {error}")
-
-    app.run(main)
+        config_flags.DEFINE_config_dict("config", ConfigDict(dataclasses.asdict(config)), text, values, sys_argv=argv)
+    except (AttributeError, KeyError) as error:
+        raise flags.Error(f"the configuration has no such field: {_unquoted(error)}") from error
+    values["config"].default_as_str = ""  # the fields have theirs
+    flags.declare_key_flag("config", flag_values=values)
+    return config
 
 
-def rebuild(config: T, values: typing.Mapping[str, typing.Any]) -> T:
+def call(run: Run[T], config: T, values: flags.FlagValues) -> None:
+    """Calls a stage with what the flags say.
+
+    Args:
+      run: the stage.
+      config: the preset that the configuration starts from.
+      values: the flags, parsed.
+
+    Raises:
+      absl.flags.Error: the configuration does not hold together.
+    """
+    # Orbax alone says a hundred things for each checkpoint.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    try:
+        resolved = rebuild(config, values.config)
+    except ValueError as error:
+        raise flags.Error(str(error)) from error
+    run(resolved, pathlib.Path(values.workdir), parse_ids(values.environments))
+
+
+def run_app(main: collections.abc.Callable[[list[str]], None]) -> None:
+    """Runs `main` with the flags read; what a user can put right is said in one line.
+
+    Args:
+      main: called with the name of the program alone: there are no arguments beside flags.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise flags.Error(f"got {' '.join(rest[1:])}, expected flags only")
+        return rest
+
+    with one_line():
+        app.run(main, flags_parser=parse)
+
+
+def rebuild(config: T, values: collections.abc.Mapping[str, typing.Any]) -> T:
     """A configuration of the same class with other values, checked by its `__post_init__`.
 
     Args:
       config: a frozen dataclass, other ones in its fields where it likes.
       values: a value for each field, those of inner dataclasses as mappings.
+
+    Raises:
+      ValueError: what the configurations say of the values; a number that is NaN or infinite.
     """
     fields = {}
     for field in dataclasses.fields(config):
         old, new = getattr(config, field.name), values[field.name]
         fields[field.name] = rebuild(old, new) if dataclasses.is_dataclass(type(old)) else type(old)(new)
-    return type(config)(**fields)
+    rebuilt = type(config)(**fields)
+    check_finite(rebuilt)
+    return rebuilt
+
+
+def describe_fields(config: typing.Any, prefix: str = "config") -> collections.abc.Iterator[str]:
+    """Describes the flags of a configuration, one a line: name, what its dataclass says of the field, and default."""
+    said = attributes(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from describe_fields(value, name)
+        else:
+            yield f"{name}: {said.get(field.name, '')} (default: {value})"
+
+
+def attributes(documented: type) -> dict[str, str]:
+    """What the docstring of a class says of each of its attributes."""
+    _, _, section = (inspect.getdoc(documented) or "").partition("Attributes:\n")
+    found = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section.partition("\n\n")[0], re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text) for name, text in found}
+
+
+_WAYS_OUT = {
+    errno.ENOSPC: "Make room there or give another --workdir, and start again: what was finished stays",
+    errno.EDQUOT: "Make room there or give another --workdir, and start again: what was finished stays",
+    errno.EFBIG: "Raise the limit of the size of files: ulimit -f unlimited",
+    errno.EACCES: "Give a --workdir that this user may write",
+    errno.EPERM: "Give a --workdir that this user may write",
+    errno.EROFS: "Give a --workdir that can be written",
+    errno.EMFILE: "Raise the limit of open files: ulimit -n 4096",
+}
+
+
+@contextlib.contextmanager
+def one_line() -> collections.abc.Iterator[None]:
+    """Ends the script in one line and status 1 for what a user can put right; 130 or 143 for SIGINT or SIGTERM.
+
+    Anything else is a fault of ours, and keeps its traceback.
+    """
+    logger.setLevel(logging.INFO)
+    try:
+        with signals.ending():
+            yield
+    except Exception as error:
+        if not (line := explain(error)):
+            raise
+        logger.debug("", exc_info=True)
+        sys.exit(f"error: {' '.join(line.splitlines())}")
+
+
+def explain(error: BaseException) -> str:
+    """What a user can do about an error, in one line; empty where it is a fault of ours."""
+    if isinstance(error, LdmError | flags.Error):
+        return str(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            where = f": {cause.filename}" if cause.filename else ""
+            way_out = _WAYS_OUT.get(cause.errno, "Put it right there, or give another --workdir")
+            return f"{os.strerror(cause.errno)}{where}. {way_out}"
+        for number in (errno.ENOSPC, errno.EDQUOT):  # libraries put it into words of their own
+            if os.strerror(number) in str(cause):
+                return f"{os.strerror(number)}. {_WAYS_OUT[number]}"
+        cause = cause.__cause__ or cause.__context__
+    return ""
+
+
+def _unquoted(error: Exception) -> str:
+    # The text of a KeyError is the repr of its message, sometimes twice over.
+    text = str(error)
+    with contextlib.suppress(SyntaxError, ValueError):
+        while isinstance(inner := ast.literal_eval(text), str):
+            text = inner
+    return text

@@ -6,13 +6,17 @@ import collections.abc
 
 import environments
 from experiments.harness.workdir import WorkdirError
+from ldm_jax.encoding.buckets import bucket_for
+from ldm_jax.environment import LibraryMissingError
+from ldm_jax.errors import LdmError
+from ldm_jax.model.config import ModelConfig
 
 
 def parse_ids(ids: str | collections.abc.Iterable[str]) -> tuple[str, ...]:
     """Reads a list of environment ids.
 
     Args:
-      ids: a text with commas between the ids, or the ids themselves. Blanks around an id and empty ones do not count.
+      ids: a text with commas between the ids, or several. Blanks around an id and empty ones do not count.
 
     Returns:
       The ids, in their order.
@@ -20,8 +24,8 @@ def parse_ids(ids: str | collections.abc.Iterable[str]) -> tuple[str, ...]:
     Raises:
       WorkdirError: an id is given twice.
     """
-    words = ids.split(",") if isinstance(ids, str) else ids
-    found = tuple(filter(None, (word.strip() for word in words)))
+    texts = [ids] if isinstance(ids, str) else ids
+    found = tuple(id for text in texts for word in text.split(",") if (id := word.strip()))
     if twice := sorted({id for id in found if found.count(id) > 1}):
         raise WorkdirError(f"the list of environments holds {', '.join(twice)} twice; give each one once")
     return found
@@ -40,3 +44,32 @@ def check_ids(ids: collections.abc.Iterable[str]) -> None:
         if library not in known or id not in known[library]:
             environments.make(id).close()  # says what is wrong with the id, or what its library needs
             known[library] = set(environments.list_ids(library))
+
+
+def find_unfit(ids: collections.abc.Iterable[str], model: ModelConfig | None = None) -> dict[str, str]:
+    """Finds the environments that nothing can be done with, before anything is done with the first.
+
+    Args:
+      ids: of environments; each is made once.
+      model: that they have to fit; default: the largest there may be.
+
+    Returns:
+      The reason, by id: it cannot be made here, or its spaces are too large.
+
+    Raises:
+      UnknownEnvironmentError: an id that is not known; says the nearest ones.
+      LibraryMissingError: its library is not installed; says the extra to install.
+    """
+    reasons = {}
+    for id in ids:
+        try:
+            environment = environments.make(id)
+            environment.close()
+            bucket = bucket_for(environment.spec.observation_space, environment.spec.action_space)
+            if model:
+                model.check_fits(bucket, id)
+        except (environments.UnknownEnvironmentError, LibraryMissingError):
+            raise
+        except LdmError as error:
+            reasons[id] = str(error)
+    return reasons

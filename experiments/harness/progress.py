@@ -14,18 +14,22 @@ logger = logging.getLogger("ldm_jax")
 """Of all scripts; libraries write to absl's."""
 
 
+Advance = collections.abc.Callable[[int], None]
+"""Called with how much was done since the last call."""
+
+
 @contextlib.contextmanager
-def bar(title: str, total: int, unit: str, done: int = 0) -> collections.abc.Iterator[typing.Callable[[int], None]]:
-    """A bar with rate and time left, on the standard error stream.
+def bar(title: str, total: int, unit: str, done: int = 0) -> collections.abc.Iterator[Advance]:
+    """Shows a bar with rate and time left, on the standard error stream.
 
     Args:
       title: what is being done.
-      total: how much there is to do.
+      total: how much there is to do; there is no bar for nothing.
       unit: of `total`, one word.
       done: how much of it was done before.
 
     Yields:
-      `advance(n)`, to be called with what was done since the last call.
+      What is to be called as work is done.
     """
     # A log file gets a line now and then, a terminal gets a moving bar.
     with tqdm.tqdm(
@@ -36,12 +40,12 @@ def bar(title: str, total: int, unit: str, done: int = 0) -> collections.abc.Ite
         unit_scale=total > 10_000,
         dynamic_ncols=True,
         mininterval=0.5,
-        disable=not logger.isEnabledFor(logging.INFO),
+        disable=not total or not logger.isEnabledFor(logging.INFO),
     ) as b:
         yield lambda n: b.update(n) and None
 
 
-def up_to(advance: typing.Callable[[int], None]) -> typing.Callable[[int, int], None]:
+def up_to(advance: Advance) -> collections.abc.Callable[[int, int], None]:
     """Turns `advance(n)` into `progress(done, total)`, for what counts from its own beginning."""
     seen = 0
 
@@ -62,7 +66,7 @@ def log(stage: str, **facts: typing.Any) -> None:
         logger.info("%s %s", stage, text, stacklevel=2)
 
 
-def clock() -> typing.Callable[[], float]:
+def clock() -> collections.abc.Callable[[], float]:
     """Starts a stopwatch; calling it gives the seconds since."""
     begun = time.monotonic()
     return lambda: round(time.monotonic() - begun, 1)

@@ -14,6 +14,24 @@ import typing
 from experiments.harness.ids import parse_ids
 from experiments.harness.mesh import HostsConfig
 from experiments.harness.workdir import WorkdirError, lock
+from ldm_jax.errors import LdmError
+
+
+class UnitsFailedError(LdmError):
+    """Some environments failed; the others are done.
+
+    Attributes:
+      reasons: why, by id.
+    """
+
+    def __init__(self, reasons: collections.abc.Mapping[str, str]):
+        super().__init__(dict(reasons))
+        self.reasons = dict(reasons)
+
+    def __str__(self) -> str:
+        said = "; ".join(f"{id}: {reason}" for id, reason in self.reasons.items())
+        return f"{len(self.reasons)} environments failed, the others are done. Start again to try once more. {said}"
+
 
 F = typing.TypeVar("F", bound=collections.abc.Callable[..., typing.Any])
 

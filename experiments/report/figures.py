@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import collections.abc
 import io
 import math
 import re
 import typing
+
+import numpy as np
 
 from ldm_jax.evaluation.scaling_law import Law
 
@@ -44,7 +47,7 @@ POINTS = 600
 """A line of more points than this is averaged down to so many."""
 
 
-def curve(scores: dict[str, typing.Any], kind: str) -> bytes:
+def curve_picture(scores: dict[str, typing.Any], kind: str) -> bytes:
     """The performance-threshold curve with its bootstrap band and the conservative curve.
 
     Args:
@@ -57,8 +60,8 @@ def curve(scores: dict[str, typing.Any], kind: str) -> bytes:
     return _picture(lambda axes: _draw_curve(axes, scores), (10.4, 4.8), kind)
 
 
-def training(rows: typing.Sequence[dict[str, typing.Any]], kind: str) -> bytes:
-    """Loss and excess loss against tokens.
+def training_picture(rows: collections.abc.Sequence[dict[str, typing.Any]], kind: str) -> bytes:
+    """Draws the loss and the KL to the target against tokens.
 
     Args:
       rows: each with `tokens` and any of `loss` and `kl`, in nats.
@@ -70,8 +73,8 @@ def training(rows: typing.Sequence[dict[str, typing.Any]], kind: str) -> bytes:
     return _picture(lambda axes: _draw_training(axes, rows), (10.4, 3.8), kind)
 
 
-def scaling(found: dict[str, typing.Any], kind: str) -> bytes:
-    """Held-out excess loss against arithmetic, 6 N D: every run, and the fitted law of every size.
+def scaling_picture(found: dict[str, typing.Any], kind: str) -> bytes:
+    """Draws the held-out KL to the target against arithmetic, 6 N D: every run, and the fitted law of every size.
 
     Args:
       found: contents of `scaling.json`.
@@ -83,7 +86,7 @@ def scaling(found: dict[str, typing.Any], kind: str) -> bytes:
     return _picture(lambda axes: _draw_scaling(axes, found), (10.4, 5.2), kind)
 
 
-def interval(low: float | None, value: float, high: float | None, span: tuple[float, float], note: str) -> str:
+def interval_chart(low: float | None, value: float, high: float | None, span: tuple[float, float], note: str) -> str:
     """One row of the interval chart: z as a dot on its interval, over guides at 0 and 1.
 
     Args:
@@ -171,8 +174,8 @@ def _draw_curve(axes: typing.Any, scores: dict[str, typing.Any]) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 0.02), handlelength=2.2)
 
 
-def _draw_training(axes: typing.Any, rows: typing.Sequence[dict[str, typing.Any]]) -> None:
-    for name, label, color in (("loss", "loss", MUTED), ("kl", "excess loss", ACCENT)):
+def _draw_training(axes: typing.Any, rows: collections.abc.Sequence[dict[str, typing.Any]]) -> None:
+    for name, label, color in (("loss", "loss", MUTED), ("kl", "KL to the target", ACCENT)):
         values = [(row["tokens"], row[name]) for row in rows if _finite(row.get("tokens")) and _finite(row.get(name))]
         if values:
             x, y = zip(*_thin(values), strict=True)
@@ -199,20 +202,21 @@ def _draw_scaling(axes: typing.Any, found: dict[str, typing.Any]) -> None:
         axes.plot(
             [6 * parameters * d for d in tokens], losses, "o", color=ACCENT, alpha=0.25 + 0.75 * shade, label=label
         )
-        line = [tokens[0] * (tokens[-1] / tokens[0]) ** (i / 40) for i in range(41)]
-        predicted = [float(law.predict(parameters, d)) for d in line]
-        axes.plot([6 * parameters * d for d in line], predicted, color=ACCENT, alpha=0.25 + 0.75 * shade, linewidth=1.4)
+        line = np.geomspace(tokens[0], tokens[-1], 41)
+        predicted = law.predict(np.array(parameters), line)
+        axes.plot(6 * parameters * line, predicted, color=ACCENT, alpha=0.25 + 0.75 * shade, linewidth=1.4)
     ends = [6 * point["parameters"] * point["tokens"] for point in points]
-    compute = [min(ends) * (max(ends) / min(ends)) ** (i / 40) for i in range(41)]
+    compute = np.geomspace(min(ends), max(ends), 41)
     if min(law.parameters_power, law.data_power, law.parameters, law.data) > 1e-6:
-        best = [float(law.best_size(flops)) for flops in compute]
-        frontier = [float(law.predict(n, flops / 6 / n)) for n, flops in zip(best, compute, strict=True)]
+        best = np.asarray(law.best_size(compute))
+        frontier = law.predict(best, compute / 6 / best)
         axes.plot(compute, frontier, color=SECOND, linewidth=1.4, linestyle=(0, (4, 2)), label="best size, by the law")
-    axes.set(xscale="log", yscale="log", xlabel="floating-point operations, 6 N D", ylabel="held-out excess loss, nats")
+    axes.set(xscale="log", yscale="log", xlabel="floating-point operations, 6 N D")
+    axes.set_ylabel("held-out KL to the target, nats")
     axes.legend(loc="upper right")
 
 
-def _picture(draw: typing.Callable[[typing.Any], None], size: tuple[float, float], kind: str) -> bytes:
+def _picture(draw: collections.abc.Callable[[typing.Any], None], size: tuple[float, float], kind: str) -> bytes:
     # Figure alone, without pyplot: nothing global is touched and no display is looked for.
     import matplotlib
     from matplotlib.figure import Figure

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import collections.abc
+import contextlib
 import html
 import importlib.resources
 import json
-import os
 import pathlib
 import string
 import types
 import typing
 
 from experiments.report import figures
+from ldm_jax import files
 from ldm_jax.evaluation.aggregates import count_reaching, number
 
 Scores = dict[str, typing.Any]
@@ -22,9 +24,9 @@ ENOUGH = 0.8
 def write_report(
     directory: pathlib.Path,
     scores: Scores,
-    training: typing.Sequence[dict[str, typing.Any]],
+    training: collections.abc.Sequence[dict[str, typing.Any]],
     title: str,
-    details: typing.Mapping[str, object] = types.MappingProxyType({}),
+    details: collections.abc.Mapping[str, object] = types.MappingProxyType({}),
 ) -> pathlib.Path:
     """Writes the report of an evaluation.
 
@@ -43,25 +45,32 @@ def write_report(
     Raises:
       ValueError: `scores` holds NaN or infinity.
     """
-    page = render(scores, training, title, details)
-    files = {
+    page = render_report(scores, training, title, details)
+    contents = {
         "scores.json": (json.dumps(scores, indent=2, allow_nan=False) + "\n").encode(),
-        "curve.png": figures.curve(scores, "png"),
+        "curve.png": figures.curve_picture(scores, "png"),
         "index.html": page.encode(),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        aside = directory / f".{name}.{os.getpid()}"
-        aside.write_bytes(content)
-        aside.replace(directory / name)
+    for name, content in contents.items():
+        files.write(directory / name, content)
     return directory / "index.html"
 
 
-def render(
+def read_metrics(path: pathlib.Path) -> list[dict[str, typing.Any]]:
+    """The rows of a training's metrics that are whole; none where there is no such file."""
+    rows = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):  # the last one may be half written
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def render_report(
     scores: Scores,
-    training: typing.Sequence[dict[str, typing.Any]],
+    training: collections.abc.Sequence[dict[str, typing.Any]],
     title: str,
-    details: typing.Mapping[str, object] = types.MappingProxyType({}),
+    details: collections.abc.Mapping[str, object] = types.MappingProxyType({}),
 ) -> str:
     """The page as HTML; the arguments are those of `write_report`."""
     template = string.Template(importlib.resources.files(__package__).joinpath("template.html").read_text("utf-8"))
@@ -76,7 +85,7 @@ def render(
         lead=html.escape(_lead(scores)),
         tiles="".join(_tile(*tile) for tile in _tiles(scores)),
         confidence=f"{100 * scores['confidence']:g} %",
-        curve=figures.curve(scores, "svg").decode(),
+        curve=figures.curve_picture(scores, "svg").decode(),
         training=_training(training),
         axis=figures.axis(span),
         rows="\n".join(rows),
@@ -124,7 +133,7 @@ def _span(admitted: list[Scores]) -> tuple[float, float]:
 
 def _row(item: Scores, span: tuple[float, float]) -> str:
     z, low, high = (number(item[name], ".2f") for name in ("z", "z_low", "z_high"))
-    chart = figures.interval(item["z_low"], item["z"], item["z_high"], span, f"z = {z} [{low}, {high}]")
+    chart = figures.interval_chart(item["z_low"], item["z"], item["z_high"], span, f"z = {z} [{low}, {high}]")
     returns = "".join(_return(item[name], item[f"{name}_error"]) for name in ("random", "reference", "model"))
     kind = "" if item["z"] >= ENOUGH else ' class="below"'
     return (
@@ -159,7 +168,7 @@ def _target(item: Scores) -> str:
     return f"<td>{number(target)}{share}</td>"
 
 
-def _training(rows: typing.Sequence[dict[str, typing.Any]]) -> str:
+def _training(rows: collections.abc.Sequence[dict[str, typing.Any]]) -> str:
     if not rows:
         return "<figcaption>No training metrics were given to this report.</figcaption>"
-    return figures.training(rows, "svg").decode()
+    return figures.training_picture(rows, "svg").decode()
