@@ -59,23 +59,6 @@ class QuickstartConfig:
     pretrain: pretrain.PretrainConfig = dataclasses.field(default_factory=pretrain.PretrainConfig)
     evaluate: evaluate.EvaluateConfig = dataclasses.field(default_factory=evaluate.EvaluateConfig)
 
-    def __post_init__(self) -> None:
-        data, pretraining = self.collect.data, self.pretrain
-        if pretraining.window > data.steps:
-            raise ConfigError(
-                f"pretrain.window is {pretraining.window}, expected at most collect.data.steps, {data.steps}: collect "
-                "longer streams or shorten the window"
-            )
-        if pretraining.held_out > data.streams:
-            raise ConfigError(
-                f"pretrain.held_out is {pretraining.held_out}, expected at most collect.data.streams, {data.streams}: "
-                "collect more streams or hold out more of them"
-            )
-        if pretraining.model.tokens_per_step != 1:
-            raise ConfigError(
-                f"pretrain.model.tokens_per_step is {pretraining.model.tokens_per_step}, expected 1: no other acts"
-            )
-
 
 SMOKE = QuickstartConfig(
     environments=("gymnax/Catch-bsuite", "gymnax/CartPole-v1", "envpool/FrozenLake-v1"),
@@ -106,11 +89,7 @@ def run(config: QuickstartConfig, workdir: pathlib.Path, environments: tuple[str
       WorkdirError: the workdir cannot be used.
     """
     ids = environments or parse_ids(config.environments)
-    if unknown := sorted({*config.pretrain.evaluation.ids} - {*ids}):
-        raise ConfigError(
-            f"pretrain.evaluation.environments names {', '.join(unknown)}, expected some of --environments"
-        )
-    make_mesh(config.pretrain.mesh)  # it says if there are not so many devices
+    _check(config, ids)
     failed = find_unfit(ids, config.pretrain.model)
     for id, reason in failed.items():
         progress.log("refused", id=id, reason=reason)
@@ -123,6 +102,26 @@ def run(config: QuickstartConfig, workdir: pathlib.Path, environments: tuple[str
         collect.run(config.collect, workdir, tuple(id for id in ids if id not in failed))
     pretrain.run(config.pretrain, workdir)
     return evaluate.run(config.evaluate, workdir, ids, failed)
+
+
+def _check(config: QuickstartConfig, ids: tuple[str, ...]) -> None:
+    """Checks what one stage would find out only after another one."""
+    data, pretraining = config.collect.data, config.pretrain
+    if pretraining.window > data.steps:
+        raise ConfigError(
+            f"pretrain.window is {pretraining.window}, expected at most collect.data.steps, {data.steps}: collect "
+            "longer streams or shorten the window"
+        )
+    if pretraining.held_out > data.streams:
+        raise ConfigError(
+            f"pretrain.held_out is {pretraining.held_out}, expected at most collect.data.streams, {data.streams}: "
+            "collect more streams or hold out more of them"
+        )
+    if pretraining.model.tokens_per_step != 1:
+        raise ConfigError(f"pretrain.model.tokens_per_step is {pretraining.model.tokens_per_step}, expected 1, to act")
+    if unknown := sorted({*pretraining.evaluation.ids} - {*ids}):
+        raise ConfigError(f"pretrain.evaluation.environments names {', '.join(unknown)}, expected some of {ids}")
+    make_mesh(pretraining.mesh)  # it says if there are not so many devices
 
 
 @contextlib.contextmanager
