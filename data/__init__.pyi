@@ -1,3 +1,5 @@
 from . import references as references
+from .batches import make_codecs as make_codecs
 from .batches import mix as mix
+from .store import Dataset as Dataset
 from .store import open_dataset as open_dataset

@@ -244,6 +244,7 @@ def index_episodes(leaves: dict[str, np.ndarray], seed: int, levels: np.ndarray)
 def _noisy(reference: Agent, spec: EnvironmentSpec, levels: np.ndarray, *, masked: bool) -> Agent:
     layout = action_layout(spec.action_space)
     holds = np.array([_HOLDS[i % len(_HOLDS)] for i in range(len(levels))])
+    zeros = spaces.zeros(spec.action_space, ())
     if not layout.continuous:
         holds = np.ones_like(holds)
 
@@ -259,7 +260,9 @@ def _noisy(reference: Agent, spec: EnvironmentSpec, levels: np.ndarray, *, maske
         inner, held = carry
         label_key, coin_key, renew_key, action_key = jax.random.split(key, 4)
         inner, label, distribution = reference.step(params, inner, timestep, label_key)
-        label = spaces.clip(spec.action_space, jax.tree.map(jnp.asarray, label))
+        # In the types of the space: JAX may compute in 64 bits.
+        label = jax.tree.map(lambda value, like: jnp.asarray(value).astype(like.dtype), label, zeros)
+        label = spaces.clip(spec.action_space, label)
         renew = jnp.asarray(timestep.first) | (jax.random.uniform(renew_key, levels.shape) * holds < 1)
         if timestep.action_mask is not None:
             renew = jnp.ones_like(renew)  # the action held may no longer be allowed
@@ -306,11 +309,13 @@ def _first_not_finite(tree: PyTree) -> int:
 
 
 def _check_timesteps(spec: EnvironmentSpec, timestep: TimeStep, begin: int) -> int:
-    if not np.isfinite(timestep.reward).all():
-        step, stream = np.argwhere(~np.isfinite(timestep.reward))[0]
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(timestep.reward.astype(np.float32))
+    if not finite.all():
+        step, stream = np.argwhere(~finite)[0]
         raise EnvironmentFaultError(
             f"{spec.id} gave the reward {timestep.reward[step, stream]} at step {begin + step} of stream {stream}, "
-            "expected a finite number; nothing was stored of it"
+            "expected a number that is finite in float32; nothing was stored of it"
         )
     rows = timestep.reward.size
     flat = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), timestep.observation)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import pathlib
 import pickle
+import subprocess
+import sys
 
 import gymnasium
 import hypothesis
@@ -347,3 +351,29 @@ def test_config_takes_whole_numbers_alone(field, value):
     with pytest.raises(ConfigError, match=f"{field} is {value!r}, expected"):
         CollectConfig(**{field: value})
     assert type(getattr(CollectConfig(**{field: np.int32(64)}), field)) is int
+
+
+WIDE = """
+import sys; sys.path.insert(0, sys.argv[1])
+import environments, numpy as np, runs
+from data.collect import CollectConfig, collect
+from ldm_jax.encoding.transition import check_leaves
+for id in runs.CASES:
+    environment = environments.make(id, 4)
+    leaves = collect(environment, runs.reference_of(runs.CASES[id], environment), 0, CollectConfig(4, 40, 40)).leaves
+    shapes = {name: (value.shape[2:], value.dtype) for name, value in leaves.items()}
+    check_leaves(environment.spec.observation_space, environment.spec.action_space, shapes, id)
+    print(id)
+    environment.close()
+"""
+
+
+def test_the_schema_holds_where_jax_computes_in_64_bits():
+    done = subprocess.run(
+        [sys.executable, "-c", WIDE, str(pathlib.Path(__file__).parent)],
+        env=os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list(CASES)
