@@ -242,7 +242,7 @@ def index_episodes(leaves: dict[str, np.ndarray], seed: int, levels: np.ndarray)
 
 
 def _noisy(reference: Agent, spec: EnvironmentSpec, levels: np.ndarray, *, masked: bool) -> Agent:
-    layout = action_layout(spec.action_space)
+    layout = action_layout(spec.action_space, low=-1.0, high=1.0)
     holds = np.array([_HOLDS[i % len(_HOLDS)] for i in range(len(levels))])
     zeros = spaces.zeros(spec.action_space, ())
     if not layout.continuous:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import functools
+import math
+import operator
 import typing
 
 import gymnasium
@@ -18,6 +21,11 @@ class CardError(LdmError, ValueError):
     """A card that lacks a field or holds a wrong one."""
 
 
+def _check_finite(what: str, values: collections.abc.Iterable[float]) -> None:
+    if odd := [value for value in values if not math.isfinite(value)]:
+        raise CardError(f"{what} has the value {odd[0]}, expected finite numbers: look at the environment's data")
+
+
 @dataclasses.dataclass(frozen=True)
 class Returns:
     """The undiscounted returns of a policy over fresh episodes.
@@ -28,33 +36,40 @@ class Returns:
 
     values: tuple[tuple[float, ...], ...]
 
-    def __post_init__(self):
-        if len({len(row) for row in self.values}) != 1:
-            raise CardError("every row of returns needs the same number of episodes, at least one")
+    def __post_init__(self) -> None:
+        lengths = {len(row) for row in self.values}
+        if len(lengths) != 1 or 0 in lengths:
+            raise CardError(
+                f"got rows of returns with {sorted(lengths)} episodes, expected as many in every row, at least one"
+            )
+        _check_finite("a return", (value for row in self.values for value in row))
+
+    def __repr__(self) -> str:
+        return f"Returns(mean={self.mean:.4g}, standard_error={self.standard_error:.2g}, episodes={self.episodes})"
 
     @classmethod
     def of(cls, returns: np.ndarray) -> Returns:
-        """From `[rows, episodes]`."""
+        """Takes the returns `[rows, episodes]` of an array."""
         return cls(tuple(map(tuple, np.asarray(returns, np.float64).tolist())))
 
     @functools.cached_property
     def array(self) -> np.ndarray:
-        """`float64 [rows, episodes]`."""
+        """The returns as `float64 [rows, episodes]`."""
         return np.array(self.values)
 
     @property
     def mean(self) -> float:
-        """The mean return."""
+        """Mean return of all episodes."""
         return float(self.array.mean())
 
     @property
     def std(self) -> float:
-        """Of one episode's return."""
+        """Standard deviation of one episode's return; 0 of a single episode."""
         return float(self.array.std(ddof=1)) if self.episodes > 1 else 0.0
 
     @property
     def standard_error(self) -> float:
-        """Of the mean."""
+        """Standard error of the mean return."""
         return self.std / self.episodes**0.5
 
     @property
@@ -85,11 +100,27 @@ class Statistics:
     steps: int
     outside: int = 0
 
-    def __post_init__(self):
-        if any(not deviation > 0 for deviation in self.observation_std):
+    def __post_init__(self) -> None:
+        for name in ("observation_mean", "observation_std", "action_low", "action_high"):
+            _check_finite(name, getattr(self, name))
+        for one, other in (("observation_mean", "observation_std"), ("action_low", "action_high")):
+            if len(getattr(self, one)) != len(getattr(self, other)):
+                raise CardError(
+                    f"{one} has {len(getattr(self, one))} numbers and {other} {len(getattr(self, other))}, "
+                    "expected as many"
+                )
+        if not all(std > 0 for std in self.observation_std):
             raise CardError("observation_std must be positive: floor it")
-        if not self.reward_scale > 0:
+        if not 0 < self.reward_scale < math.inf:
             raise CardError(f"reward_scale is {self.reward_scale}, expected a positive number")
+        for name in ("steps", "outside"):
+            object.__setattr__(self, name, _count(name, getattr(self, name)))
+
+    def __repr__(self) -> str:
+        return (
+            f"Statistics({len(self.observation_mean)} numbers, {len(self.action_low)} continuous action slots, "
+            f"reward_scale={self.reward_scale:.4g}, steps={self.steps}, outside={self.outside})"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +132,34 @@ class Reference:
       decoding: `"greedy"` or `"sample"`, whichever scored better; scores and labels follow it.
       budget_steps: environment steps spent on training.
       seed: of the training.
+      assumed_slots: the places of continuous action slots without bounds whose range was assumed, not known, while it
+        was trained: what lies beyond was never tried (`ActionLayout.assumed`).
     """
 
     algorithm: str
     decoding: typing.Literal["greedy", "sample"]
     budget_steps: int
     seed: int
+    assumed_slots: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.decoding not in ("greedy", "sample"):
+            raise CardError(f"decoding is {self.decoding!r}, expected 'greedy' or 'sample'")
+        object.__setattr__(self, "budget_steps", _count("budget_steps", self.budget_steps))
+        object.__setattr__(self, "seed", operator.index(self.seed))
+        places = tuple(_count("assumed_slots", place) for place in self.assumed_slots)
+        object.__setattr__(self, "assumed_slots", places)
+
+
+def _count(name: str, value: typing.Any) -> int:
+    """A plain int, of NumPy's too, which JSON does not know."""
+    try:
+        number = -1 if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise CardError(f"{name} is {value!r}, expected a whole number that is not negative")
+    return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +195,14 @@ class EnvironmentCard:
     reference: Reference
     image_digest: str = ""
     split: str = "train"
+
+    def __repr__(self) -> str:
+        seen, acted = (_shorten(space) for space in (self.observation_space, self.action_space))
+        random, reference, made = self.random_returns, self.reference_returns, self.reference
+        return (
+            f"EnvironmentCard({self.id!r}, {seen} -> {acted}, {self.time_limit} steps, returns {random.mean:.4g} "
+            f"random, {reference.mean:.4g} {made.algorithm} {made.decoding})"
+        )
 
     @classmethod
     def of(cls, spec: EnvironmentSpec, **fields: typing.Any) -> EnvironmentCard:
@@ -183,10 +244,15 @@ class EnvironmentCard:
             fields["reference"] = Reference(**fields["reference"])
             for name in ("random_returns", "reference_returns"):
                 fields[name] = Returns(tuple(map(tuple, fields[name]["values"])))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             name = description.get("id", "an environment")
             raise CardError(f"the card of {name} is not of this version: {error}; collect its data again") from error
         return cls(**fields)
+
+
+def _shorten(space: gymnasium.Space) -> str:
+    text = " ".join(str(space).split())
+    return text if len(text) <= 80 else f"{text[:60]}... of {len(spaces.leaves(space))} parts"
 
 
 def check_matches(recorded: EnvironmentSpec | EnvironmentCard, live: EnvironmentSpec, what: str) -> None:

@@ -8,16 +8,26 @@ observation, the last one included, occurs exactly once.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import operator
 import typing
 
 import gymnasium
 import jax
 import numpy as np
 
+from ldm_jax.errors import ConfigError
+
 Array = jax.Array | np.ndarray
 """A `jax.Array` or a `numpy.ndarray`: pure functions take either and answer in kind."""
+Key = jax.Array
+"""A typed key of `jax.random`."""
 PyTree = typing.Any
+
+
+MAX_TIME_LIMIT = 2**31 - 1
+"""The largest time limit, in steps: they are counted in int32."""
 
 
 class TimeStep(typing.NamedTuple):
@@ -76,13 +86,23 @@ class EnvironmentSpec:
     jittable: bool
     image_digest: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.id.startswith(self.library + "/"):
-            raise ValueError(f"the id {self.id!r} does not start with its library {self.library!r} and a slash")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
-        if self.time_limit < 1:
-            raise ValueError(f"time_limit is {self.time_limit} steps, expected at least 1")
+            raise ConfigError(f"the id {self.id!r} does not start with its library {self.library!r} and a slash")
+        for name, largest in (("batch_size", None), ("time_limit", MAX_TIME_LIMIT)):
+            # Whole numbers of NumPy too; JSON knows only Python's.
+            object.__setattr__(self, name, _positive_int(f"{name} of {self.id}", getattr(self, name), largest))
+
+
+def _positive_int(name: str, value: typing.Any, largest: int | None) -> int:
+    expected = "a whole number, at least 1" + ("" if largest is None else f" and at most {largest}")
+    try:
+        number = 0 if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or (largest is not None and number > largest):
+        raise ConfigError(f"{name} is {value!r}, expected {expected}")
+    return number
 
 
 class Agent(typing.NamedTuple):
@@ -95,5 +115,5 @@ class Agent(typing.NamedTuple):
         every step, the last of an episode included, though the action is then ignored.
     """
 
-    init: typing.Callable[[int], PyTree]
-    step: typing.Callable[[PyTree, PyTree, TimeStep, Array], tuple[PyTree, PyTree, PyTree]]
+    init: collections.abc.Callable[[int], PyTree]
+    step: collections.abc.Callable[[PyTree, PyTree, TimeStep, Key], tuple[PyTree, PyTree, PyTree]]

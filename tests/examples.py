@@ -5,7 +5,7 @@ import numpy as np
 from gymnasium import spaces as gs
 
 from ldm_jax import cards, spaces
-from ldm_jax.encoding.actions import action_layout
+from ldm_jax.encoding.actions import action_layout, denormalize, to_slots
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.encoding.observations import observation_layout
 from ldm_jax.model.network import Inputs
@@ -31,7 +31,7 @@ SPACES = {
 def make_card(observation_space, action_space, name="test/Some-v0"):
     """A card with plain statistics and a reference better than random."""
     numbers = observation_layout(observation_space).numbers
-    slots = action_layout(action_space).continuous
+    slots = action_layout(action_space, low=-1.0, high=1.0).continuous
     statistics = cards.Statistics((0.1,) * numbers, (2.0,) * numbers, 0.5, (-1.0,) * slots, (1.0,) * slots, 1000)
     rng = np.random.default_rng(0)
     return cards.EnvironmentCard(
@@ -97,6 +97,9 @@ def random_stream(codec, steps, seed, episode=5):
     layout = codec.action_layout
     if layout.flat_choices:
         arrays["reference/logits"] = rng.normal(0, 1, (steps, layout.flat_choices)).astype(np.float16)
+        if layout.continuous:  # points at the label
+            arrays["reference/mean"] = denormalize(layout, to_slots(layout, tree).continuous)
+            arrays["reference/scale"] = np.zeros((steps, layout.continuous), np.float32)
     return arrays
 
 

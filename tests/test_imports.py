@@ -32,7 +32,8 @@ HEAVY = ("tensorstore", "grain", "orbax", "matplotlib", "absl.flags", "tqdm", "p
 MAY_IMPORT = {"ldm_jax": {"ldm_jax"}, "environments": {"ldm_jax", "environments"}, "data": {"ldm_jax", "data"}}
 # The rooms of the core, modules and folders, floor by floor: each imports itself and what is on the floors below.
 FLOORS = (
-    {"types", "errors"},
+    {"errors"},
+    {"types"},
     {"environment", "spaces", "files"},
     {"cards", "sharding", "rollout"},
     {"encoding"},

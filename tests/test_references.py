@@ -128,7 +128,7 @@ def test_any_space_is_seen_and_acted_in(rich):
     timestep = rich_timestep(np.random.default_rng(1))
     agent = ppo.agent(RICH, ppo.PPOConfig(hidden=(16,)))
     learned = {"network": params, "moments": networks.init_moments(network.size)._asdict()}
-    layout = action_layout(RICH_ACTION)
+    layout = action_layout(RICH_ACTION, low=-1.0, high=1.0)
     step = jax.jit(agent.step)
     for form in policy.FORMS:
         _, action, record = step(policy.with_form(learned, form), (), timestep, jax.random.key(0))
@@ -160,7 +160,7 @@ def test_each_part_of_an_observation_reaches_policy_and_value(rich):
 
 def test_a_row_that_does_not_count_changes_no_gradient(rich):
     config, network, params = rich
-    layout, moments = action_layout(RICH_ACTION), networks.init_moments(network.size)
+    layout, moments = action_layout(RICH_ACTION, low=-1.0, high=1.0), networks.init_moments(network.size)
     timestep = rich_timestep(np.random.default_rng(3))
     ones = jnp.ones(ROWS)
     slots = Slots(jnp.zeros((ROWS, 3), jnp.int32), jnp.full((ROWS, 2), 0.3))

@@ -40,7 +40,7 @@ def random_array(rng, shape, dtype):
 
 def leaves(card, steps=70, streams=3, seed=0, masked=False, distribution=True, **known):
     """Random leaves of a part by the card's spaces; `known` are given without `[T, B]`, or whole."""
-    schema = transition_schema(card.observation_space, card.action_space, masked, distribution)
+    schema = transition_schema(card.observation_space, card.action_space, masked=masked, distribution=distribution)
     rng = np.random.default_rng(seed)
     arrays = {name: random_array(rng, (steps, streams, *struct.shape), struct.dtype) for name, struct in schema.items()}
     known = {

@@ -8,6 +8,7 @@ import typing
 import jax
 
 from ldm_jax import cards, rollout
+from ldm_jax.encoding.actions import action_layout
 from ldm_jax.environment import Environment
 from ldm_jax.evaluation import scores
 
@@ -66,7 +67,13 @@ def train_reference(
     return ReferencePolicy(
         module.agent(spec, chosen.config),
         with_form(params, "sample"),
-        cards.Reference(chosen.algorithm, "sample", chosen.config.budget_steps, seed),
+        cards.Reference(
+            algorithm=chosen.algorithm,
+            decoding="sample",
+            budget_steps=chosen.config.budget_steps,
+            seed=seed,
+            assumed_slots=action_layout(spec.action_space, low=-1.0, high=1.0).assumed,
+        ),
         spec,
         chosen.config,
     )

@@ -278,7 +278,7 @@ def _mean_and_error(finished: networks.Moments) -> tuple[float, float]:
 
 def agent(spec: EnvironmentSpec, config: PPOConfig) -> Agent:
     """The agent of trained parameters, in either form; see `policy.slot_agent`."""
-    layout, network = action_layout(spec.action_space), _network(spec, config)
+    layout, network = action_layout(spec.action_space, low=-1.0, high=1.0), _network(spec, config)
 
     def policy(params, timestep: TimeStep) -> SlotPolicy:
         moments = networks.Moments(**params["moments"])
@@ -291,13 +291,16 @@ def agent(spec: EnvironmentSpec, config: PPOConfig) -> Agent:
 
 
 def _network(spec: EnvironmentSpec, config: PPOConfig) -> networks.Network:
-    layout = action_layout(spec.action_space)
+    layout = action_layout(spec.action_space, low=-1.0, high=1.0)
     return networks.network(spec.observation_space, layout, config.hidden, config.activation)
 
 
 @functools.lru_cache(maxsize=8)  # one agent per training, so that its compiled step is found again
 def _learning_agent(environment: typing.Any, config: PPOConfig) -> Agent:
-    layout, network = action_layout(environment.spec.action_space), _network(environment.spec, config)
+    layout, network = (
+        action_layout(environment.spec.action_space, low=-1.0, high=1.0),
+        _network(environment.spec, config),
+    )
 
     def init(batch_size):
         return jnp.zeros((batch_size, layout.continuous))
@@ -335,7 +338,10 @@ def _optimizer(config: PPOConfig) -> optax.GradientTransformation:
 
 
 def _begin(environment: Environment, config: PPOConfig, seed: int) -> LearnerState:
-    layout, network = action_layout(environment.spec.action_space), _network(environment.spec, config)
+    layout, network = (
+        action_layout(environment.spec.action_space, low=-1.0, high=1.0),
+        _network(environment.spec, config),
+    )
     params = {
         "perceptrons": network.init(np.random.default_rng(seed)),
         "log_std": np.full(layout.continuous, np.log(config.initial_std), np.float32),
@@ -371,7 +377,11 @@ def _train_inside(environment, config, learner, loop, key, begin, end):
 def _learn(environment, config, learner, trajectory, following, key):
     """One PPO update from a rollout and the time step after it."""
     spec = environment.spec
-    layout, network, optimizer = action_layout(spec.action_space), _network(spec, config), _optimizer(config)
+    layout, network, optimizer = (
+        action_layout(spec.action_space, low=-1.0, high=1.0),
+        _network(spec, config),
+        _optimizer(config),
+    )
     steps, kept = trajectory.timestep, trajectory.record
 
     _, _, value = network.apply(

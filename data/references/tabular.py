@@ -202,7 +202,7 @@ def train(
 def agent(spec: EnvironmentSpec, config: TabularConfig) -> Agent:
     """The agent of a table of logits, in either form; see `policy.slot_agent`."""
     del config
-    layout, first = action_layout(spec.action_space), int(_discrete(spec.observation_space).start)
+    layout, first = action_layout(spec.action_space, low=-1.0, high=1.0), int(_discrete(spec.observation_space).start)
 
     def policy(params, timestep: TimeStep) -> SlotPolicy:
         logits = jnp.asarray(params["logits"])[timestep.observation - first]

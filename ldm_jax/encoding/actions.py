@@ -16,7 +16,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from ldm_jax.spaces import SpaceError, bounds, choices, get, leaf_shape_dtype, leaves, start, unflatten
+from ldm_jax.spaces import SpaceError, bounds, choices, clip_box, get, leaf_shape_dtype, leaves, start, unflatten
 from ldm_jax.types import Array, PyTree
 
 NOT_ALLOWED = -1e9
@@ -51,7 +51,7 @@ class Distribution(typing.NamedTuple):
     scale: Array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ActionLayout:
     """The slots of an action space.
 
@@ -59,11 +59,20 @@ class ActionLayout:
       space: the action space.
       low: `float64 [C]`, where each continuous slot's range begins; finite.
       high: `float64 [C]`, where it ends.
+      assumed: the places among the C of slots that the space gives no bound at one side or both: their range is what
+        was said, and what lies beyond is never tried.
     """
 
     space: gymnasium.Space
     low: np.ndarray
     high: np.ndarray
+    assumed: tuple[int, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ActionLayout):
+            return NotImplemented
+        ends = np.array_equal(self.low, other.low) and np.array_equal(self.high, other.high)
+        return ends and self.space == other.space and self.assumed == other.assumed
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -87,22 +96,22 @@ class ActionLayout:
 
 
 def action_layout(
-    space: gymnasium.Space, low: np.ndarray | None = None, high: np.ndarray | None = None
+    space: gymnasium.Space, low: np.ndarray | float | None = None, high: np.ndarray | float | None = None
 ) -> ActionLayout:
     """Lays an action space out in slots.
 
     Args:
       space: the action space.
-      low: `[C]`, used where the space has no lower bound (the range seen in the data). Default: -1.
-      high: `[C]`, used where it has no upper bound. Default: 1.
+      low: `[C]` or one number, used where the space has no lower bound: the range seen in the data, or to be tried.
+      high: `[C]` or one number, used where it has no upper bound.
 
     Returns:
       The layout.
 
     Raises:
-      SpaceError: the space has a Text part, or none at all.
+      SpaceError: the space has a Text part, no part at all, or no bounds where none were given either.
     """
-    lows, highs = [], []
+    lows, highs = [np.zeros(0)], [np.zeros(0)]
     for leaf in leaves(space):
         if isinstance(leaf.space, spaces.Text):
             raise SpaceError(f"the action space has a Text part {leaf.name!r}; actions are categorical or continuous")
@@ -110,12 +119,15 @@ def action_layout(
             leaf_low, leaf_high = bounds(leaf.space)
             lows.append(leaf_low.ravel())
             highs.append(leaf_high.ravel())
-    space_low, space_high = np.concatenate([np.zeros(0), *lows]), np.concatenate([np.zeros(0), *highs])
-    low = np.where(np.isfinite(space_low), space_low, -1.0 if low is None else low)
-    high = np.where(np.isfinite(space_high), space_high, 1.0 if high is None else high)
+    space_low, space_high = np.concatenate(lows), np.concatenate(highs)
+    assumed = np.flatnonzero(~np.isfinite(space_low) | ~np.isfinite(space_high)).tolist()
+    if assumed and (low is None or high is None):
+        raise SpaceError(f"the action space has no bounds in its continuous slots {assumed}: say the range to act in")
+    low = np.where(np.isfinite(space_low), space_low, 0.0 if low is None else low)
+    high = np.where(np.isfinite(space_high), space_high, 0.0 if high is None else high)
     # A slot of no width holds one value; the range around it only has to be a range.
     flat = high <= low
-    layout = ActionLayout(space, np.where(flat, low - 0.5, low), np.where(flat, low + 0.5, high))
+    layout = ActionLayout(space, np.where(flat, low - 0.5, low), np.where(flat, low + 0.5, high), tuple(assumed))
     if layout.categorical + layout.continuous == 0:
         raise SpaceError(f"the action space {space} has no component to choose")
     return layout
@@ -152,10 +164,7 @@ def from_slots(layout: ActionLayout, slots: Slots) -> PyTree:
             value = xp.reshape(continuous[..., j : j + size], (*lead, *struct.shape))
             if not np.issubdtype(struct.dtype, np.floating):
                 value = xp.round(value)
-            # Clip after the cast too: rounding to a narrower type may step over a bound.
-            value = xp.clip(
-                xp.clip(value, leaf.space.low, leaf.space.high).astype(struct.dtype), leaf.space.low, leaf.space.high
-            )
+            value = clip_box(leaf.space, value)
             j += size
         else:
             value = xp.reshape(categorical[..., i : i + size], (*lead, *struct.shape)) + start(leaf.space)

@@ -75,7 +75,7 @@ def bucket_for(observation_space: gymnasium.Space, action_space: gymnasium.Space
       SpaceError: a space is larger than the largest bucket.
     """
     seen = observations.observation_layout(observation_space)
-    acted = actions.action_layout(action_space)
+    acted = actions.action_layout(action_space, low=-1.0, high=1.0)  # only counted
     return Bucket(
         numeric=_round_up("numeric", seen.numbers),
         categorical=_round_up("categorical", len(seen.sizes)),

@@ -46,7 +46,7 @@ class Transition(typing.NamedTuple):
 
 
 def transition_schema(
-    observation_space: gymnasium.Space, action_space: gymnasium.Space, masked: bool, distribution: bool = True
+    observation_space: gymnasium.Space, action_space: gymnasium.Space, *, masked: bool, distribution: bool = True
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, without leading axes, and dtype of every leaf by name.
 
@@ -59,7 +59,7 @@ def transition_schema(
     Raises:
       SpaceError: a space that is not supported.
     """
-    layout = action_layout(action_space)
+    layout = action_layout(action_space, low=-1.0, high=1.0)  # only counted
 
     def struct(dtype: typing.Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -94,7 +94,10 @@ def to_leaves(
         found |= {f"reference/{name}": getattr(distribution, name) for name in Distribution._fields}
     found["label_mask"] = transition.label_mask
     schema = transition_schema(
-        observation_space, action_space, timestep.action_mask is not None, distribution is not None
+        observation_space,
+        action_space,
+        masked=timestep.action_mask is not None,
+        distribution=distribution is not None,
     )
     return {name: found[name].astype(struct.dtype) for name, struct in schema.items()}
 
@@ -107,17 +110,19 @@ def from_leaves(
     Args:
       observation_space: that they were written with.
       action_space: that they were written with.
-      arrays: by name; `reference/*` may be missing.
+      arrays: by name; all of `reference/*` may be missing, and `action_mask`.
 
     Raises:
       KeyError: any other leaf is missing; see `check_leaves`.
     """
-    layout = action_layout(action_space)
     mask, distribution = arrays["label_mask"], None
     if any(name.startswith("reference/") for name in arrays):
-        empty = {name: np.zeros((*mask.shape, 0), np.float32) for name in Distribution._fields}
-        distribution = Distribution(**{name: arrays.get(f"reference/{name}", empty[name]) for name in empty})
-        assert distribution.mean.shape[-1] in (0, layout.continuous)
+        schema = transition_schema(observation_space, action_space, masked=False)
+        nothing = np.zeros((*mask.shape, 0), np.float32)
+        named = {name: f"reference/{name}" for name in Distribution._fields}
+        distribution = Distribution(
+            **{name: arrays[leaf] if leaf in schema else nothing for name, leaf in named.items()}
+        )
     return Transition(
         timestep=TimeStep(
             observation=_tree("observation", observation_space, arrays),
@@ -153,7 +158,7 @@ def check_leaves(
     """
     masked = "action_mask" in shapes
     distribution = any(name.startswith("reference/") for name in shapes)
-    schema = transition_schema(observation_space, action_space, masked, distribution)
+    schema = transition_schema(observation_space, action_space, masked=masked, distribution=distribution)
     wrong = []
     for name in sorted({*schema, *shapes}):
         expected = f"{schema[name].dtype}{list(schema[name].shape)}" if name in schema else "no such leaf"
