@@ -129,7 +129,7 @@ def affordable_streams(spec: EnvironmentSpec, config: CollectConfig) -> int:
 
 
 def _stream_bytes(spec: EnvironmentSpec, config: CollectConfig, *, masked: bool) -> int:
-    schema = transition_schema(spec.observation_space, spec.action_space, masked)
+    schema = transition_schema(spec.observation_space, spec.action_space, masked=masked)
     return config.steps * sum(math.prod(struct.shape) * struct.dtype.itemsize for struct in schema.values())
 
 
@@ -145,7 +145,7 @@ def _allocate(spec: EnvironmentSpec, config: CollectConfig, *, masked: bool) -> 
     """The leaves, empty; refused before anything is collected where they are too large."""
     if spec.batch_size * _stream_bytes(spec, config, masked=masked) > config.max_bytes:
         raise _too_large(spec, config, spec.batch_size)
-    schema = transition_schema(spec.observation_space, spec.action_space, masked)
+    schema = transition_schema(spec.observation_space, spec.action_space, masked=masked)
     lead = (config.steps, spec.batch_size)
     try:
         return {name: np.empty((*lead, *struct.shape), struct.dtype) for name, struct in schema.items()}

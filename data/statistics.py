@@ -38,7 +38,7 @@ def measure(spec: EnvironmentSpec, leaves: dict[str, np.ndarray], outside: int =
         constant = np.where(size > 0, size, 1.0)
         std = np.where(width > 0, np.maximum(std, np.maximum(1e-3 * width, 1e-5 * size)), constant)
     reward = leaves["reward"][leaves["reward"] != 0].astype(np.float64)
-    actions = action_layout(spec.action_space)
+    actions = action_layout(spec.action_space, low=-1.0, high=1.0)
     executed = _continuous(actions, spec, leaves).reshape(steps, actions.continuous)
     return Statistics(
         observation_mean=tuple(mean.tolist()),

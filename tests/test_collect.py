@@ -310,8 +310,9 @@ def test_observations_that_float32_does_not_hold_are_refused():
     )
     spec = dataclasses.replace(environments.make("gymnax/CartPole-v1", 2).spec, observation_space=space)
     for name, value in (("wide", 1e300), ("wide", np.inf), ("grid", np.inf)):
-        observation = {"wide": np.zeros((3, 2, 2)), "grid": np.zeros((3, 2, 5, 5), np.float32)}
-        observation[name].flat[0] = value
+        observation = {"wide": np.zeros((3, 2, 2), np.float32), "grid": np.zeros((3, 2, 5, 5), np.float32)}
+        with np.errstate(over="ignore"):
+            observation[name].flat[0] = np.float32(value)
         no = np.zeros((3, 2), bool)
         timestep = ldm_jax.TimeStep(
             observation=observation, reward=np.zeros((3, 2), np.float32), terminated=no, truncated=no, first=no
