@@ -1,23 +1,36 @@
 """Trains references: `python -m experiments.references --workdir=runs/mine --environments=gymnax/Catch-bsuite`.
 
-Writes `references/<id>/` as each is finished. Killed and started again, it trains only what is missing.
+Writes `references/<id>/` as each is finished, and `references/outcomes.json`, what came of each. One that fails does
+not stop the others; in the end the exit status says it. Killed and started again, it trains only what is missing.
 """
 
 from __future__ import annotations
 
 import collections.abc
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
+import json
 import multiprocessing.queues
 import pathlib
 import typing
 
 import environments as registry
 from data.references import Recipe, load_reference, recipe, save_reference, score_reference, train_reference
+from data.references.pipeline import ScoredReference, opened
+from environments import UnknownEnvironmentError
 from experiments.harness import processes, progress
-from experiments.harness.ids import check_ids
 from experiments.harness.stage import stage
 from experiments.harness.workdir import FREE, WorkdirError, pin_config, seed_of
+from ldm_jax import files
+from ldm_jax.encoding.buckets import bucket_for
+from ldm_jax.environment import LibraryMissingError
+from ldm_jax.errors import ConfigError, LdmError, check_finite
+from ldm_jax.types import EnvironmentSpec
+
+
+class ReferencesError(LdmError, RuntimeError):
+    """Some environments have no reference in the end; the others do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +51,25 @@ class ReferencesConfig:
     episodes: int = 4
     workers: int = dataclasses.field(default=2, metadata={FREE: True})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_finite(self)
         if not self.budget > 0:
-            raise ValueError(f"budget is {self.budget}, expected a positive fraction")
+            raise ConfigError(f"budget is {self.budget}, expected a positive fraction")
         for name in ("num_envs", "episodes", "workers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+class ReferenceOutcome(typing.NamedTuple):
+    """What came of one environment.
+
+    Attributes:
+      verdict: "admitted", or "refused" by what the reference scored, or "failed": there is no reference.
+      reason: why, in one sentence.
+    """
+
+    verdict: typing.Literal["admitted", "refused", "failed"]
+    reason: str
 
 
 class Unit(typing.NamedTuple):
@@ -54,8 +80,19 @@ class Unit(typing.NamedTuple):
     directory: pathlib.Path
 
 
+class _Finished(typing.NamedTuple):
+    """A unit that was worked on, what came of it, and what the log says of it."""
+
+    id: str
+    outcome: ReferenceOutcome
+    facts: dict[str, typing.Any]
+
+
+_Advance = collections.abc.Callable[[int], None]
+
+
 @stage("references")
-def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> None:
+def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> dict[str, ReferenceOutcome]:
     """Makes the references that are missing.
 
     Args:
@@ -63,48 +100,104 @@ def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str
       workdir: gets `references/`.
       environments: their ids.
 
+    Returns:
+      What came of each environment, in their order.
+
     Raises:
       UnknownEnvironmentError: an id that is not known; nothing has been done then.
+      LibraryMissingError: the library of an id is not installed; the same.
       WorkdirError: the workdir cannot be used, or no environment was named.
     """
     if not environments:
         raise WorkdirError(
             "no environment was named; give --environments=gymnax/CartPole-v1,envpool/Taxi-v3 or the like"
         )
-    check_ids(environments)
-    pin_config(workdir, "references", config, owns=("references",))
-    units = []
+    outcomes: dict[str, ReferenceOutcome] = {}
+    units: list[Unit] = []
     for id in environments:
-        directory = workdir / "references" / id
-        if directory.exists():
-            load_reference(directory)  # finished, or it says what is wrong with it
+        found = _examine(config, id, workdir / "references" / id)
+        if isinstance(found, Unit):
+            units.append(found)
         else:
-            units.append(Unit(id, _recipe(config, id), directory))
-    if units:
-        total = sum(unit.recipe.config.budget_steps for unit in units)
-        with progress.bar("references", total, "step") as advance:
-            run_units = _run_here if config.workers == 1 or len(units) == 1 else _run_in_processes
-            for facts in run_units(config, units, advance):
-                progress.log("reference", **facts)
+            outcomes[id] = found
+    pin_config(workdir, "references", config, owns=("references",))
+    _write(workdir, outcomes)
+    total = sum(unit.recipe.config.budget_steps for unit in units)
+    with progress.bar("references", total, "step") as advance:
+        run_units = _run_here if config.workers == 1 or len(units) <= 1 else _run_in_processes
+        for finished in run_units(config, units, advance):
+            outcomes[finished.id] = finished.outcome
+            _write(workdir, outcomes)
+            if finished.facts:
+                progress.log("reference", **finished.facts)
+    for id in environments:
+        if outcomes[id].verdict == "failed":
+            progress.log("failed", id=id, reason=outcomes[id].reason)
+    return {id: outcomes[id] for id in environments}
 
 
-def _recipe(config: ReferencesConfig, id: str) -> Recipe:
-    environment = registry.make(id)
-    chosen = recipe(environment.spec)
-    environment.close()
+def main(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> None:
+    """Runs the stage as a script.
+
+    Raises:
+      ReferencesError: some environments have no reference in the end.
+    """
+    outcomes = run(config, workdir, environments)
+    if failed := [id for id, outcome in outcomes.items() if outcome.verdict == "failed"]:
+        reasons = "; ".join(f"{id}: {outcomes[id].reason}" for id in failed[:3])
+        raise ReferencesError(f"{len(failed)} of {len(outcomes)} environments have no reference: {reasons}")
+
+
+def _examine(config: ReferencesConfig, id: str, directory: pathlib.Path) -> Unit | ReferenceOutcome:
+    """What there is to do for an id, or what came of it already: all that can be known before anything is trained."""
+    try:
+        if directory.exists():
+            return _outcome(load_reference(directory))  # finished, or it says what is wrong with it
+        with opened(registry.make, id, 1) as environment:
+            return Unit(id, _recipe(config, environment.spec), directory)
+    except (UnknownEnvironmentError, LibraryMissingError):
+        raise
+    except Exception as error:
+        return ReferenceOutcome("failed", _said(error))
+
+
+def _recipe(config: ReferencesConfig, spec: EnvironmentSpec) -> Recipe:
+    bucket_for(spec.observation_space, spec.action_space)  # what no model can be given needs no reference
+    chosen = recipe(spec)
     budget = max(1, round(config.budget * chosen.config.budget_steps))
     return dataclasses.replace(chosen, config=dataclasses.replace(chosen.config, budget_steps=budget))
 
 
-def _make(
-    config: ReferencesConfig, unit: Unit, advance: collections.abc.Callable[[int], None]
-) -> dict[str, typing.Any]:
+def _outcome(scored: ScoredReference) -> ReferenceOutcome:
+    admission = scored.admission
+    return ReferenceOutcome("admitted" if admission.admitted else "refused", admission.reason)
+
+
+def _said(error: BaseException) -> str:
+    """An error in one line; what is not the project's own names its class."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, LdmError) else f"{type(error).__name__}: {text}"
+
+
+def _write(workdir: pathlib.Path, outcomes: dict[str, ReferenceOutcome]) -> None:
+    path = workdir / "references" / "outcomes.json"
+    path.parent.mkdir(exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() else {}  # of other lists of ids
+    known |= {id: outcome._asdict() for id, outcome in outcomes.items()}
+    files.write(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def _make(config: ReferencesConfig, unit: Unit, advance: _Advance) -> _Finished:
+    """Trains, scores and saves; whatever the environment does is its own failure, `sys.exit` included."""
     clock, seed = progress.clock(), seed_of(config.seed, "references", unit.id)
-    policy = train_reference(registry.make, unit.id, unit.recipe, seed, progress.up_to(advance))
-    trained_s = clock()
-    scored = score_reference(registry.make, policy, seed, config.num_envs, config.episodes)
+    try:
+        policy = train_reference(registry.make, unit.id, unit.recipe, seed, progress.up_to(advance))
+        trained_s = clock()
+        scored = score_reference(registry.make, policy, seed, config.num_envs, config.episodes)
+    except (Exception, SystemExit) as error:
+        return _Finished(unit.id, ReferenceOutcome("failed", _said(error)), {})
     save_reference(unit.directory, scored)
-    return {
+    facts = {
         "id": unit.id,
         "algorithm": scored.policy.reference.algorithm,
         "decoding": scored.policy.reference.decoding,
@@ -114,28 +207,45 @@ def _make(
         "train_seconds": trained_s,
         "score_seconds": round(clock() - trained_s, 1),
     }
+    return _Finished(unit.id, _outcome(scored), facts)
 
 
-def _run_here(
-    config: ReferencesConfig, units: list[Unit], advance: collections.abc.Callable[[int], None]
-) -> collections.abc.Iterator[dict[str, typing.Any]]:
+def _run_here(config: ReferencesConfig, units: list[Unit], advance: _Advance) -> collections.abc.Iterator[_Finished]:
     for unit in units:
         yield _make(config, unit, advance)
 
 
 def _run_in_processes(
-    config: ReferencesConfig, units: list[Unit], advance: collections.abc.Callable[[int], None]
-) -> collections.abc.Iterator[dict[str, typing.Any]]:
-    steps = processes.make_queue()
+    config: ReferencesConfig, units: list[Unit], advance: _Advance
+) -> collections.abc.Iterator[_Finished]:
     # The longest first: else one of them may be what all wait for in the end.
     units = sorted(units, key=lambda unit: -unit.recipe.config.budget_steps)
-    with processes.pool(config.workers, _begin_worker, steps) as pool:
-        waiting = {pool.submit(_make_in_worker, config, unit) for unit in units}
+    lost = yield from _run_in_pool(config, units, advance, config.workers)
+    for unit in lost:  # one of them ended the pool; alone, each answers for itself
+        if (yield from _run_in_pool(config, [unit], advance, 1)):
+            yield _Finished(
+                unit.id, ReferenceOutcome("failed", "its process died: out of memory, or a fault of its library"), {}
+            )
+
+
+def _run_in_pool(
+    config: ReferencesConfig, units: list[Unit], advance: _Advance, workers: int
+) -> collections.abc.Generator[_Finished, None, list[Unit]]:
+    """Yields what is finished, and returns the units that were lost because a process died."""
+    steps, lost = processes.make_queue(), []
+    with processes.pool(workers, _begin_worker, steps) as pool:
+        waiting = {pool.submit(_make_in_worker, config, unit): unit for unit in units}
         while waiting:
-            done, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+            done, _ = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
             while not steps.empty():
                 advance(steps.get())
-            yield from (future.result() for future in done)
+            for future in done:
+                unit = waiting.pop(future)
+                try:
+                    yield future.result()
+                except concurrent.futures.process.BrokenProcessPool:
+                    lost.append(unit)
+    return lost
 
 
 _worker: dict[str, typing.Any] = {}
@@ -145,11 +255,11 @@ def _begin_worker(steps: multiprocessing.queues.Queue) -> None:
     _worker["steps"] = steps
 
 
-def _make_in_worker(config: ReferencesConfig, unit: Unit) -> dict[str, typing.Any]:
+def _make_in_worker(config: ReferencesConfig, unit: Unit) -> _Finished:
     return _make(config, unit, _worker["steps"].put)
 
 
 if __name__ == "__main__":
     from experiments.harness.flags import launch
 
-    launch(run, {"default": ReferencesConfig()})
+    launch(main, {"default": ReferencesConfig()})

@@ -11,9 +11,9 @@ from gymnasium import spaces as gym_spaces
 
 import environments
 from data import references
-from data.references import networks, policy, ppo, recipes, tabular
+from data.references import moments, networks, policy, ppo, recipes, tabular
 from ldm_jax import cards, rollout, spaces
-from ldm_jax.encoding.actions import Slots, action_layout, to_slots
+from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, Slots, action_layout, to_slots
 from ldm_jax.types import EnvironmentSpec, TimeStep
 
 QUICK = ppo.PPOConfig(
@@ -127,46 +127,46 @@ def test_any_space_is_seen_and_acted_in(rich):
     _, network, params = rich
     timestep = rich_timestep(np.random.default_rng(1))
     agent = ppo.agent(RICH, ppo.PPOConfig(hidden=(16,)))
-    learned = {"network": params, "moments": networks.init_moments(network.size)._asdict()}
-    layout = action_layout(RICH_ACTION, low=-1.0, high=1.0)
+    learned = {"network": params, "moments": moments.init_moments(network.size)._asdict()}
+    layout = action_layout(RICH_ACTION)
     step = jax.jit(agent.step)
-    for form in policy.FORMS:
-        _, action, record = step(policy.with_form(learned, form), (), timestep, jax.random.key(0))
+    for decoding in policy.DECODINGS:
+        _, action, record = step(policy.with_decoding(learned, decoding), (), timestep, jax.random.key(0))
         assert spaces.check(RICH_ACTION, action, ROWS, "the action") == 0
         slots = to_slots(layout, action)
         offsets = np.array([0, 3, 5])
         assert timestep.action_mask[np.arange(ROWS)[:, None], offsets + np.asarray(slots.categorical)].all()
-        assert (np.asarray(record.logits)[~timestep.action_mask] <= networks.MASKED).all()
+        assert (np.asarray(record.logits)[~timestep.action_mask] <= NOT_ALLOWED_FLOAT16).all()
         assert np.isfinite(np.asarray(record.logits, np.float16)).all()  # as it is stored
-        if form == "greedy":
+        if decoding == "greedy":
             assert (np.asarray(record.scale) == 0).all()
             np.testing.assert_allclose(record.mean, action[0], rtol=1e-6)
-        if form == "sample":
+        if decoding == "sample":
             np.testing.assert_allclose(record.scale, np.broadcast_to([3.0, 0.5], (ROWS, 2)))
 
 
 def test_each_part_of_an_observation_reaches_policy_and_value(rich):
     _, network, params = rich
-    moments, rng = networks.init_moments(network.size), np.random.default_rng(2)
+    unseen, rng = moments.init_moments(network.size), np.random.default_rng(2)
     timestep = rich_timestep(rng)
     apply = jax.jit(network.apply)
-    before = apply(params["perceptrons"], moments, timestep.observation, None)
+    before = apply(params["perceptrons"], unseen, timestep.observation, None)
     for name, value in timestep.observation.items():
         other = rich_timestep(rng).observation[name]
         assert not np.array_equal(other, value)
-        after = apply(params["perceptrons"], moments, timestep.observation | {name: other}, None)
+        after = apply(params["perceptrons"], unseen, timestep.observation | {name: other}, None)
         assert not np.array_equal(before[0], after[0]) and not np.array_equal(before[2], after[2]), name
 
 
 def test_a_row_that_does_not_count_changes_no_gradient(rich):
     config, network, params = rich
-    layout, moments = action_layout(RICH_ACTION, low=-1.0, high=1.0), networks.init_moments(network.size)
+    layout, unseen = action_layout(RICH_ACTION), moments.init_moments(network.size)
     timestep = rich_timestep(np.random.default_rng(3))
     ones = jnp.ones(ROWS)
     slots = Slots(jnp.zeros((ROWS, 3), jnp.int32), jnp.full((ROWS, 2), 0.3))
     valid = jnp.arange(ROWS) != 2
     batch = ppo.Batch(timestep.observation, None, slots, -ones, jnp.arange(6.0), ones, valid)
-    gradient = jax.jit(jax.grad(lambda params, batch: ppo.loss(params, config, layout, network, moments, batch)))
+    gradient = jax.jit(jax.grad(lambda params, batch: ppo.loss(params, config, layout, network, unseen, batch)))
     clean = gradient(params, batch)
 
     def spoil(x):
@@ -182,8 +182,9 @@ def test_a_mask_that_allows_nothing_does_no_harm():
     layout = action_layout(gym_spaces.Discrete(3))
     network = networks.network(gym_spaces.Discrete(2), layout, (8,), "tanh")
     params = network.init(np.random.default_rng(0))
-    logits, _, _ = network.apply(params, networks.init_moments(0), np.zeros(1, np.int32), np.zeros((1, 3), bool))
-    assert np.isfinite(logits).all() and (np.abs(logits) < 10).all()
+    logits, _, _ = network.apply(params, moments.init_moments(0), np.zeros(1, np.int32), np.zeros((1, 3), bool))
+    assert np.isfinite(logits).all()
+    np.testing.assert_allclose(policy.choice_logits(layout, logits), np.full((1, 1, 3), -np.log(3)), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +275,7 @@ def test_a_reference_no_better_than_random_is_refused():
     spec, config = environments.make(id).spec, tabular.TabularConfig()
     uniform = references.ReferencePolicy(
         tabular.agent(spec, config),
-        policy.with_form({"logits": np.zeros((16, 4), np.float32)}, "sample"),
+        policy.with_decoding({"logits": np.zeros((16, 4), np.float32)}, "sample"),
         cards.Reference("tabular", "sample", 1, 0),
         spec,
         config,
@@ -308,11 +309,12 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path, scored):
     with pytest.raises(references.ReferencePolicyError, match="not a saved reference"):
         references.load_reference(directory)
     references.save_reference(directory, scored)
-    whole = (directory / "params.npz").read_bytes()
-    (directory / "params.npz").write_bytes(whole[:-10])
+    (params,) = directory.glob("params-*.npz")
+    whole = params.read_bytes()
+    params.write_bytes(whole[:-10])
     with pytest.raises(references.ReferencePolicyError, match="damaged"):
         references.load_reference(directory)
-    (directory / "params.npz").unlink()
+    params.unlink()
     with pytest.raises(references.ReferencePolicyError, match="damaged"):
         references.load_reference(directory)
     description = json.loads((directory / "reference.json").read_text())

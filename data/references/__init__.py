@@ -1,11 +1,15 @@
 """Reference policies: found, scored and admitted without a hand in between."""
 
+from .action_range import ActionRangeError
 from .pipeline import ScoredReference, score_reference, train_reference
 from .policy import ReferencePolicy, random_agent
+from .ppo import DivergenceError
 from .recipes import Recipe, recipe
 from .saving import ReferencePolicyError, load_reference, save_reference
 
 __all__ = [
+    "ActionRangeError",
+    "DivergenceError",
     "Recipe",
     "ReferencePolicy",
     "ReferencePolicyError",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections.abc
+import functools
 import math
 import typing
 
@@ -11,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from gymnasium import spaces
 
-from ldm_jax.encoding.actions import ActionLayout
-from ldm_jax.spaces import UNBOUNDED, bounds, choices, get, leaf_shape_dtype, leaves, start, text_bytes
+from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, ActionLayout
+from ldm_jax.encoding.observations import channels_last, channels_last_shape
+from ldm_jax.spaces import Leaf, bounds, choices, get, leaf_shape_dtype, leaves, start, text_bytes
 from ldm_jax.types import Array, PyTree
 
-MASKED = -1e4
-"""The logit of a choice that is not allowed: its probability is 0 in float32, and float16 can hold it."""
+from .moments import Moments, standardize
+
+LARGEST = 1e30
+"""Infinite numbers are seen as this one: float32 can still take their mean."""
 
 ONE_HOT_LIMIT = 1024
 """A categorical component with more choices than this is embedded instead of written as one-hot numbers."""
@@ -30,20 +35,6 @@ CONVOLUTIONS = ((4, 16), (2, 32))
 """Stride and channels of each layer; the kernel is twice the stride, the padding valid (Mnih et al. 2013)."""
 
 
-class Moments(typing.NamedTuple):
-    """Running mean and variance of numbers.
-
-    Attributes:
-      count: `float32 []`, how many rows were seen.
-      mean: `float32 [D]`.
-      variance: `float32 [D]`.
-    """
-
-    count: Array
-    mean: Array
-    variance: Array
-
-
 class Network(typing.NamedTuple):
     """Policy and value as pure functions.
 
@@ -55,32 +46,10 @@ class Network(typing.NamedTuple):
       size: D.
     """
 
-    init: typing.Callable[[np.random.Generator], PyTree]
-    apply: typing.Callable[[PyTree, Moments, PyTree, Array | None], tuple[Array, Array, Array]]
-    numbers: typing.Callable[[PyTree], Array]
+    init: collections.abc.Callable[[np.random.Generator], PyTree]
+    apply: collections.abc.Callable[[PyTree, Moments, PyTree, Array | None], tuple[Array, Array, Array]]
+    numbers: collections.abc.Callable[[PyTree], Array]
     size: int
-
-
-def init_moments(size: int) -> Moments:
-    """Moments before anything was seen: mean 0, variance 1."""
-    return Moments(np.float32(1e-4), np.zeros(size, np.float32), np.ones(size, np.float32))
-
-
-def add_moments(moments: Moments, value_ND: Array, valid_N: Array) -> Moments:
-    """Takes in the valid rows.
-
-    Source: Chan, Golub and LeVeque (1979), pairwise combination of variances.
-    """
-    weight_N1 = valid_N[:, None].astype(jnp.float32)
-    value_ND = jnp.where(valid_N[:, None], value_ND, 0.0)
-    count = weight_N1.sum()
-    mean = value_ND.sum(0) / jnp.maximum(count, 1)
-    variance = (weight_N1 * (value_ND - mean) ** 2).sum(0) / jnp.maximum(count, 1)
-    total = moments.count + count
-    share = count / total
-    apart = mean - moments.mean
-    variance = moments.variance * (1 - share) + variance * share + apart**2 * share * (1 - share)
-    return Moments(total, moments.mean + apart * share, variance)
 
 
 def is_image(space: gymnasium.Space) -> bool:
@@ -105,80 +74,109 @@ def network(
       hidden: widths of the hidden layers.
       activation: a name in `jax.nn`.
     """
-    parts = leaves(observation_space)
-    images = [leaf for leaf in parts if is_image(leaf.space)]
-    texts = [leaf for leaf in parts if isinstance(leaf.space, spaces.Text)]
-    numeric = [leaf for leaf in parts if isinstance(leaf.space, spaces.Box) and not is_image(leaf.space)]
-    categories = [leaf for leaf in parts if choices(leaf.space)]
-    sizes = [size for leaf in categories for size in choices(leaf.space)]
-    large = [size for size in sizes if size > ONE_HOT_LIMIT]
-    size = sum(math.prod(leaf.space.shape) for leaf in numeric)
-    width = size + sum(n for n in sizes if n <= ONE_HOT_LIMIT) + EMBEDDING_WIDTH * len(large)
-    width += 32 * len(texts) + IMAGE_FEATURES * len(images)
+    parts = _sort(observation_space)
     outputs = {"actor": layout.flat_choices + layout.continuous, "critic": 1}
     activate = getattr(jax.nn, activation)
 
     def init(rng: np.random.Generator) -> PyTree:
         params: dict[str, typing.Any] = {
             # A small last layer of the policy starts it near uniform (Andrychowicz et al. 2021, What Matters).
-            name: _init_perceptron(rng, (width, *hidden, out), 0.01 if name == "actor" else 1.0)
+            name: _init_perceptron(rng, (parts.width, *hidden, out), 0.01 if name == "actor" else 1.0)
             for name, out in outputs.items()
         }
-        params["embeddings"] = [rng.normal(0, 1, (n, EMBEDDING_WIDTH)).astype(np.float32) for n in large]
-        params["images"] = [_init_convolutions(rng, _image_shape(leaf.space)) for leaf in images]
+        params["embeddings"] = [rng.normal(0, 1, (n, EMBEDDING_WIDTH)).astype(np.float32) for n in parts.large]
+        params["images"] = [_init_convolutions(rng, channels_last_shape(leaf.space.shape)) for leaf in parts.images]
         return params
 
-    def numbers(observation: PyTree) -> Array:
-        return _concatenate(observation, [_rows(get(observation, leaf.path), leaf.space) for leaf in numeric])
-
-    def encode(params: PyTree, moments: Moments, observation: PyTree) -> Array:
-        standard = (numbers(observation) - moments.mean) / jnp.sqrt(moments.variance + 1e-8)
-        columns, embeddings = [jnp.clip(standard, -10, 10)], iter(params["embeddings"])
-        for leaf in categories:
-            value = get(observation, leaf.path) - start(leaf.space)
-            value = value.reshape(value.shape[0], -1)
-            components = choices(leaf.space)
-            if len(set(components)) == 1 and components[0] <= ONE_HOT_LIMIT:  # at once: boards have hundreds
-                columns.append(jax.nn.one_hot(value, components[0]).reshape(value.shape[0], -1))
-                continue
-            for k, n in enumerate(components):
-                index = value[:, k]
-                columns.append(jax.nn.one_hot(index, n) if n <= ONE_HOT_LIMIT else next(embeddings)[index])
-        columns += [_text_bits(get(observation, leaf.path), text_bytes(leaf.space)) for leaf in texts]
-        for leaf, layers in zip(images, params["images"], strict=True):
-            columns.append(_apply_convolutions(layers, _as_image(get(observation, leaf.path), leaf.space)))
-        return jnp.concatenate(columns, -1)
-
-    def apply(params: PyTree, moments: Moments, observation: PyTree, action_mask: Array | None):
-        encoded = encode(params, moments, observation)
+    def apply(
+        params: PyTree, moments: Moments, observation: PyTree, action_mask: Array | None
+    ) -> tuple[Array, Array, Array]:
+        encoded = _encode(parts, params, moments, observation)
         policy = _apply_perceptron(params["actor"], encoded, activate)
         value = _apply_perceptron(params["critic"], encoded, activate)[:, 0]
         logits = policy[:, : layout.flat_choices]
         if action_mask is not None:
-            logits = jnp.where(_allow_something(layout, action_mask), logits, MASKED)
+            logits = jnp.where(action_mask, logits, NOT_ALLOWED_FLOAT16)
         return logits, policy[:, layout.flat_choices :], value
 
-    return Network(init, apply, numbers, size)
+    return Network(init, apply, functools.partial(_numbers, parts), parts.numbers)
 
 
-def _allow_something(layout: ActionLayout, action_mask: Array) -> Array:
-    # After an end some games allow nothing at all; any choice will do there.
-    columns, offset = [], 0
-    for n in layout.sizes:
-        slot = action_mask[:, offset : offset + n]
-        columns.append(slot | ~slot.any(-1, keepdims=True))
-        offset += n
+class _Parts(typing.NamedTuple):
+    """The leaves of an observation space by how they are seen, in canonical order."""
+
+    numeric: tuple[Leaf, ...]
+    categories: tuple[Leaf, ...]
+    texts: tuple[Leaf, ...]
+    images: tuple[Leaf, ...]
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are standardized; an image without bounds has two, see `_numbers`."""
+        unbounded = sum(_range(leaf.space) is None for leaf in self.images)
+        return sum(math.prod(leaf.space.shape) for leaf in self.numeric) + 2 * unbounded
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of choices of each categorical component."""
+        return tuple(size for leaf in self.categories for size in choices(leaf.space))
+
+    @property
+    def large(self) -> tuple[int, ...]:
+        """Those that are embedded."""
+        return tuple(size for size in self.sizes if size > ONE_HOT_LIMIT)
+
+    @property
+    def width(self) -> int:
+        """The length of the encoded observation."""
+        one_hot = sum(size for size in self.sizes if size <= ONE_HOT_LIMIT)
+        rest = EMBEDDING_WIDTH * len(self.large) + 32 * len(self.texts) + IMAGE_FEATURES * len(self.images)
+        return self.numbers + one_hot + rest
+
+
+def _sort(observation_space: gymnasium.Space) -> _Parts:
+    parts = leaves(observation_space)
+    return _Parts(
+        numeric=tuple(leaf for leaf in parts if isinstance(leaf.space, spaces.Box) and not is_image(leaf.space)),
+        categories=tuple(leaf for leaf in parts if choices(leaf.space)),
+        texts=tuple(leaf for leaf in parts if isinstance(leaf.space, spaces.Text)),
+        images=tuple(leaf for leaf in parts if is_image(leaf.space)),
+    )
+
+
+def _numbers(parts: _Parts, observation: PyTree) -> Array:
+    """What moments are taken of: all plain numbers, and mean and spread of the images that declare no bounds."""
+    rows = jax.tree.leaves(observation)[0].shape[0]
+    columns: list[Array] = [jnp.zeros((rows, 0), jnp.float32)]
+    columns += [_rows(get(observation, leaf.path), leaf.space) for leaf in parts.numeric]
+    for leaf in parts.images:
+        if _range(leaf.space) is None:
+            columns.append(jnp.stack(_level(_rows(get(observation, leaf.path), leaf.space)), -1))
     return jnp.concatenate(columns, -1)
 
 
-def _concatenate(observation: PyTree, columns: list[Array]) -> Array:
-    rows = jax.tree.leaves(observation)[0].shape[0]
-    return jnp.concatenate([jnp.zeros((rows, 0), jnp.float32), *columns], -1)
+def _encode(parts: _Parts, params: PyTree, moments: Moments, observation: PyTree) -> Array:
+    columns: list[Array] = [standardize(moments, _numbers(parts, observation))]
+    embeddings = iter(params["embeddings"])
+    for leaf in parts.categories:
+        value = get(observation, leaf.path) - start(leaf.space)
+        value = value.reshape(value.shape[0], -1)
+        components = choices(leaf.space)
+        if len(set(components)) == 1 and components[0] <= ONE_HOT_LIMIT:  # at once: boards have hundreds
+            columns.append(jax.nn.one_hot(value, components[0]).reshape(value.shape[0], -1))
+            continue
+        for k, n in enumerate(components):
+            index = value[:, k]
+            columns.append(jax.nn.one_hot(index, n) if n <= ONE_HOT_LIMIT else next(embeddings)[index])
+    columns += [_text_bits(get(observation, leaf.path), text_bytes(leaf.space)) for leaf in parts.texts]
+    for leaf, layers in zip(parts.images, params["images"], strict=True):
+        columns.append(_apply_convolutions(layers, _as_image(get(observation, leaf.path), leaf.space)))
+    return jnp.concatenate(columns, -1)
 
 
 def _rows(value: Array, space: gymnasium.Space) -> Array:
     width = math.prod(leaf_shape_dtype(space).shape)
-    return jnp.clip(value.reshape(value.shape[0], width).astype(jnp.float32), -UNBOUNDED, UNBOUNDED)
+    return jnp.clip(value.reshape(value.shape[0], width).astype(jnp.float32), -LARGEST, LARGEST)
 
 
 def _text_bits(value: Array, length: int) -> Array:
@@ -205,26 +203,35 @@ def _init_perceptron(rng: np.random.Generator, widths: tuple[int, ...], last_gai
     ]
 
 
-def _apply_perceptron(layers: PyTree, x: Array, activate: typing.Callable[[Array], Array]) -> Array:
+def _apply_perceptron(layers: PyTree, x: Array, activate: collections.abc.Callable[[Array], Array]) -> Array:
     for layer in layers[:-1]:
         x = activate(x @ layer["kernel"] + layer["bias"])
     return x @ layers[-1]["kernel"] + layers[-1]["bias"]
 
 
-def _image_shape(space: spaces.Box) -> tuple[int, int, int]:
-    first, second, third = (*space.shape, 1)[:3]
-    return (second, third, first) if first < third else (first, second, third)
-
-
 def _as_image(value: Array, space: spaces.Box) -> Array:
-    """To float `[B, height, width, channels]`, about -1 to 1 where the bounds are finite."""
+    """To float `[B, height, width, channels]`, about -1 to 1."""
+    if (limits := _range(space)) is not None:
+        low, high = limits
+        image = (value.astype(jnp.float32) - low) * (2 / (high - low)) - 1
+    else:
+        rows = _rows(value, space)
+        mean, spread = (level[:, None] for level in _level(rows))
+        image = ((rows - mean) / jnp.where(spread == 0, 1.0, spread)).reshape(value.shape)
+    return channels_last(image, space.shape)
+
+
+def _range(space: spaces.Box) -> tuple[np.float32, np.float32] | None:
+    """The lowest and the highest number of an image, None where it declares none."""
     low, high = (np.float32(side) for side in (bounds(space)[0].min(), bounds(space)[1].max()))
-    value = value[..., None] if len(space.shape) == 2 else value
-    value = jnp.moveaxis(value, 1, -1) if value.shape[1] < value.shape[3] else value
-    value = value.astype(jnp.float32)
-    if np.isfinite(low) and np.isfinite(high) and high > low:
-        value = (value - low) * (2 / (high - low)) - 1
-    return value
+    return (low, high) if np.isfinite(low) and np.isfinite(high) and high > low else None
+
+
+def _level(rows: Array) -> tuple[Array, Array]:
+    """Mean and spread `[B]` of each row, whatever its unit."""
+    unit = jnp.abs(rows).max(-1, keepdims=True)
+    unit = jnp.where(unit == 0, 1.0, unit)
+    return (rows / unit).mean(-1) * unit[:, 0], (rows / unit).std(-1) * unit[:, 0]
 
 
 def _init_convolutions(rng: np.random.Generator, shape: tuple[int, int, int]) -> PyTree:

@@ -1,34 +1,36 @@
-"""From an environment's id to a scored reference policy: train, choose the form, score, admit or refuse."""
+"""From an environment's id to a scored reference policy: train, choose the decoding, score, admit or refuse."""
 
 from __future__ import annotations
 
+import collections.abc
+import contextlib
 import dataclasses
 import typing
+import warnings
 
 import jax
 
 from ldm_jax import cards, rollout
-from ldm_jax.encoding.actions import action_layout
 from ldm_jax.environment import Environment
 from ldm_jax.evaluation import scores
 
-from .policy import Form, ReferencePolicy, with_form
+from .policy import ReferencePolicy, SlotDecoding, with_decoding
 from .recipes import ALGORITHMS, Recipe, recipe
 
-Make = typing.Callable[..., Environment]
+MakeEnvironment = collections.abc.Callable[..., Environment]
 """`make(id, batch_size=B)`, as `environments.make`."""
 
 _SCORING = 0x5C0E  # sets the randomness of scoring apart from that of training
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class ScoredReference:
-    """A reference in its better form, with what it and a random policy score.
+    """A reference in its better decoding, with what it and a random policy score; it can be pickled and compared.
 
     Attributes:
       policy: the reference.
       random_returns: of the uniformly random policy.
-      reference_returns: of the reference, on other episodes than those that chose its form.
+      reference_returns: of the reference, on other episodes than those that chose its decoding.
       admission: whether it is good enough to score others against, and why not.
     """
 
@@ -38,11 +40,34 @@ class ScoredReference:
 
     @property
     def admission(self) -> scores.Admission:
+        """Whether it is good enough to score others against, and why not."""
         return scores.admit(self.random_returns.array, self.reference_returns.array)
 
 
+@contextlib.contextmanager
+def opened(make: MakeEnvironment, id: str, num_envs: int) -> collections.abc.Iterator[Environment]:
+    """Makes an environment and closes it; one that fails to close costs nothing of what was done with it.
+
+    Args:
+      make: makes the environment, `environments.make` or the like.
+      id: of the environment.
+      num_envs: parallel environments.
+
+    Yields:
+      The environment.
+    """
+    environment = make(id, batch_size=num_envs)
+    try:
+        yield environment
+    finally:
+        try:
+            environment.close()
+        except Exception as error:
+            warnings.warn(f"{id} failed to close: {type(error).__name__}: {error}; nothing is lost", stacklevel=3)
+
+
 def train_reference(
-    make: Make, id: str, how: Recipe | None = None, seed: int = 0, progress: rollout.Progress | None = None
+    make: MakeEnvironment, id: str, how: Recipe | None = None, seed: int = 0, progress: rollout.Progress | None = None
 ) -> ReferencePolicy:
     """Trains a reference policy.
 
@@ -54,33 +79,31 @@ def train_reference(
       progress: is told the environment steps done and their total.
 
     Returns:
-      The policy, in its sampled form.
+      The policy, decoding by sampling.
+
+    Raises:
+      ActionRangeError: the action space declares no bounds, and none were found.
+      DivergenceError: training diverged.
     """
-    spec = make(id, batch_size=1).spec
+    with opened(make, id, 1) as environment:
+        spec = environment.spec
     chosen = recipe(spec) if how is None else how
-    module, _ = ALGORITHMS[chosen.algorithm]
-    environment = make(id, batch_size=chosen.config.num_envs)
-    try:
-        params = module.train(environment, chosen.config, seed, progress)
-    finally:
-        environment.close()
+    algorithm = ALGORITHMS[chosen.algorithm]
+    with opened(make, id, chosen.config.num_envs) as environment:
+        cards.check_matches(spec, environment.spec, f"what {id} said of itself when made a moment ago")
+        config = algorithm.settle(environment, chosen.config, seed)
+        params = algorithm.train(environment, config, seed, progress)
     return ReferencePolicy(
-        module.agent(spec, chosen.config),
-        with_form(params, "sample"),
-        cards.Reference(
-            algorithm=chosen.algorithm,
-            decoding="sample",
-            budget_steps=chosen.config.budget_steps,
-            seed=seed,
-            assumed_slots=action_layout(spec.action_space, low=-1.0, high=1.0).assumed,
-        ),
-        spec,
-        chosen.config,
+        agent=algorithm.agent(spec, config),
+        params=with_decoding(params, "sample"),
+        reference=cards.Reference(chosen.algorithm, "sample", config.budget_steps, seed),
+        spec=spec,
+        config=config,
     )
 
 
 def score_reference(
-    make: Make,
+    make: MakeEnvironment,
     policy: ReferencePolicy,
     seed: int = 0,
     num_envs: int = 64,
@@ -89,36 +112,37 @@ def score_reference(
 ) -> ScoredReference:
     """Scores a reference and a random policy on fresh episodes, equally many in every one of the parallel environments.
 
-    The better of the greedy and the sampled form is found on episodes of its own, and scored afresh: choosing by
-    the reported episodes would flatter it.
+    The better of greedy and sampled decoding is found on episodes of its own, and scored afresh: choosing by the
+    reported episodes would flatter it.
 
     Args:
       make: makes the environment, as for training.
-      policy: the reference, in either form.
+      policy: the reference, whichever way it decodes.
       seed: of the episodes.
       num_envs: parallel environments.
       episodes_per_env: E; `num_envs * episodes_per_env` of at least 100 make a score.
       progress: is told the episodes done and their total.
 
     Returns:
-      The reference in its better form, and the scores.
+      The reference in its better decoding, and the scores.
+
+    Raises:
+      CardError: the environment is no longer the one that the reference was trained in.
     """
     root = jax.random.fold_in(jax.random.key(seed), _SCORING)
-    environment = make(policy.spec.id, batch_size=num_envs)
     each = num_envs * episodes_per_env
+    with opened(make, policy.spec.id, num_envs) as environment:
+        cards.check_matches(policy.spec, environment.spec, f"the reference of {policy.spec.id}")
 
-    def returns(stage: int, form: Form) -> cards.Returns:
-        report = None if progress is None else (lambda done, _: progress(stage * each + done, 4 * each))
-        params, key = with_form(policy.params["policy"], form), jax.random.fold_in(root, stage)
-        return cards.Returns.of(
-            rollout.evaluate(environment, policy.agent, params, key, episodes_per_env, report).returns
-        )
+        def returns(stage: int, decoding: SlotDecoding) -> cards.Returns:
+            report = None if progress is None else (lambda done, _: progress(stage * each + done, 4 * each))
+            params, key = with_decoding(policy.params["policy"], decoding), jax.random.fold_in(root, stage)
+            return cards.Returns.of(
+                rollout.evaluate(environment, policy.agent, params, key, episodes_per_env, report).returns
+            )
 
-    try:
         better: typing.Literal["greedy", "sample"] = (
             "greedy" if returns(0, "greedy").mean >= returns(1, "sample").mean else "sample"
         )
         reference_returns, random_returns = returns(2, better), returns(3, "random")
-    finally:
-        environment.close()
-    return ScoredReference(policy.in_form(better), random_returns, reference_returns)
+    return ScoredReference(policy.with_decoding(better), random_returns, reference_returns)

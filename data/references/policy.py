@@ -1,8 +1,10 @@
-"""What a reference policy is, and how any policy over action slots acts in its greedy and its sampled form."""
+"""What a reference policy is, and how any policy over action slots acts, greedily or by sampling."""
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
+import functools
 import typing
 
 import gymnasium
@@ -11,20 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import cards, spaces
-from ldm_jax.encoding.actions import ActionLayout, Distribution, Slots, denormalize, from_slots, split_choices
+from ldm_jax.encoding.actions import (
+    NOT_ALLOWED,
+    ActionLayout,
+    Distribution,
+    Slots,
+    denormalize,
+    from_slots,
+    split_choices,
+)
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
-from .networks import MASKED
-
-Form = typing.Literal["greedy", "sample", "random"]
-FORMS = typing.get_args(Form)
+SlotDecoding = typing.Literal["greedy", "sample", "random"]
+"""How an agent acts: `greedy` takes the likeliest choice and the mean, `sample` draws, `random` ignores the policy."""
+DECODINGS: tuple[SlotDecoding, ...] = typing.get_args(SlotDecoding)
 
 
 class SlotPolicy(typing.NamedTuple):
     """What a policy says of each slot; a pytree.
 
     Attributes:
-      logits: `float32 [B, M]` over the flat choices, `MASKED` where not allowed.
+      logits: `float32 [B, M]` over the flat choices, `NOT_ALLOWED_FLOAT16` where not allowed; float16 holds them.
       mean: `float32 [B, C]`, in normalized units: a slot's range is -1 to 1.
       std: `float32 [B, C]`, in the same units.
     """
@@ -36,12 +45,13 @@ class SlotPolicy(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReferencePolicy:
-    """A trained policy, ready to act and to label.
+    """A trained policy, ready to act and to label; it can be pickled, copied and compared.
 
     Attributes:
-      agent: its step takes `params` and records an `ldm_jax.encoding.actions.Distribution` at every state.
-      params: NumPy arrays; `params["form"]` is the place in `FORMS`, so that all forms are one compiled program.
-      reference: algorithm, form, budget and seed.
+      agent: its step takes `params` and records an `ldm_jax.encoding.actions.Distribution` at every state. It follows
+        from the other fields, so it counts for nothing in comparisons.
+      params: NumPy arrays; `params["decoding"]` is the place in `DECODINGS`, so that all are one compiled program.
+      reference: algorithm, decoding, budget and seed.
       spec: the environment it was trained for; the batch size does not matter.
       config: of the algorithm.
     """
@@ -52,30 +62,47 @@ class ReferencePolicy:
     spec: EnvironmentSpec
     config: typing.Any
 
-    def in_form(self, form: typing.Literal["greedy", "sample"]) -> ReferencePolicy:
+    def with_decoding(self, decoding: typing.Literal["greedy", "sample"]) -> ReferencePolicy:
         """The same policy, acting greedily or by sampling."""
         return dataclasses.replace(
             self,
-            params=with_form(self.params["policy"], form),
-            reference=dataclasses.replace(self.reference, decoding=form),
+            params=with_decoding(self.params["policy"], decoding),
+            reference=dataclasses.replace(self.reference, decoding=decoding),
         )
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ReferencePolicy):
+            return NotImplemented
+        mine, theirs = ((self.reference, self.spec, self.config), (other.reference, other.spec, other.config))
+        return mine == theirs and _equal(self.params, other.params)
 
-def with_form(params: PyTree, form: Form) -> PyTree:
+    def __hash__(self) -> int:
+        return hash((self.reference, self.spec.id))
+
+    def __repr__(self) -> str:
+        count = sum(np.size(leaf) for leaf in jax.tree.leaves(self.params))
+        reference = self.reference
+        return f"ReferencePolicy({self.spec.id}, {reference.algorithm}, {reference.decoding}, {count:,} parameters)"
+
+
+def _equal(one: PyTree, other: PyTree) -> bool:
+    structures: list[typing.Any] = [jax.tree.structure(tree) for tree in (one, other)]
+    if structures[0] != structures[1]:
+        return False
+    return all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
+
+
+def with_decoding(params: PyTree, decoding: SlotDecoding) -> PyTree:
     """Parameters of a `slot_agent` from those of its policy."""
-    return {"policy": params, "form": np.int32(FORMS.index(form))}
+    return {"policy": params, "decoding": np.int32(DECODINGS.index(decoding))}
 
 
 def random_agent(action_space: gymnasium.Space) -> Agent:
     """The policy that samples actions uniformly among those allowed; it has no parameters and records nothing."""
-
-    def step(params, carry, timestep: TimeStep, key):
-        return carry, spaces.sample(key, action_space, timestep.reward.shape[0], timestep.action_mask), ()
-
-    return Agent(lambda batch_size: (), step)
+    return Agent(_remember_nothing, functools.partial(_act_at_random, action_space))
 
 
-def slot_agent(layout: ActionLayout, policy: typing.Callable[[PyTree, TimeStep], SlotPolicy]) -> Agent:
+def slot_agent(layout: ActionLayout, policy: collections.abc.Callable[[PyTree, TimeStep], SlotPolicy]) -> Agent:
     """An agent that acts on what `policy` says, and records it as a distribution.
 
     Greedy takes the likeliest choice and the mean, and records each continuous slot as a point at the clipped mean.
@@ -83,37 +110,53 @@ def slot_agent(layout: ActionLayout, policy: typing.Callable[[PyTree, TimeStep],
 
     Args:
       layout: of the action space.
-      policy: `policy(params["policy"], timestep)`.
+      policy: `policy(params["policy"], timestep)`; the agent can be pickled where this can.
 
     Returns:
-      An agent whose parameters are those of `with_form`.
+      An agent whose parameters are those of `with_decoding`.
     """
+    return Agent(_remember_nothing, functools.partial(_act, layout, policy))
+
+
+# Functions of the module with what they need bound to them: closures could not be pickled.
+def _remember_nothing(batch_size: int) -> tuple[()]:
+    return ()
+
+
+def _act_at_random(
+    space: gymnasium.Space, params: PyTree, carry: tuple[()], timestep: TimeStep, key: Array
+) -> tuple[tuple[()], PyTree, tuple[()]]:
+    return carry, spaces.sample(key, space, timestep.reward.shape[0], timestep.action_mask), ()
+
+
+def _act(
+    layout: ActionLayout,
+    policy: collections.abc.Callable[[PyTree, TimeStep], SlotPolicy],
+    params: PyTree,
+    carry: tuple[()],
+    timestep: TimeStep,
+    key: Array,
+) -> tuple[tuple[()], PyTree, Distribution]:
+    logits, mean, std = policy(params["policy"], timestep)
+    greedy, sample = (params["decoding"] == DECODINGS.index(name) for name in ("greedy", "sample"))
+    policy_key, random_key = jax.random.split(key)
+    point = jnp.clip(mean, -1, 1)
+    slots = sample_slots(layout, policy_key, logits, mean, std)
+    categorical = jnp.where(sample, slots.categorical, best_choices(layout, logits))
+    action = from_slots(layout, Slots(categorical, jnp.where(sample, slots.continuous, point)))
+    _, uniform, _ = _act_at_random(layout.space, (), (), timestep, random_key)
+    action = jax.tree.map(lambda a, b: jnp.where(greedy | sample, a, b), action, uniform)
     half_range = ((layout.high - layout.low) / 2).astype(np.float32)
-
-    def step(params, carry, timestep: TimeStep, key):
-        logits, mean, std = policy(params["policy"], timestep)
-        greedy, sampled = params["form"] == FORMS.index("greedy"), params["form"] == FORMS.index("sample")
-        policy_key, random_key = jax.random.split(key)
-        point = jnp.clip(mean, -1, 1)
-        slots = sample_slots(layout, policy_key, logits, mean, std)
-        categorical = jnp.where(sampled, slots.categorical, best_choices(layout, logits))
-        action = from_slots(layout, Slots(categorical, jnp.where(sampled, slots.continuous, point)))
-        uniform = spaces.sample(random_key, layout.space, timestep.reward.shape[0], timestep.action_mask)
-        action = jax.tree.map(lambda a, b: jnp.where(greedy | sampled, a, b), action, uniform)
-        record = Distribution(
-            logits,
-            denormalize(layout, jnp.where(greedy, point, mean)),
-            jnp.where(greedy, 0.0, std) * half_range,
-        )
-        return carry, action, record
-
-    return Agent(lambda batch_size: (), step)
+    record = Distribution(
+        logits, denormalize(layout, jnp.where(greedy, point, mean)), jnp.where(greedy, 0.0, std) * half_range
+    )
+    return carry, action, record
 
 
 def choice_logits(layout: ActionLayout, logits: Array) -> Array:
     """Flat logits `[..., M]` as one row of log-probabilities per categorical slot, `[..., K, widest]`."""
     width = max(layout.sizes, default=1)
-    return jax.nn.log_softmax(split_choices(layout, logits, layout.categorical, width, MASKED), -1)
+    return jax.nn.log_softmax(split_choices(layout, logits, layout.categorical, width, NOT_ALLOWED), -1)
 
 
 def best_choices(layout: ActionLayout, logits: Array) -> Array:

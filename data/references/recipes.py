@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import re
 import types
@@ -9,14 +10,41 @@ import typing
 
 from gymnasium import spaces
 
+from ldm_jax.environment import Environment
+from ldm_jax.errors import ConfigError
+from ldm_jax.rollout import Progress
 from ldm_jax.spaces import leaves
-from ldm_jax.types import EnvironmentSpec
+from ldm_jax.types import Agent, EnvironmentSpec, PyTree
 
 from . import ppo, tabular
 from .networks import is_image
 
-ALGORITHMS = types.MappingProxyType({"ppo": (ppo, ppo.PPOConfig), "tabular": (tabular, tabular.TabularConfig)})
-"""Module, with `train(environment, config, seed, progress)` and `agent(spec, config)`, and configuration of each."""
+
+class Algorithm(typing.NamedTuple):
+    """One way to find a reference.
+
+    Attributes:
+      config: the class of its configuration.
+      settle: `settle(environment, config, seed)`, the configuration with what it left open found by trying.
+      train: `train(environment, config, seed, progress)`, the parameters.
+      agent: `agent(spec, config)`, who acts by them.
+      example: `example(spec, config)`, parameters of the same structure and shapes.
+    """
+
+    config: type
+    settle: collections.abc.Callable[[Environment, typing.Any, int], typing.Any]
+    train: collections.abc.Callable[[Environment, typing.Any, int, Progress | None], PyTree]
+    agent: collections.abc.Callable[[EnvironmentSpec, typing.Any], Agent]
+    example: collections.abc.Callable[[EnvironmentSpec, typing.Any], PyTree]
+
+
+ALGORITHMS: collections.abc.Mapping[str, Algorithm] = types.MappingProxyType(
+    {
+        "ppo": Algorithm(ppo.PPOConfig, ppo.settle, ppo.train, ppo.agent, ppo.example),
+        "tabular": Algorithm(tabular.TabularConfig, tabular.settle, tabular.train, tabular.agent, tabular.example),
+    }
+)
+"""By the name that a card says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +59,15 @@ class Recipe:
     algorithm: str
     config: ppo.PPOConfig | tabular.TabularConfig
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"no algorithm {self.algorithm!r}; known are {', '.join(ALGORITHMS)}")
-        expected = ALGORITHMS[self.algorithm][1]
+            raise ConfigError(f"no algorithm {self.algorithm!r}; known are {', '.join(ALGORITHMS)}")
+        expected = ALGORITHMS[self.algorithm].config
         if not isinstance(self.config, expected):
-            raise ValueError(f"got a {type(self.config).__name__} for {self.algorithm}, expected {expected.__name__}")
+            raise ConfigError(f"got a {type(self.config).__name__} for {self.algorithm}, expected {expected.__name__}")
 
 
-TUNED: typing.Mapping[str, dict[str, typing.Any]] = types.MappingProxyType(
+TUNED: collections.abc.Mapping[str, dict[str, typing.Any]] = types.MappingProxyType(
     {
         "CartPole": {"budget_steps": 300_000, "discount": 0.999, "gae_lambda": 0.98},
         "Pendulum": {"discount": 0.95},

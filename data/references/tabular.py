@@ -17,17 +17,21 @@ import numpy as np
 from gymnasium import spaces
 
 from ldm_jax import rollout
-from ldm_jax.encoding.actions import action_layout
-from ldm_jax.environment import Environment
+from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, action_layout
+from ldm_jax.environment import Environment, EnvironmentFaultError
+from ldm_jax.errors import ConfigError, check_finite
+from ldm_jax.spaces import SpaceError
 from ldm_jax.types import Agent, EnvironmentSpec, PyTree, TimeStep
 
-from .networks import MASKED
-from .policy import SlotPolicy, slot_agent, with_form
+from .policy import SlotPolicy, slot_agent, with_decoding
 
 PAIRS_LIMIT = 50_000
 """States times actions up to which a table is used."""
 
 EXPLORATION_DISCOUNT = 0.95
+NOT_BEST = -1e4
+"""The logit of an action that is allowed and not best: of probability 0, yet above what is not allowed."""
+
 TOLERANCE = 1e-5
 """Actions whose values differ by less, over the largest expected reward, are tied and share the probability."""
 
@@ -50,13 +54,15 @@ class TabularConfig:
     discount: float = 0.999
     epsilon: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("budget_steps", "num_envs", "rollout_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+            value = getattr(self, name)
+            if value < 1 or int(value) != value:
+                raise ConfigError(f"{name} is {value}, expected a whole number of at least 1")
         for name in ("discount", "epsilon"):
             if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
 
     @property
     def rounds(self) -> int:
@@ -106,11 +112,11 @@ def empty_mdp(states: int, actions: int) -> EmpiricalMDP:
     return EmpiricalMDP(states, actions, np.zeros((0, 4), np.int64), np.zeros(0, np.int64), np.zeros(0))
 
 
-def add_experience(model: EmpiricalMDP, state: np.ndarray, action: np.ndarray, timestep: TimeStep) -> EmpiricalMDP:
+def add_experience(mdp: EmpiricalMDP, state: np.ndarray, action: np.ndarray, timestep: TimeStep) -> EmpiricalMDP:
     """Takes in a rollout.
 
     Args:
-      model: so far.
+      mdp: so far.
       state: `int [T + 1, B]`, counted from 0.
       action: `int [T, B]`, counted from 0.
       timestep: `[T + 1, B]`; the steps that follow an end carry no experience.
@@ -118,18 +124,18 @@ def add_experience(model: EmpiricalMDP, state: np.ndarray, action: np.ndarray, t
     valid = ~np.asarray(timestep.last)[:-1]
     terminated, reward = np.asarray(timestep.terminated)[1:], np.asarray(timestep.reward, np.float64)[1:]
     seen = np.stack([part[valid] for part in (state[:-1], action, state[1:], terminated)], -1).astype(np.int64)
-    rows = np.concatenate([model.transitions, seen])
+    rows = np.concatenate([mdp.transitions, seen])
     transitions, index = np.unique(rows, axis=0, return_inverse=True)
-    counts = np.bincount(index.ravel(), np.concatenate([model.counts, np.ones(len(seen))])).astype(np.int64)
-    rewards = np.bincount(index.ravel(), np.concatenate([model.rewards, reward[valid]]))
-    return EmpiricalMDP(model.states, model.actions, transitions, counts, rewards)
+    counts = np.bincount(index.ravel(), np.concatenate([mdp.counts, np.ones(len(seen))])).astype(np.int64)
+    rewards = np.bincount(index.ravel(), np.concatenate([mdp.rewards, reward[valid]]))
+    return EmpiricalMDP(mdp.states, mdp.actions, transitions, counts, rewards)
 
 
-def plan(model: EmpiricalMDP, reward: np.ndarray, untried: float, discount: float) -> np.ndarray:
+def plan(mdp: EmpiricalMDP, reward: np.ndarray, untried: float, discount: float) -> np.ndarray:
     """Values of all actions in all states, by value iteration.
 
     Args:
-      model: what was seen.
+      mdp: what was seen.
       reward: `float64 [S * A]`, expected at each state and action.
       untried: the value of an action that was never tried.
       discount: gamma.
@@ -137,20 +143,26 @@ def plan(model: EmpiricalMDP, reward: np.ndarray, untried: float, discount: floa
     Returns:
       `float64 [S, A]`.
     """
-    tried = model.tried > 0
-    probability = model.counts / model.tried[model.pairs]
-    after = discount * probability * (1 - model.transitions[:, 3])
-    values = np.where(tried, 0.0, untried).reshape(model.states, model.actions)
-    scale = _scale(reward)
+    tried = mdp.tried > 0
+    probability = mdp.counts / mdp.tried[mdp.pairs]
+    after = discount * probability * (1 - mdp.transitions[:, 3])
+    values = np.where(tried, 0.0, untried).reshape(mdp.states, mdp.actions)
+    scale = float(np.abs(reward).max())
     for _ in range(int(25 / (1 - discount))):
         best = values.max(1)
-        gained = np.bincount(model.pairs, after * best[model.transitions[:, 2]], reward.size)
+        gained = np.bincount(mdp.pairs, after * best[mdp.transitions[:, 2]], reward.size)
         following = np.where(tried, reward + gained, untried).reshape(values.shape)
         change = np.abs(following - values).max()
         values = following
-        if change < 1e-9 * scale:
+        if change <= 1e-9 * scale:
             break
     return values
+
+
+def settle(environment: Environment, config: TabularConfig, seed: int) -> TabularConfig:
+    """The configuration as it is: it leaves nothing open."""
+    del environment, seed
+    return config
 
 
 def train(
@@ -166,74 +178,83 @@ def train(
 
     Returns:
       Parameters for the policy of `agent`, as NumPy arrays.
+
+    Raises:
+      SpaceError: the environment's spaces are not for a table.
+      EnvironmentFaultError: a reward that is not finite.
     """
     spec = environment.spec
     if not is_tabular(spec):
-        raise ValueError(f"{spec.id} sees {spec.observation_space} and takes {spec.action_space}: too much for a table")
+        raise SpaceError(f"{spec.id} sees {spec.observation_space} and takes {spec.action_space}: too much for a table")
     seen, taken = _discrete(spec.observation_space), _discrete(spec.action_space)
-    first_state, first_action = int(seen.start), int(taken.start)
-    model = empty_mdp(int(seen.n), int(taken.n))
+    mdp = empty_mdp(int(seen.n), int(taken.n))
     explorer = agent(spec, config)
     reset_key, key = jax.random.split(jax.random.key(seed))
     loop = rollout.start(environment, explorer, reset_key)
-    logits = np.zeros((model.states, model.actions), np.float32)
+    logits = np.zeros((mdp.states, mdp.actions), np.float32)
     for round in range(config.rounds):
-        params = with_form({"logits": logits}, "sample")
+        params = with_decoding({"logits": logits}, "sample")
         loop, trajectory = rollout.rollout(
             environment, explorer, params, loop, jax.random.fold_in(key, round), config.rollout_length
         )
         timestep = jax.tree.map(lambda x, y: np.concatenate([x, y[None]]), trajectory.timestep, loop.timestep)
-        action = np.asarray(trajectory.action) - first_action
-        model = add_experience(model, timestep.observation - first_state, action, timestep)
-        if round % 2 == 0:
-            bonus = 1 / np.sqrt(np.maximum(model.tried, 1))
-            greedy = np.exp(_ties(plan(model, bonus, 1 / (1 - EXPLORATION_DISCOUNT), EXPLORATION_DISCOUNT), 1.0))
-        else:
-            greedy = np.exp(_best(model, config))
-        logits = np.log((1 - config.epsilon) * greedy + config.epsilon / model.actions).astype(np.float32)
+        action = np.asarray(trajectory.action) - int(taken.start)
+        mdp = add_experience(mdp, timestep.observation - int(seen.start), action, timestep)
+        if not np.isfinite(mdp.rewards).all():
+            raise EnvironmentFaultError(f"{spec.id} gave a reward that is NaN or infinite, expected a finite number")
+        greedy = np.exp(_curious(mdp) if round % 2 == 0 else _best(mdp, config))
+        logits = np.log((1 - config.epsilon) * greedy + config.epsilon / mdp.actions).astype(np.float32)
         if progress is not None:
-            progress(
-                (round + 1) * config.num_envs * config.rollout_length,
-                config.rounds * config.num_envs * config.rollout_length,
-            )
-    return {"logits": _best(model, config).astype(np.float32)}
+            steps = config.num_envs * config.rollout_length
+            progress((round + 1) * steps, config.rounds * steps)
+    return {"logits": _best(mdp, config).astype(np.float32)}
 
 
 def agent(spec: EnvironmentSpec, config: TabularConfig) -> Agent:
-    """The agent of a table of logits, in either form; see `policy.slot_agent`."""
+    """The agent of a table of logits, whichever way it decodes; see `policy.slot_agent`."""
     del config
-    layout, first = action_layout(spec.action_space, low=-1.0, high=1.0), int(_discrete(spec.observation_space).start)
+    first = int(_discrete(spec.observation_space).start)
+    return slot_agent(action_layout(spec.action_space), functools.partial(_slot_policy, first))
 
-    def policy(params, timestep: TimeStep) -> SlotPolicy:
-        logits = jnp.asarray(params["logits"])[timestep.observation - first]
-        if timestep.action_mask is not None:
-            logits = jnp.where(timestep.action_mask, logits, 2 * MASKED)
-        nothing = jnp.zeros((logits.shape[0], 0))
-        return SlotPolicy(logits, nothing, nothing)
 
-    return slot_agent(layout, policy)
+def example(spec: EnvironmentSpec, config: TabularConfig) -> PyTree:
+    """Parameters of the structure and shapes that `train` returns."""
+    del config
+    seen, taken = _discrete(spec.observation_space), _discrete(spec.action_space)
+    return {"logits": np.zeros((int(seen.n), int(taken.n)), np.float32)}
+
+
+def _slot_policy(first: int, params: PyTree, timestep: TimeStep) -> SlotPolicy:
+    logits = jnp.asarray(params["logits"])[timestep.observation - first]
+    if timestep.action_mask is not None:
+        logits = jnp.where(timestep.action_mask, logits, NOT_ALLOWED_FLOAT16)
+    nothing = jnp.zeros((logits.shape[0], 0))
+    return SlotPolicy(logits, nothing, nothing)
 
 
 def _discrete(space: gymnasium.Space) -> spaces.Discrete:
     if not isinstance(space, spaces.Discrete):
-        raise ValueError(f"a table needs a Discrete space, got {space}")
+        raise SpaceError(f"a table needs a Discrete space, got {space}")
     return space
 
 
-def _best(model: EmpiricalMDP, config: TabularConfig) -> np.ndarray:
-    """Logits `[S, A]` of the best plan in the model."""
-    sums = np.bincount(model.pairs, model.rewards, model.states * model.actions)
-    reward = sums / np.maximum(model.tried, 1)
+def _curious(mdp: EmpiricalMDP) -> np.ndarray:
+    """Logits `[S, A]` of the plan that seeks what was tried least."""
+    bonus = 1 / np.sqrt(np.maximum(mdp.tried, 1))
+    return _ties(plan(mdp, bonus, 1 / (1 - EXPLORATION_DISCOUNT), EXPLORATION_DISCOUNT))
+
+
+def _best(mdp: EmpiricalMDP, config: TabularConfig) -> np.ndarray:
+    """Logits `[S, A]` of the best plan in the model; the unit of the rewards does not matter."""
+    sums = np.bincount(mdp.pairs, mdp.rewards, mdp.states * mdp.actions)
+    reward = sums / np.maximum(mdp.tried, 1)
+    reward = reward / (np.abs(reward).max() or 1.0)
     # What was never tried is not planned for: it counts as worse than anything that was.
     worst = min(reward.min(), 0.0) / (1 - config.discount) - 1
-    return _ties(plan(model, reward, worst, config.discount), _scale(reward))
+    return _ties(plan(mdp, reward, worst, config.discount))
 
 
-def _scale(reward: np.ndarray) -> float:
-    return max(float(np.abs(reward).max()), 1e-12)
-
-
-def _ties(values: np.ndarray, scale: float) -> np.ndarray:
-    """Logits `[S, A]` of the uniform distribution over the best actions of each state."""
-    near = values >= values.max(1, keepdims=True) - TOLERANCE * scale
-    return np.where(near, -np.log(near.sum(1, keepdims=True)), MASKED)
+def _ties(values: np.ndarray) -> np.ndarray:
+    """Logits `[S, A]` of the uniform distribution over the best actions of each state; rewards of 1 are the unit."""
+    near = values >= values.max(1, keepdims=True) - TOLERANCE
+    return np.where(near, -np.log(near.sum(1, keepdims=True)), NOT_BEST)
