@@ -142,7 +142,15 @@ def main(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[st
     Raises:
       ReferencesError: some environments have no reference in the end.
     """
-    outcomes = run(config, workdir, environments)
+    check_outcomes(run(config, workdir, environments))
+
+
+def check_outcomes(outcomes: collections.abc.Mapping[str, ReferenceOutcome]) -> None:
+    """Checks that every environment has a reference, admitted or refused.
+
+    Raises:
+      ReferencesError: names those that have none, and why.
+    """
     if failed := [id for id, outcome in outcomes.items() if outcome.verdict == "failed"]:
         reasons = "; ".join(f"{id}: {outcomes[id].reason}" for id in failed[:3])
         raise ReferencesError(f"{len(failed)} of {len(outcomes)} environments have no reference: {reasons}")

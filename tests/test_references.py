@@ -123,11 +123,17 @@ def rich():
     return config, network, params
 
 
+def seen_once(network, timestep):
+    """Moments of one time step: before the first, numbers say nothing."""
+    numbers = network.numbers(timestep.observation)
+    return moments.add_moments(moments.init_moments(network.size), numbers, np.ones(ROWS, bool))
+
+
 def test_any_space_is_seen_and_acted_in(rich):
     _, network, params = rich
     timestep = rich_timestep(np.random.default_rng(1))
     agent = ppo.agent(RICH, ppo.PPOConfig(hidden=(16,)))
-    learned = {"network": params, "moments": moments.init_moments(network.size)._asdict()}
+    learned = {"network": params, "moments": seen_once(network, timestep)._asdict()}
     layout = action_layout(RICH_ACTION)
     step = jax.jit(agent.step)
     for decoding in policy.DECODINGS:
@@ -147,26 +153,27 @@ def test_any_space_is_seen_and_acted_in(rich):
 
 def test_each_part_of_an_observation_reaches_policy_and_value(rich):
     _, network, params = rich
-    unseen, rng = moments.init_moments(network.size), np.random.default_rng(2)
+    rng = np.random.default_rng(2)
     timestep = rich_timestep(rng)
+    seen = seen_once(network, timestep)
     apply = jax.jit(network.apply)
-    before = apply(params["perceptrons"], unseen, timestep.observation, None)
+    before = apply(params["perceptrons"], seen, timestep.observation, None)
     for name, value in timestep.observation.items():
         other = rich_timestep(rng).observation[name]
         assert not np.array_equal(other, value)
-        after = apply(params["perceptrons"], unseen, timestep.observation | {name: other}, None)
+        after = apply(params["perceptrons"], seen, timestep.observation | {name: other}, None)
         assert not np.array_equal(before[0], after[0]) and not np.array_equal(before[2], after[2]), name
 
 
 def test_a_row_that_does_not_count_changes_no_gradient(rich):
     config, network, params = rich
-    layout, unseen = action_layout(RICH_ACTION), moments.init_moments(network.size)
-    timestep = rich_timestep(np.random.default_rng(3))
+    layout, timestep = action_layout(RICH_ACTION), rich_timestep(np.random.default_rng(3))
+    seen = seen_once(network, timestep)
     ones = jnp.ones(ROWS)
     slots = Slots(jnp.zeros((ROWS, 3), jnp.int32), jnp.full((ROWS, 2), 0.3))
     valid = jnp.arange(ROWS) != 2
     batch = ppo.Batch(timestep.observation, None, slots, -ones, jnp.arange(6.0), ones, valid)
-    gradient = jax.jit(jax.grad(lambda params, batch: ppo.loss(params, config, layout, network, unseen, batch)))
+    gradient = jax.jit(jax.grad(lambda params, batch: ppo.loss(params, config, layout, network, seen, batch)))
     clean = gradient(params, batch)
 
     def spoil(x):
