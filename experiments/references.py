@@ -9,10 +9,12 @@ from __future__ import annotations
 import collections.abc
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import json
 import multiprocessing.queues
 import pathlib
+import types
 import typing
 
 import environments as registry
@@ -20,17 +22,13 @@ from data.references import Recipe, load_reference, recipe, save_reference, scor
 from data.references.pipeline import ScoredReference, opened
 from environments import UnknownEnvironmentError
 from experiments.harness import processes, progress
-from experiments.harness.stage import stage
+from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.workdir import FREE, WorkdirError, pin_config, seed_of
 from ldm_jax import files
 from ldm_jax.encoding.buckets import bucket_for
 from ldm_jax.environment import LibraryMissingError
 from ldm_jax.errors import ConfigError, LdmError, check_finite
 from ldm_jax.types import EnvironmentSpec
-
-
-class ReferencesError(LdmError, RuntimeError):
-    """Some environments have no reference in the end; the others do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +83,14 @@ class _Finished(typing.NamedTuple):
 
     id: str
     outcome: ReferenceOutcome
-    facts: dict[str, typing.Any]
+    facts: collections.abc.Mapping[str, typing.Any] = types.MappingProxyType({})
 
 
 _Advance = collections.abc.Callable[[int], None]
 
 
 @stage("references")
-def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> dict[str, ReferenceOutcome]:
+def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> None:
     """Makes the references that are missing.
 
     Args:
@@ -100,13 +98,11 @@ def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str
       workdir: gets `references/`.
       environments: their ids.
 
-    Returns:
-      What came of each environment, in their order.
-
     Raises:
       UnknownEnvironmentError: an id that is not known; nothing has been done then.
       LibraryMissingError: the library of an id is not installed; the same.
       WorkdirError: the workdir cannot be used, or no environment was named.
+      UnitsFailedError: some environments have no reference in the end; the others do.
     """
     if not environments:
         raise WorkdirError(
@@ -120,6 +116,8 @@ def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str
             units.append(found)
         else:
             outcomes[id] = found
+            if found.verdict == "failed":
+                _log(_Finished(id, found))
     pin_config(workdir, "references", config, owns=("references",))
     _write(workdir, outcomes)
     total = sum(unit.recipe.config.budget_steps for unit in units)
@@ -128,32 +126,10 @@ def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str
         for finished in run_units(config, units, advance):
             outcomes[finished.id] = finished.outcome
             _write(workdir, outcomes)
-            if finished.facts:
-                progress.log("reference", **finished.facts)
-    for id in environments:
-        if outcomes[id].verdict == "failed":
-            progress.log("failed", id=id, reason=outcomes[id].reason)
-    return {id: outcomes[id] for id in environments}
-
-
-def main(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> None:
-    """Runs the stage as a script.
-
-    Raises:
-      ReferencesError: some environments have no reference in the end.
-    """
-    check_outcomes(run(config, workdir, environments))
-
-
-def check_outcomes(outcomes: collections.abc.Mapping[str, ReferenceOutcome]) -> None:
-    """Checks that every environment has a reference, admitted or refused.
-
-    Raises:
-      ReferencesError: names those that have none, and why.
-    """
-    if failed := [id for id, outcome in outcomes.items() if outcome.verdict == "failed"]:
-        reasons = "; ".join(f"{id}: {outcomes[id].reason}" for id in failed[:3])
-        raise ReferencesError(f"{len(failed)} of {len(outcomes)} environments have no reference: {reasons}")
+            _log(finished)
+    failed = {id: outcomes[id].reason for id in environments if outcomes[id].verdict == "failed"}
+    if failed:
+        raise UnitsFailedError(failed)
 
 
 def _examine(config: ReferencesConfig, id: str, directory: pathlib.Path) -> Unit | ReferenceOutcome:
@@ -187,10 +163,19 @@ def _said(error: BaseException) -> str:
     return text if isinstance(error, LdmError) else f"{type(error).__name__}: {text}"
 
 
+def _log(finished: _Finished) -> None:
+    if finished.outcome.verdict == "failed":
+        progress.log("failed", id=finished.id, reason=finished.outcome.reason)
+    else:
+        progress.log("reference", id=finished.id, **finished.facts)
+
+
 def _write(workdir: pathlib.Path, outcomes: dict[str, ReferenceOutcome]) -> None:
     path = workdir / "references" / "outcomes.json"
     path.parent.mkdir(exist_ok=True)
-    known = json.loads(path.read_text()) if path.exists() else {}  # of other lists of ids
+    known: dict[str, typing.Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(path.read_text())  # of other lists of ids
     known |= {id: outcome._asdict() for id, outcome in outcomes.items()}
     files.write(path, json.dumps(known, indent=1, sort_keys=True) + "\n")
 
@@ -203,10 +188,9 @@ def _make(config: ReferencesConfig, unit: Unit, advance: _Advance) -> _Finished:
         trained_s = clock()
         scored = score_reference(registry.make, policy, seed, config.num_envs, config.episodes)
     except (Exception, SystemExit) as error:
-        return _Finished(unit.id, ReferenceOutcome("failed", _said(error)), {})
+        return _Finished(unit.id, ReferenceOutcome("failed", _said(error)))
     save_reference(unit.directory, scored)
     facts = {
-        "id": unit.id,
         "algorithm": scored.policy.reference.algorithm,
         "decoding": scored.policy.reference.decoding,
         "random": scored.random_returns.mean,
@@ -231,9 +215,8 @@ def _run_in_processes(
     lost = yield from _run_in_pool(config, units, advance, config.workers)
     for unit in lost:  # one of them ended the pool; alone, each answers for itself
         if (yield from _run_in_pool(config, [unit], advance, 1)):
-            yield _Finished(
-                unit.id, ReferenceOutcome("failed", "its process died: out of memory, or a fault of its library"), {}
-            )
+            reason = "its process died: out of memory, or a fault of its library"
+            yield _Finished(unit.id, ReferenceOutcome("failed", reason))
 
 
 def _run_in_pool(
@@ -270,4 +253,4 @@ def _make_in_worker(config: ReferencesConfig, unit: Unit) -> _Finished:
 if __name__ == "__main__":
     from experiments.harness.flags import launch
 
-    launch(main, {"default": ReferencesConfig()})
+    launch(run, {"default": ReferencesConfig()})

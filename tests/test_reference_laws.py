@@ -268,6 +268,7 @@ def test_actions_without_bounds_are_looked_for_where_they_pay():
     trained = references.train_reference(environments.make, "gymnasium/Far-v0", how)
     assert 50 <= trained.config.action_scale <= 1000
     scored = references.score_reference(environments.make, trained, num_envs=16)
+    assert scored.policy.reference.assumed_slots == (0,)
     assert scored.reference_returns.mean > -50  # random: -500; the best within +-1: -490
     assert scored.admission.admitted
 

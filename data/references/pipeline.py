@@ -9,11 +9,13 @@ import typing
 import warnings
 
 import jax
+import numpy as np
 
 from ldm_jax import cards, rollout
 from ldm_jax.environment import Environment
 from ldm_jax.evaluation import scores
 
+from . import action_range
 from .policy import ReferencePolicy, SlotDecoding, with_decoding
 from .recipes import ALGORITHMS, Recipe, recipe
 
@@ -96,7 +98,13 @@ def train_reference(
     return ReferencePolicy(
         agent=algorithm.agent(spec, config),
         params=with_decoding(params, "sample"),
-        reference=cards.Reference(chosen.algorithm, "sample", config.budget_steps, seed),
+        reference=cards.Reference(
+            algorithm=chosen.algorithm,
+            decoding="sample",
+            budget_steps=config.budget_steps,
+            seed=seed,
+            assumed_slots=tuple(np.flatnonzero(action_range.unbounded(spec.action_space)).tolist()),
+        ),
         spec=spec,
         config=config,
     )

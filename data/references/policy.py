@@ -124,7 +124,7 @@ def _remember_nothing(batch_size: int) -> tuple[()]:
 
 
 def _act_at_random(
-    space: gymnasium.Space, params: PyTree, carry: tuple[()], timestep: TimeStep, key: Array
+    space: gymnasium.Space, params: PyTree, carry: tuple[()], timestep: TimeStep, key: jax.Array
 ) -> tuple[tuple[()], PyTree, tuple[()]]:
     return carry, spaces.sample(key, space, timestep.reward.shape[0], timestep.action_mask), ()
 
@@ -135,7 +135,7 @@ def _act(
     params: PyTree,
     carry: tuple[()],
     timestep: TimeStep,
-    key: Array,
+    key: jax.Array,
 ) -> tuple[tuple[()], PyTree, Distribution]:
     logits, mean, std = policy(params["policy"], timestep)
     greedy, sample = (params["decoding"] == DECODINGS.index(name) for name in ("greedy", "sample"))
