@@ -180,12 +180,14 @@ def collect(
       The leaves, the episode index and the statistics.
 
     Raises:
-      ConfigError: arrays that do not fit into `config.max_bytes`.
+      ConfigError: a single stream, or arrays that do not fit into `config.max_bytes`.
       CardError: the reference is of another version of the environment, of other spaces or of another time limit.
       EnvironmentFaultError: a NaN reward, an observation that is not in its space, or a mask that comes or goes.
       ReferencePolicyError: a label that is not in the action space, or a distribution that is not finite.
     """
     spec = environment.spec
+    if spec.batch_size < 2:
+        raise ConfigError(f"{spec.id} has 1 stream, expected at least 2: one of the reference, one random")
     check_matches(reference.spec, spec, f"the reference of {reference.spec.id}")
     environment_key, agent_key = jax.random.split(jax.random.key(seed))
     levels = noise_levels(spec.batch_size)

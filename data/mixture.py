@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import collections.abc
 import dataclasses
 import functools
@@ -116,7 +117,8 @@ class WindowSource:
       streams: which streams of each part are drawn from.
 
     Raises:
-      MixtureError: weights that are not positive or not finite, or an environment whose parts hold no window to draw.
+      MixtureError: weights that are not positive or not finite, an id named twice, or an environment whose parts hold
+        no window to draw.
       StoreError: the dataset has no such environment.
     """
 
@@ -138,6 +140,8 @@ class WindowSource:
             raise MixtureError(
                 f"got {len(self.ids)} ids and {len(self.weights)} weights, expected as many, at least one"
             )
+        if twice := [id for id, count in collections.Counter(self.ids).items() if count > 1]:
+            raise MixtureError(f"{twice[0]} is named twice, expected each id once; give it a weight instead")
         for id, weight in zip(self.ids, self.weights, strict=True):
             if not (weight > 0 and math.isfinite(weight)):
                 raise MixtureError(

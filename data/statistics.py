@@ -34,7 +34,7 @@ def measure(spec: EnvironmentSpec, leaves: dict[str, np.ndarray], outside: int =
         numbers = np.asarray(numeric_vector(layout, _observation(spec, leaves))).reshape(-1, layout.numbers)
         mean = numbers.mean(0, np.float64)
         std = np.sqrt(sum(((block - mean) ** 2).sum(0) for block in _blocks(numbers)) / steps)
-        width, size = np.ptp([numbers.min(0), numbers.max(0)], 0).astype(np.float64), np.abs(mean)
+        width, size = np.ptp(np.array([numbers.min(0), numbers.max(0)], np.float64), 0), np.abs(mean)
         constant = np.where(size > 0, size, 1.0)
         std = np.where(width > 0, np.maximum(std, np.maximum(1e-3 * width, 1e-5 * size)), constant)
     reward = leaves["reward"][leaves["reward"] != 0].astype(np.float64)

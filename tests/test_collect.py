@@ -241,6 +241,12 @@ def test_a_reference_of_another_version_of_the_environment_collects_nothing(chan
     environment.close()
 
 
+def test_a_single_stream_which_would_have_no_noise_is_refused():
+    environment = environments.make("gymnax/CartPole-v1", 1)
+    with pytest.raises(ConfigError, match="gymnax/CartPole-v1 has 1 stream, expected at least 2"):
+        collect(environment, reference_of(CASES["gymnax/CartPole-v1"], environment), 0, CONFIG)
+
+
 def test_arrays_too_large_for_memory_are_refused_before_the_first_step():
     environment = environments.make("gymnax/CartPole-v1", 4)
     reference, seen = reference_of(CASES["gymnax/CartPole-v1"], environment), []
@@ -291,6 +297,13 @@ def test_statistics_and_features_do_not_depend_on_the_unit(power, reward_power, 
         )
     for one, other in zip(*found, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_the_widest_range_that_float32_holds_has_finite_statistics():
+    observation = np.full((20, 3, 4), 3e38, np.float32) * np.array([1, -1])[np.arange(20) % 2][:, None, None]
+    _, _, statistics = _measured(observation.astype(np.float32), np.full((20, 3), -3e38, np.float32))
+    np.testing.assert_allclose(statistics.observation_std, 3e38, rtol=1e-6)
+    np.testing.assert_allclose(statistics.reward_scale, 3e38, rtol=1e-6)
 
 
 def test_a_small_return_is_not_lost_beside_a_large_one():

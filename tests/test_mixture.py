@@ -203,6 +203,8 @@ def test_what_cannot_be_drawn_is_refused(dataset):
     for weight in (0, -1, float("nan"), float("inf")):
         with pytest.raises(MixtureError, match=f"the weight of x/b is {float(weight)}, expected a positive"):
             source(dataset, weights=(1, weight, 1))
+    with pytest.raises(MixtureError, match="x/a is named twice"):
+        source(dataset, ids=("x/a", "x/b", "x/a"))
     with pytest.raises(MixtureError, match="3 ids and 2 weights"):
         source(dataset, weights=(1, 2))
     with pytest.raises(MixtureError, match="at least one"):

@@ -242,7 +242,7 @@ def shard_keys(metadata: Json) -> list[str]:
     return ["/".join(map(str, ("c", *index))) for index in itertools.product(*map(range, counts))]
 
 
-def check_id(id: str) -> None:
+def check_folder_name(id: str) -> None:
     """Raises StoreError for an id that cannot name a folder."""
     if any(character < " " or character == "\\" for character in id) or {"", ".", ".."} & {*id.split("/")}:
         raise StoreError(f"got the id {id!r}, which cannot name a folder")

@@ -69,7 +69,7 @@ def append_part(
       StoreError: arrays that do not fit, or a place that cannot be written. The dataset is then as before.
     """
     id, storage = card.id, dataset.storage
-    manifest.check_id(id)
+    manifest.check_folder_name(id)
     arrays = {name: np.asarray(value) for name, value in leaves.items()}
     manifest.check_part(card, arrays)
     index = manifest.encode_episodes(id, episodes, *next(iter(arrays.values())).shape[:2])
