@@ -33,7 +33,7 @@ import warnings
 from ldm_jax import spaces
 from ldm_jax.environment import Environment, EnvironmentFaultError, LibraryMissingError
 from ldm_jax.errors import ConfigError, LdmError
-from ldm_jax.types import EnvironmentSpec
+from ldm_jax.types import MAX_TIME_LIMIT, EnvironmentSpec
 
 from .catalog import entries
 from .catalog.taxonomy import first_match
@@ -62,9 +62,6 @@ BUILT_IN = types.MappingProxyType(
 
 STATEFUL = frozenset({"envpool", "gymnasium"})
 """The built-in libraries whose environments are no pure functions."""
-
-MAX_TIME_LIMIT = 2**31 - 2
-"""The largest time limit, in steps: libraries count them in 32 bits, and some are told of one step more."""
 
 _MAX_BATCH_SIZE = 2**31 - 1
 

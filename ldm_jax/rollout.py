@@ -6,8 +6,9 @@ loop around the same step, compiled. Collection, evaluation and the training of 
 
 from __future__ import annotations
 
-import functools
+import collections.abc
 import typing
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,9 @@ import numpy as np
 
 from ldm_jax import spaces
 from ldm_jax.environment import Environment, EnvironmentFaultError
-from ldm_jax.types import Agent, Array, PyTree, TimeStep
+from ldm_jax.types import Agent, Array, Key, PyTree, TimeStep
 
-Progress = typing.Callable[[int, int], None]
+Progress = collections.abc.Callable[[int, int], None]
 """`progress(done, total)`, called now and then; what is counted is said by who calls it."""
 
 CHUNK_STEPS = 512
@@ -67,7 +68,7 @@ class EpisodeReturns(typing.NamedTuple):
     lengths: np.ndarray
 
 
-def start(environment: Environment, agent: Agent, key: Array) -> RolloutState:
+def start(environment: Environment, agent: Agent, key: Key) -> RolloutState:
     """Begins B episodes.
 
     Args:
@@ -75,8 +76,9 @@ def start(environment: Environment, agent: Agent, key: Array) -> RolloutState:
       agent: who will act.
       key: typed key; all randomness of the environment comes from it.
     """
-    reset = _reset if environment.spec.jittable else type(environment).reset
-    return RolloutState(agent.init(environment.spec.batch_size), *reset(environment, key))
+    carry = agent.init(environment.spec.batch_size)
+    state, timestep = _programs(environment).reset(key=key) if environment.spec.jittable else environment.reset(key)
+    return RolloutState(carry, state, timestep)
 
 
 def rollout(
@@ -84,13 +86,13 @@ def rollout(
     agent: Agent,
     params: PyTree,
     loop: RolloutState,
-    key: Array,
+    key: Key,
     steps: int,
 ) -> tuple[RolloutState, Trajectory]:
     """Acts for a number of steps; may be traced where the environment is jittable.
 
     Args:
-      environment: hashable by identity; the compiled loop is kept per environment, agent and number of steps.
+      environment: hashable by identity; what is compiled per agent and number of steps is kept as long as it lives.
       agent: who acts; hashable, as pairs of functions are.
       params: of the agent.
       loop: from `start`, or what the last call returned.
@@ -102,15 +104,18 @@ def rollout(
       NumPy's where the environment is not jittable.
     """
     if environment.spec.jittable:
-        return _rollout(environment, agent, params, loop, key, steps)
+        return _programs(environment).rollout(agent=agent, params=params, loop=loop, key=key, steps=steps)
     if steps < 1:
         raise ValueError(f"steps is {steps}, expected at least 1")
+    act = _programs(environment).act
     carry, state, timestep = loop
     seen: list[np.ndarray] = []
     done: list[np.ndarray] = []
     for t in range(steps):
         # A clock of NumPy's: one carried on from call to call costs more than the rest of the call.
-        carry, action, record = _act(environment, agent, params, carry, np.uint32(t), timestep, key)
+        carry, action, record = act(
+            agent=agent, params=params, carry=carry, clock=np.uint32(t), timestep=timestep, key=key
+        )
         _keep(seen, t, steps, jax.tree.leaves(timestep))  # while the policy computes
         leaves, structure = jax.tree.flatten((action, record))
         leaves = [np.asarray(leaf) for leaf in leaves]  # on a CPU this waits for the result and copies nothing
@@ -125,7 +130,7 @@ def evaluate(
     environment: Environment,
     agent: Agent,
     params: PyTree,
-    key: Array,
+    key: Key,
     episodes_per_row: int,
     progress: Progress | None = None,
 ) -> EpisodeReturns:
@@ -146,46 +151,51 @@ def evaluate(
       The episodes, `[B, E]`.
 
     Raises:
-      EnvironmentFaultError: a return that is NaN, or episodes that outlast the time limit.
+      EnvironmentFaultError: a return that is not finite, or episodes that outlast the time limit.
     """
     spec = environment.spec
     rows, total = spec.batch_size, spec.batch_size * episodes_per_row
     reset_key, act_key = jax.random.split(key)
-    carry, state, timestep = start(environment, agent, reset_key)
-    tally, clock = _empty_tally(rows, episodes_per_row), _CLOCK
+    counted = _Counted(start(environment, agent, reset_key), _CLOCK, _empty_tally(rows, episodes_per_row))
     # An episode takes up to `time_limit` steps and one that resets.
     budget_steps = episodes_per_row * (spec.time_limit + 1) + 1
+    evaluate_chunk = _programs(environment).evaluate_chunk if spec.jittable else _host_chunk(environment)
     while True:
-        if spec.jittable:
-            carry, clock, tally, state, timestep = _evaluate_chunk(
-                environment, agent, params, carry, clock, tally, state, timestep, act_key
-            )
-        else:
-            for _ in range(HOST_CHUNK_STEPS):
-                carry, tally, action = _act_and_count(
-                    environment, agent, params, carry, clock, tally, timestep, act_key
-                )
-                clock += np.uint32(1)
-                state, timestep = environment.step(state, jax.tree.map(np.asarray, action))
-        finished = int(tally.count.sum())
+        counted = evaluate_chunk(agent=agent, params=params, counted=counted, key=act_key)
+        finished, clock = int(counted.tally.finished.sum()), int(counted.clock)
         if progress is not None:
             progress(finished, total)
         if finished == total:
             break
-        if int(clock) > budget_steps:
+        if clock > budget_steps:
             raise EnvironmentFaultError(
-                f"{spec.id}: {finished} of {total} episodes ended within {int(clock)} steps a row, though the time "
-                f"limit is {spec.time_limit}; the adapter must truncate"
+                f"{spec.id}: {finished} of {total} episodes ended within {clock} steps a row, though the time limit is "
+                f"{spec.time_limit}; the adapter must truncate"
             )
-    episodes = EpisodeReturns(np.asarray(tally.returns), np.asarray(tally.lengths))
-    if np.isnan(episodes.returns).any():
-        raise EnvironmentFaultError(
-            f"{spec.id}: {int(np.isnan(episodes.returns).sum())} of {total} returns are NaN; look at its rewards"
-        )
+    episodes = EpisodeReturns(np.asarray(counted.tally.returns), np.asarray(counted.tally.lengths))
+    if odd := int((~np.isfinite(episodes.returns)).sum()):
+        raise EnvironmentFaultError(f"{spec.id}: {odd} of {total} returns are NaN or infinite; look at its rewards")
     return episodes
 
 
-_CLOCK = np.uint32(0)
+def _host_chunk(environment: Environment) -> collections.abc.Callable[..., _Counted]:
+    """`_evaluate_chunk` of an environment that is stepped in Python."""
+    act_and_count = _programs(environment).act_and_count
+
+    def evaluate_chunk(agent: Agent, params: PyTree, counted: _Counted, key: Key) -> _Counted:
+        (carry, state, timestep), clock, tally = counted
+        for _ in range(HOST_CHUNK_STEPS):
+            carry, tally, action = act_and_count(
+                agent=agent, params=params, carry=carry, clock=clock, tally=tally, timestep=timestep, key=key
+            )
+            clock = clock + np.uint32(1)
+            state, timestep = environment.step(state, jax.tree.map(np.asarray, action))
+        return _Counted(RolloutState(carry, state, timestep), clock, tally)
+
+    return evaluate_chunk
+
+
+_CLOCK = np.zeros((), np.uint32)
 
 
 def _keep(buffers: list[np.ndarray], t: int, steps: int, leaves: list[np.ndarray]) -> None:
@@ -199,11 +209,19 @@ def _keep(buffers: list[np.ndarray], t: int, steps: int, leaves: list[np.ndarray
 class _Tally(typing.NamedTuple):
     """Finished episodes `[B]`, return and length so far `[B]`, and those of the finished ones `[B, E]`."""
 
-    count: typing.Any
-    total: typing.Any
-    length: typing.Any
-    returns: typing.Any
-    lengths: typing.Any
+    finished: Array
+    total: Array
+    length: Array
+    returns: Array
+    lengths: Array
+
+
+class _Counted(typing.NamedTuple):
+    """What an evaluation goes on from: the rollout, its clock in steps and its episodes."""
+
+    loop: RolloutState
+    clock: Array
+    tally: _Tally
 
 
 def _empty_tally(rows: int, episodes: int) -> _Tally:
@@ -216,9 +234,9 @@ def _count(tally: _Tally, timestep: TimeStep) -> _Tally:
     total = jnp.where(timestep.first, 0.0, tally.total + timestep.reward)
     length = jnp.where(timestep.first, 0, tally.length + 1)
     places = jnp.arange(tally.returns.shape[1])
-    here_BE = timestep.last[:, None] & (places == tally.count[:, None])
+    here_BE = timestep.last[:, None] & (places == tally.finished[:, None])
     return _Tally(
-        jnp.minimum(tally.count + timestep.last, places.size),
+        jnp.minimum(tally.finished + timestep.last, places.size),
         total,
         length,
         jnp.where(here_BE, total[:, None], tally.returns),
@@ -226,32 +244,80 @@ def _count(tally: _Tally, timestep: TimeStep) -> _Tally:
     )
 
 
-def _step(environment, agent, params, carry, clock, timestep, key):
+class _Programs(typing.NamedTuple):
+    """What is compiled for an environment: by keywords, without the environment itself."""
+
+    reset: collections.abc.Callable[..., tuple[PyTree, TimeStep]]
+    act: collections.abc.Callable[..., tuple[PyTree, PyTree, PyTree]]
+    act_and_count: collections.abc.Callable[..., tuple[PyTree, _Tally, PyTree]]
+    rollout: collections.abc.Callable[..., tuple[RolloutState, Trajectory]]
+    evaluate_chunk: collections.abc.Callable[..., _Counted]
+
+
+_COMPILED: weakref.WeakKeyDictionary[Environment, _Programs] = weakref.WeakKeyDictionary()
+
+
+def _programs(environment: Environment) -> _Programs:
+    """The programs of an environment, compiled when they are first called; they live as long as it does.
+
+    As a static argument of one program for all it would be kept alive by the cache of that program.
+    """
+    if environment not in _COMPILED:
+        _COMPILED[environment] = _Programs(
+            # Apart from the agent, so that the reset is compiled once, whoever acts.
+            reset=_compile(_reset, environment),
+            act=_compile(_act, environment, "agent"),
+            act_and_count=_compile(_act_and_count, environment, "agent"),
+            rollout=_compile(_rollout, environment, "agent", "steps"),
+            evaluate_chunk=_compile(_evaluate_chunk, environment, "agent"),
+        )
+    return _COMPILED[environment]
+
+
+def _compile(
+    function: collections.abc.Callable[..., typing.Any], environment: Environment, *static_argnames: str
+) -> collections.abc.Callable[..., typing.Any]:
+    alive = weakref.ref(environment)
+
+    def program(**arguments: typing.Any) -> typing.Any:
+        return function(alive(), **arguments)
+
+    program.__name__ = function.__name__.lstrip("_")
+    return jax.jit(program, static_argnames=static_argnames)
+
+
+def _reset(environment: Environment, key: Key) -> tuple[PyTree, TimeStep]:
+    return environment.reset(key)
+
+
+def _act(
+    environment: Environment, agent: Agent, params: PyTree, carry: PyTree, clock: Array, timestep: TimeStep, key: Key
+) -> tuple[PyTree, PyTree, PyTree]:
     """The one step of policy: its key, its action, clipped."""
     carry, action, record = agent.step(params, carry, timestep, jax.random.fold_in(key, clock))
     return carry, spaces.clip(environment.spec.action_space, action), record
 
 
-def _step_and_count(environment, agent, params, carry, clock, tally, timestep, key):
-    carry, action, _ = _step(environment, agent, params, carry, clock, timestep, key)
+def _act_and_count(
+    environment: Environment,
+    agent: Agent,
+    params: PyTree,
+    carry: PyTree,
+    clock: Array,
+    tally: _Tally,
+    timestep: TimeStep,
+    key: Key,
+) -> tuple[PyTree, _Tally, PyTree]:
+    carry, action, _ = _act(environment, agent, params, carry, clock, timestep, key)
     return carry, _count(tally, timestep), action
 
 
-_act = jax.jit(_step, static_argnums=(0, 1))
-_act_and_count = jax.jit(_step_and_count, static_argnums=(0, 1))
-
-
-# Apart from the agent, so that an environment's reset is compiled once, whoever acts.
-@functools.partial(jax.jit, static_argnums=0)
-def _reset(environment, key):
-    return environment.reset(key)
-
-
-@functools.partial(jax.jit, static_argnames=("environment", "agent", "steps"))
-def _rollout(environment, agent, params, loop, key, steps):
-    def body(inner, _):
+def _rollout(
+    environment: Environment, agent: Agent, params: PyTree, loop: RolloutState, key: Key, steps: int
+) -> tuple[RolloutState, Trajectory]:
+    def body(inner: tuple[jax.Array, RolloutState], _: None) -> tuple[tuple[jax.Array, RolloutState], Trajectory]:
         clock, (carry, state, timestep) = inner
-        carry, action, record = _step(environment, agent, params, carry, clock, timestep, key)
+        carry, action, record = _act(environment, agent, params, carry, clock, timestep, key)
         state, next_timestep = environment.step(state, action)
         return (clock + 1, RolloutState(carry, state, next_timestep)), Trajectory(timestep, action, record)
 
@@ -259,17 +325,15 @@ def _rollout(environment, agent, params, loop, key, steps):
     return loop, trajectory
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _evaluate_chunk(environment, agent, params, carry, clock, tally, state, timestep, key):
-    until, episodes = clock + CHUNK_STEPS, tally.returns.shape[1]
+def _evaluate_chunk(environment: Environment, agent: Agent, params: PyTree, counted: _Counted, key: Key) -> _Counted:
+    until, episodes = counted.clock + CHUNK_STEPS, counted.tally.returns.shape[1]
 
-    def going(loop):
-        _, clock, tally, _, _ = loop
-        return (clock < until) & (tally.count < episodes).any()
+    def going(counted: _Counted) -> Array:
+        return (counted.clock < until) & (counted.tally.finished < episodes).any()
 
-    def body(loop):
-        carry, clock, tally, state, timestep = loop
-        carry, tally, action = _step_and_count(environment, agent, params, carry, clock, tally, timestep, key)
-        return carry, clock + 1, tally, *environment.step(state, action)
+    def body(counted: _Counted) -> _Counted:
+        (carry, state, timestep), clock, tally = counted
+        carry, tally, action = _act_and_count(environment, agent, params, carry, clock, tally, timestep, key)
+        return _Counted(RolloutState(carry, *environment.step(state, action)), clock + 1, tally)
 
-    return jax.lax.while_loop(going, body, (carry, clock, tally, state, timestep))
+    return jax.lax.while_loop(going, body, counted)

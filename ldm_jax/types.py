@@ -26,8 +26,8 @@ Key = jax.Array
 PyTree = typing.Any
 
 
-MAX_TIME_LIMIT = 2**31 - 1
-"""The largest time limit, in steps: they are counted in int32."""
+MAX_TIME_LIMIT = 2**31 - 2
+"""The largest time limit, in steps: they are counted in int32, and some libraries count one more."""
 
 
 class TimeStep(typing.NamedTuple):

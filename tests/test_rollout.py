@@ -1,4 +1,6 @@
 import dataclasses
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -74,16 +76,40 @@ def test_a_traced_rollout_equals_the_plain_one():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), plain[1], traced(loop)[1])
 
 
-def test_same_key_same_result_and_nothing_is_compiled_again(environment, agent):
+def test_same_key_same_result_and_nothing_is_compiled_again(environment, agent, caplog):
+    agent = agent._replace(step=lambda *args, step=agent.step: step(*args))  # one that nothing was compiled for
+
     def once():
         loop = rollout.start(environment, agent, jax.random.key(5))
         end, trajectory = rollout.rollout(environment, agent, 0.0, loop, jax.random.key(6), 16)
-        return end[0], end[2], trajectory
+        return end[0], end[2], trajectory, rollout.evaluate(environment, agent, 0.0, jax.random.key(7), 1)
 
-    before = once()
-    sizes = [program._cache_size() for program in (rollout._rollout, rollout._act, rollout._reset)]
-    assert trees_equal(before, once())
-    assert sizes == [program._cache_size() for program in (rollout._rollout, rollout._act, rollout._reset)]
+    def compilations():
+        caplog.clear()
+        with jax.log_compiles():
+            result = once()
+        return result, [record for record in caplog.records if "Compiling" in record.getMessage()]
+
+    before, compiled = compilations()
+    assert compiled
+    after, compiled = compilations()
+    assert trees_equal(before, after) and not compiled
+
+
+@pytest.mark.parametrize("id", [JITTABLE, HOST])
+def test_what_was_compiled_for_an_environment_goes_with_it(id):
+    agent, gone = None, []
+    for _ in range(2):
+        made = environments.make(id, batch_size=2)
+        agent = agent or random_agent(made.spec.action_space)  # it outlives the environments
+        loop = rollout.start(made, agent, jax.random.key(0))
+        rollout.rollout(made, agent, (), loop, jax.random.key(1), 4)
+        rollout.evaluate(made, agent, (), jax.random.key(1), 1)
+        made.close()
+        gone.append(weakref.ref(made))
+        del made, loop
+        gc.collect()
+        assert gone[-1]() is None
 
 
 def test_a_rollout_goes_on_where_the_last_one_ended(environment, agent):
