@@ -29,7 +29,7 @@ import numpy as np
 
 from environments.cores import available_cores
 from environments.isolation import IsolatedEnvironment, Isolation, WorkerSpec, containers, groups
-from environments.isolation.host import IDLE
+from environments.isolation.worker.gym_api import IDLE
 
 from .timing import Times, compare
 
@@ -128,7 +128,7 @@ def round_trip_us(image: str, repetitions: int, seconds: float) -> float:
     with isolated(CASES["nothing"], image) as (_, environment):
         (worker,) = environment._workers
         assert worker is not None
-        environment._arrays["command"][:] = IDLE
+        environment._batch.arrays["command"][:] = IDLE
 
         def exchange():
             worker.send(b"G")

@@ -114,7 +114,7 @@ class GymnasiumEnvironment:
         for row, kind, error in failures:
             place = checks.where(self.spec.id, self._step_count, [row])
             raise EnvironmentFaultError(f"{place}: {kind}: {_summary(error)}") from error
-        for fault in self._batch.find_faults(np.ones(self.spec.batch_size, bool)):
+        for fault in self._batch.collect(np.ones(self.spec.batch_size, bool)):
             place = checks.where(self.spec.id, self._step_count, fault.rows)
             raise EnvironmentFaultError(f"{place}: {fault.kind}: {fault.text}")
         time_step = self._batch.receive(command_B != gym_api.STEP, np.zeros(self.spec.batch_size, bool))

@@ -6,7 +6,6 @@ Workers in other interpreters and the adapter of Gymnasium in this one fill the 
 
 from __future__ import annotations
 
-import collections.abc
 import itertools
 import math
 import typing
@@ -153,15 +152,23 @@ class EnvironmentBatch:
             command_B[self._last_B] = RESET
         return command_B
 
-    def find_faults(self, asked_B: np.ndarray) -> collections.abc.Iterator[Fault]:
-        """Looks through the arrays for numbers that no environment may return."""
-        found = [checks.reward_faults(self.arrays["reward"], asked_B)]
-        found += [leaf.faults(value, asked_B) for leaf, value in self._observations.violations(self._observed)]
-        for row, kind, text in itertools.chain(*found):
-            yield Fault(kind, (row,), text)
+    def collect(self, asked_B: np.ndarray) -> list[Fault]:
+        """Takes what lies in the arrays, and looks for numbers that no environment may return.
+
+        What is taken is what is checked: a worker may write at any time.
+
+        Args:
+          asked_B: `bool [B]`, rows that were to do something.
+        """
+        self._reward_B = self.arrays["reward"].copy()
+        self._collected = [value.copy() for value in self._observed]
+        self._violations = self._observations.violations(self._collected)
+        found = [checks.reward_faults(self._reward_B, asked_B)]
+        found += [leaf.faults(value, asked_B) for leaf, value in self._violations]
+        return [Fault(kind, (row,), text) for row, kind, text in itertools.chain(*found)]
 
     def receive(self, first_B: np.ndarray, lost_B: np.ndarray) -> TimeStep:
-        """The time step of what lies in the arrays.
+        """The time step of what was collected.
 
         Args:
           first_B: `bool [B]`, rows that were reset.
@@ -174,23 +181,24 @@ class EnvironmentBatch:
         terminated_B = arrays["terminated"] & neither_B
         truncated_B = (arrays["truncated"] & neither_B) | lost_B | (self._elapsed_B >= self.spec.time_limit)
         self._last_B = terminated_B | truncated_B
-        values = [value.copy() for value in self._observed]
+        values, violations = self._collected, self._violations
         if np.count_nonzero(lost_B):
             for value, before in zip(values, self._values, strict=True):
                 value[lost_B] = before[lost_B]
+            violations = self._observations.violations(values)
         self._values = values
-        self.rows_outside += self._count_outside(values)
+        self.rows_outside += self._count_outside(violations)
         return TimeStep(
             observation=spaces.unflatten(self.spec.observation_space, values),
-            reward=np.where(neither_B, arrays["reward"], np.float32(0)),
+            reward=np.where(neither_B, self._reward_B, np.float32(0)),
             terminated=terminated_B,
             truncated=truncated_B,
             first=first_B,
             action_mask=arrays["mask"].copy() if "mask" in arrays else None,
         )
 
-    def _count_outside(self, values: list[np.ndarray]) -> int:
-        violations, cut_B = self._observations.violations(values), self.arrays["cut"]
+    def _count_outside(self, violations: list[tuple[checks.CheckedLeaf, np.ndarray]]) -> int:
+        cut_B = self.arrays["cut"]
         if not np.count_nonzero(cut_B):
             return checks.count_outside(violations)
         outside_B = np.any([cut_B, *(leaf.outside(value) for leaf, value in violations)], 0)

@@ -338,11 +338,11 @@ def _environment() -> dict[str, str]:
 
 
 def _podman(*arguments: str, check: bool = True, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
-    return _run(["podman", *arguments], _environment(), check, timeout_s)
+    return _run(["podman", *arguments], _environment(), check=check, timeout_s=timeout_s)
 
 
 def _run(
-    command: list[str], environment: dict[str, str], check: bool, timeout_s: float | None = None
+    command: list[str], environment: dict[str, str], *, check: bool, timeout_s: float | None = None
 ) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
         command,

@@ -27,7 +27,7 @@ from .. import checks
 from ..cores import available_cores
 from ..tokens import Token, check_newest
 from .batch import DEFAULT_TIME_LIMIT, EnvironmentBatch, Fault, read_spaces
-from .host import Worker, WorkerFaultError, start_worker
+from .host import Sent, Worker, WorkerFaultError, start_worker
 from .program import Isolation, WorkerSpec
 from .scratch import NoRoomError, make_scratch, make_shared_file
 from .venvs import normalize_name
@@ -36,15 +36,6 @@ from .worker.gym_api import IDLE, REMAKE, STEP
 _REPORTS = 16
 
 _log = logging.getLogger(__name__)
-
-
-class _Sent(typing.NamedTuple):
-    """A question that a worker was sent: whose rows, when in monotonic seconds, and its heartbeat then."""
-
-    place: int
-    worker: Worker
-    time_s: float
-    heartbeat: int
 
 
 class IsolatedEnvironment:
@@ -138,7 +129,7 @@ class IsolatedEnvironment:
             self._batch.arrays["command"][:] = todo_B
             faults = [*self._exchange(todo_B)]
             failed = {row for fault in faults for row in fault.rows}
-            faults += [fault for fault in self._batch.find_faults(todo_B != IDLE) if not failed.issuperset(fault.rows)]
+            faults += [fault for fault in self._batch.collect(todo_B != IDLE) if not failed.issuperset(fault.rows)]
             todo_B = np.full_like(todo_B, IDLE)
             for fault in faults:
                 self._survive(fault)
@@ -171,14 +162,12 @@ class IsolatedEnvironment:
                     self._attach(i)
                 heartbeat = int(heartbeats[i])
                 worker.send(b"G")
-                waiting.append(_Sent(i, worker, time.monotonic(), heartbeat))
+                waiting.append((i, worker, Sent(time.monotonic(), heartbeat)))
             except WorkerFaultError as error:
                 yield self._lose(i, error)
-        for i, worker, sent_s, heartbeat in waiting:
+        for i, worker, sent in waiting:
             try:
-                kind, content = worker.receive(
-                    self._isolation.call_timeout_s, heartbeats[i : i + 1], (sent_s, heartbeat)
-                )
+                kind, content = worker.receive(self._isolation.call_timeout_s, heartbeats[i : i + 1], sent)
                 if kind == b"F":
                     yield from self._read_faults(i, content)
             except WorkerFaultError as error:
@@ -224,8 +213,8 @@ class IsolatedEnvironment:
 
     def _prepare(self) -> tuple[str, weakref.finalize]:
         """A folder for what the workers write, and what ends them and removes it."""
-        scratch, remove_scratch = make_scratch()
-        return scratch, weakref.finalize(self, _end, self._worker_spec.id, self._workers, remove_scratch)
+        scratch = make_scratch()
+        return scratch.path, weakref.finalize(self, _end, self._worker_spec.id, self._workers, scratch.remove)
 
     def _start(self) -> Worker:
         return start_worker(self._worker_spec, self._job, self._isolation, self._scratch)

@@ -30,6 +30,14 @@ GROUPS = pathlib.Path(__file__).parents[1] / "images"
 BRIDGES = pathlib.Path(__file__).parents[1] / "bridges"
 
 
+class _Interpreter(typing.NamedTuple):
+    """An interpreter, the image of the container that it is in, if it is in one, and the digest of either."""
+
+    python: str
+    image: str
+    digest: str
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class IsolatedLibrary:
     """One library of a group, with the functions of an adapter.
@@ -88,27 +96,25 @@ class IsolatedLibrary:
         """What a worker runs to make an environment, with its interpreter, which is built if it is not there."""
         from .program import WorkerSpec
 
-        python, image, digest = self._build(isolation.kind)
         fields = {**self.worker, "domain": self.domain(name)}
-        return WorkerSpec(python=python, image=image, digest=digest, library=self.name, name=name, **fields)
+        return WorkerSpec(**self._build(isolation.kind)._asdict(), library=self.name, name=name, **fields)
 
     def domain(self, name: str) -> str:
         """What the task of an id is about."""
         return first_match(self.domains, name) or self.worker["domain"]
 
-    def _build(self, kind: str) -> tuple[str, str, str]:
-        """The interpreter, the image of the container that it is in, if it is in one, and the digest of either."""
+    def _build(self, kind: str) -> _Interpreter:
         from . import containers
 
         if kind == "container" or (kind == "auto" and containers.problem() is None):
             try:
                 image = containers.build_image(self.venv)
-                return containers.PYTHON, image, containers.digest(image)
+                return _Interpreter(containers.PYTHON, image, containers.digest(image))
             except LibraryMissingError as error:
                 if kind == "container":
                     raise
                 _log.warning("%s runs in a virtual environment, as its container cannot be built: %s", self.name, error)
-        return venvs.build(self.venv), "", f"venv:{self.venv.digest}"
+        return _Interpreter(venvs.build(self.venv), "", f"venv:{self.venv.digest}")
 
 
 @functools.cache

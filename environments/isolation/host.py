@@ -61,6 +61,18 @@ class WorkerFaultError(Exception):
         return self.text
 
 
+class Sent(typing.NamedTuple):
+    """When a question was sent.
+
+    Attributes:
+      time_s: monotonic seconds.
+      heartbeat: of the worker at that time.
+    """
+
+    time_s: float
+    heartbeat: int
+
+
 class Process(typing.Protocol):
     """A process that runs `worker/server.py`, wherever it runs.
 
@@ -188,19 +200,19 @@ class Worker:
             raise self._ended() from error
 
     def receive(
-        self, timeout_s: float, heartbeat: np.ndarray | None = None, sent: tuple[float, int] | None = None
+        self, timeout_s: float, heartbeat: np.ndarray | None = None, sent: Sent | None = None
     ) -> tuple[bytes, dict[str, typing.Any]]:
         """The next message.
 
         Args:
           timeout_s: time that one call to the library may take.
           heartbeat: `uint64 [1]`, rises with each call; None where the message is about a single one.
-          sent: when the question was sent (monotonic seconds) and what the heartbeat was then.
+          sent: when the question was sent; None for now.
 
         Raises:
           WorkerFaultError: the end of the connection, silence, or what is not a message.
         """
-        since, seen = sent or (time.monotonic(), 0)
+        since, seen = sent or Sent(time.monotonic(), 0)
         while not self._poll(max(0.0, since + timeout_s - time.monotonic())):
             if heartbeat is None or int(heartbeat[0]) == seen:
                 text = f"no answer within the limit of {timeout_s:g} s a call" + self._log_tail()
@@ -318,9 +330,9 @@ def list_registered(spec: WorkerSpec, isolation: Isolation) -> dict[str, str]:
     Raises:
       EnvironmentFaultError: the libraries cannot be imported.
     """
-    scratch, remove_scratch = make_scratch()
+    scratch = make_scratch()
     try:
-        worker = start_worker(spec, spec.job(isolation.memory_limit_bytes), isolation, scratch)
+        worker = start_worker(spec, spec.job(isolation.memory_limit_bytes), isolation, scratch.path)
         try:
             return worker.handshake(isolation.start_timeout_s)["ids"]
         finally:
@@ -328,4 +340,4 @@ def list_registered(spec: WorkerSpec, isolation: Isolation) -> dict[str, str]:
     except WorkerFaultError as error:
         raise EnvironmentFaultError(f"the environments of {spec.library} cannot be listed: {error}") from None
     finally:
-        remove_scratch()
+        scratch.remove()

@@ -64,12 +64,20 @@ def _take(descriptor: int, size: int) -> None:
             raise
 
 
-def make_scratch() -> tuple[str, collections.abc.Callable[[], None]]:
-    """Makes an empty folder in the system's folder for temporary files, and removes those of processes that died.
+class Scratch(typing.NamedTuple):
+    """A folder for what workers write.
 
-    Returns:
-      The folder, and a function that removes it.
+    Attributes:
+      path: of the folder.
+      remove: removes it, and lets go of its lock.
     """
+
+    path: str
+    remove: collections.abc.Callable[[], None]
+
+
+def make_scratch() -> Scratch:
+    """Makes an empty folder in the system's folder for temporary files, and removes those of processes that died."""
     parent = pathlib.Path(tempfile.gettempdir())
     for folder in parent.glob(f"{_PREFIX}*"):
         _remove_if_left(folder)
@@ -88,7 +96,7 @@ def make_scratch() -> tuple[str, collections.abc.Callable[[], None]]:
         shutil.rmtree(path, ignore_errors=True)
         os.close(descriptor)
 
-    return path, remove
+    return Scratch(path, remove)
 
 
 def _remove_if_left(folder: pathlib.Path) -> None:
