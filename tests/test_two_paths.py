@@ -49,7 +49,7 @@ FAILS = {
     "SequenceSpace": "kind Sequence is not supported",
     "IntegerKeys": "keys that are not strings",
 }
-EXACT_OR_REFUSED = ("WideIntegers", "FarDiscrete")
+EXACT_OR_REFUSED = ()
 
 
 @pytest.fixture(scope="module", autouse=True)
