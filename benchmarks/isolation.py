@@ -140,7 +140,7 @@ def round_trip_us(image: str, repetitions: int, seconds: float) -> float:
 def find_image() -> tuple[str | None, str]:
     """The image that containers are made of, and why there is none where it is None."""
     try:
-        image = containers.build_image(groups.libraries()[IMAGE_OF].venv)
+        image = containers.build_image(groups.isolated_libraries()[IMAGE_OF].venv)
         with isolated(CASES["nothing"], image):
             return image, ""
     except Exception as error:  # whatever it is, the rest can be measured without

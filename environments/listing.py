@@ -56,7 +56,7 @@ def list_ids(
             ids += _uncatalogued(known) if domain is action is None and verified is not False else []
         elif domain is action is None and verified is not False:
             try:
-                if known not in groups.libraries() or groups.libraries()[known].is_built:
+                if known not in groups.isolated_libraries() or groups.isolated_libraries()[known].is_built:
                     ids += _uncatalogued(known)
             except LibraryMissingError as error:
                 if known not in registry.BUILT_IN:

@@ -140,8 +140,8 @@ def candidates(library: str) -> dict[str, str]:
 
 def version(library: str) -> str:
     """The version of a library that is installed, or that its group pins."""
-    if library in groups.libraries():
-        return groups.libraries()[library].version
+    if library in groups.isolated_libraries():
+        return groups.isolated_libraries()[library].version
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -156,7 +156,7 @@ def domain(library: str, name: str) -> str:
 
 def group(library: str) -> str:
     """The group whose interpreter serves a library; empty where an adapter in this interpreter does."""
-    return groups.libraries()[library].venv.name if library in groups.libraries() else ""
+    return groups.isolated_libraries()[library].venv.name if library in groups.isolated_libraries() else ""
 
 
 def split(id: str) -> tuple[str, str]:
@@ -246,7 +246,7 @@ def _check_made(made: EnvironmentSpec, id: str, batch_size: int, time_limit: int
 
 def adapter_modules() -> dict[str, str]:
     """The adapter module of each known library: the built-in ones, those of groups, then those of entry points."""
-    table = BUILT_IN | dict.fromkeys(groups.libraries(), groups.__name__)
+    table = BUILT_IN | dict.fromkeys(groups.isolated_libraries(), groups.__name__)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         taken = table.get(entry.name)
         if taken is None:
@@ -270,8 +270,8 @@ def _adapter(library: str) -> typing.Any:
     table = adapter_modules()
     if library not in table:
         raise unknown_library(library)
-    if library in groups.libraries():
-        return groups.libraries()[library]
+    if library in groups.isolated_libraries():
+        return groups.isolated_libraries()[library]
     try:
         return importlib.import_module(table[library])
     except Exception as error:  # a third party's module may fail in any way

@@ -58,8 +58,9 @@ def verify_library(
     output.mkdir(parents=True, exist_ok=True)
     path, journal = output / f"{library}.jsonl", output / f"{library}.journal"
     version = registry.version(library)
-    if library in groups.libraries():
-        venvs.build(groups.libraries()[library].venv)  # ids are tried there, so that no image is built to list them
+    if library in groups.isolated_libraries():
+        # Ids are tried there, so that no image is built to list them.
+        venvs.build(groups.isolated_libraries()[library].venv)
     before = [known for known in (entries.read_entries(path) if path.exists() else ()) if known.verified or not retry]
     before += _read_journal(journal)
     candidates = {f"{library}/{name}": reason for name, reason in registry.candidates(library).items()}
@@ -179,7 +180,7 @@ def launch() -> None:
             show(folder, page.value)
             return
         failed = []
-        for library in libraries.value or [*registry.BUILT_IN, *groups.libraries()]:
+        for library in libraries.value or [*registry.BUILT_IN, *groups.isolated_libraries()]:
             try:
                 found = verify_library(
                     library, folder, workers=workers.value, timeout_s=timeout_s.value, retry=retry.value

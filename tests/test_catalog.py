@@ -48,8 +48,8 @@ def test_the_catalog_reaches_as_far_as_it_says():
 
 
 def test_every_library_of_this_package_is_in_the_catalog_and_works():
-    assert set(LIBRARIES) == {*registry.BUILT_IN, *groups.libraries()}
-    for library in groups.libraries().values():
+    assert set(LIBRARIES) == {*registry.BUILT_IN, *groups.isolated_libraries()}
+    for library in groups.isolated_libraries().values():
         assert {line.version for line in entries.entries(library.name).values()} == {library.version}
 
 
@@ -166,13 +166,13 @@ def test_ids_that_do_not_work_are_refused_with_the_reason_of_the_catalog():
 
 def _is_here(library):
     """Whether it can be made without installing or building anything."""
-    if library in groups.libraries():
-        return venvs.built(groups.libraries()[library].venv) is not None
+    if library in groups.isolated_libraries():
+        return venvs.built(groups.isolated_libraries()[library].venv) is not None
     return importlib.util.find_spec(library) is not None
 
 
 def _step_through(id, seed):
-    isolation = "venv" if id.partition("/")[0] in groups.libraries() else "auto"
+    isolation = "venv" if id.partition("/")[0] in groups.isolated_libraries() else "auto"
     environment = environments.make(id, 2, isolation=isolation)
     spec = environment.spec
     generator, line = np.random.default_rng(seed), entries.entries(spec.library)[id.partition("/")[2]]
@@ -227,7 +227,7 @@ def test_ids_drawn_anew_every_day_step_through_make():
 @pytest.mark.nightly
 @pytest.mark.builds
 def test_ids_of_groups_drawn_anew_every_day_build_what_they_need_and_step():
-    for id in _draw(groups.libraries(), 8, _today()):
+    for id in _draw(groups.isolated_libraries(), 8, _today()):
         _step_through(id, _today())
 
 

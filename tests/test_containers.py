@@ -63,7 +63,7 @@ def built(python):
     """The name of an image, and what else a program in it needs to be told."""
     containers_here.need()
     library, api = IMAGES[python]
-    return {"image": containers.build_image(groups.libraries()[library].venv), "api": api}
+    return {"image": containers.build_image(groups.isolated_libraries()[library].venv), "api": api}
 
 
 @contextlib.contextmanager

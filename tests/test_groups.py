@@ -51,14 +51,14 @@ def group(tmp_path, cache, monkeypatch):
     (folder / "group.json").write_text(json.dumps(description))
     (folder / "requirements.txt").write_text("# nothing\n")
     monkeypatch.setattr(groups, "GROUPS", tmp_path / "images")
-    groups.libraries.cache_clear()
+    groups.isolated_libraries.cache_clear()
     monkeypatch.setattr(containers, "problem", lambda: "this test is about virtual environments")
     # What pip would install is borrowed from the environment that runs the tests.
     monkeypatch.setattr(venvs, "_install", lambda *arguments: _borrow(library, *arguments))
     (tmp_path / "catalog").mkdir()
     monkeypatch.setattr(entries, "CATALOG", tmp_path / "catalog")
     yield folder
-    groups.libraries.cache_clear()
+    groups.isolated_libraries.cache_clear()
 
 
 def _write_catalog():
@@ -238,7 +238,7 @@ def test_where_there_is_no_podman_auto_is_a_virtual_environment_and_container_sa
     with pytest.raises(ldm_jax.LibraryMissingError, match="corridor cannot run in a container: this test"):
         environments.make("corridor/Steady-v0", isolation="container")
     environments.make("corridor/Steady-v0").close()
-    assert groups.libraries()["corridor"].is_built
+    assert groups.isolated_libraries()["corridor"].is_built
 
 
 def test_a_build_that_fails_leaves_nothing_but_its_log(tmp_path, cache, caplog):
@@ -271,7 +271,7 @@ def _cases():
 
 @pytest.mark.parametrize(("name", "kind"), _cases())
 def test_two_ids_of_every_library_pass_the_kit(name, kind):
-    library = groups.libraries()[name]
+    library = groups.isolated_libraries()[name]
     if kind == "container":
         containers_here.need()
     expected = "sha256:[0-9a-f]{64}" if kind == "container" else f"venv:{library.venv.digest}"

@@ -163,7 +163,7 @@ def test_wide_numbers_arrive_or_are_refused_when_made(name):
             assert outside == 0
 
 
-@pytest.mark.parametrize("limit", [5, 50, 2**62])
+@pytest.mark.parametrize("limit", [5, 50, 2**31 - 1])
 def test_the_limit_that_is_asked_for_is_the_one_that_the_library_knows(limit):
     seen, errors = play_both("ReadsItsLimit", time_limit=limit)
     assert errors == ("", "")

@@ -23,7 +23,7 @@ from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from .. import checks
 from ..catalog import taxonomy
-from ..isolation.batch import DEFAULT_TIME_LIMIT, EnvironmentBatch, Spaces, read_spaces
+from ..isolation.batch import DEFAULT_TIME_LIMIT, EnvironmentBatch, Spaces, find_limit, read_spaces
 from ..isolation.program import Options, encode_options
 from ..isolation.worker import gym_api, values
 from ..tokens import Token, check_newest
@@ -174,7 +174,7 @@ def make(
         observation_space=carried.observation,
         action_space=carried.action,
         batch_size=operator.index(batch_size),
-        time_limit=library.known_limit(first) or _DEFAULT_LIMITS[family],
+        time_limit=time_limit or find_limit(library.known_limit(first), _DEFAULT_LIMITS[family]),
         domain=domain(name),
         jittable=False,
     )

@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 
 from ldm_jax import spaces
-from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
+from ldm_jax.types import MAX_TIME_LIMIT, Array, EnvironmentSpec, PyTree, TimeStep
 
 from .. import checks, conversion
 from ..tokens import draw_seeds
@@ -23,6 +23,11 @@ from .worker.gym_api import RESET, SEED, STEP
 DEFAULT_TIME_LIMIT = 1000
 """Steps, where neither the caller nor the library names a limit."""
 _ALIGNMENT = 64  # bytes
+
+
+def find_limit(*wanted: int | None) -> int:
+    """The first limit that is named, in steps, at most what a spec can have: a library may mean that there is none."""
+    return min(next(filter(None, wanted), DEFAULT_TIME_LIMIT), MAX_TIME_LIMIT)
 
 
 class Fault(typing.NamedTuple):

@@ -26,7 +26,7 @@ from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 from .. import checks
 from ..cores import available_cores
 from ..tokens import Token, check_newest
-from .batch import DEFAULT_TIME_LIMIT, EnvironmentBatch, Fault, read_spaces
+from .batch import EnvironmentBatch, Fault, find_limit, read_spaces
 from .host import Sent, Worker, WorkerFaultError, start_worker
 from .program import Isolation, WorkerSpec
 from .scratch import NoRoomError, make_scratch, make_shared_file
@@ -240,7 +240,7 @@ class IsolatedEnvironment:
             observation_space=carried.observation,
             action_space=carried.action,
             batch_size=batch_size,
-            time_limit=self._job["time_limit"] or about["time_limit"] or DEFAULT_TIME_LIMIT,
+            time_limit=self._job["time_limit"] or find_limit(about["time_limit"]),
             domain=spec.domain,
             jittable=False,
             image_digest=spec.digest,

@@ -133,7 +133,7 @@ def _candidates(library: IsolatedLibrary) -> collections.abc.Mapping[str, str]:
 
 
 @functools.cache
-def libraries() -> collections.abc.Mapping[str, IsolatedLibrary]:
+def isolated_libraries() -> collections.abc.Mapping[str, IsolatedLibrary]:
     """The libraries of all groups by name.
 
     Raises:
