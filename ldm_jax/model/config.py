@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+import numbers
+import operator
 import typing
 
+import numpy as np
+
 from ldm_jax.encoding.buckets import GRID_CELLS, Bucket
-from ldm_jax.errors import ConfigError
+from ldm_jax.errors import ConfigError, check_finite
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shapes of the model.
+    """Shapes of the model; NumPy's numbers are taken as the plain ones that they are equal to.
 
     Attributes:
       width: D, of the residual stream.
@@ -20,16 +26,18 @@ class ModelConfig:
       kv_heads: key and value heads; divides `heads` (grouped-query attention).
       feed_forward: F, hidden width of SwiGLU.
       window: W, attention sees the last W steps, this one included.
-      bins: of a continuous action slot.
+      bins: of a continuous action slot; more than six times `sigma_bins`.
       sigma_bins: standard deviation of HL-Gauss targets, in bin widths.
       qk_norm: RMSNorm on queries and keys.
       rope_base: of the rotary position embedding.
       numeric: largest numeric vector of an observation.
       categorical: most categorical components of an observation.
-      values: rows of the tables of category values and of previous choices; larger ones use two digits.
+      values: rows of the tables of category values and of previous choices; larger ones use two digits, so that the
+        square of this is the most that a category may have.
       channels: most channels of a grid or image.
       image_side: largest side of an image, in pixels.
       text: most bytes of a text.
+      parts: most grids, images and texts of an observation together.
       choice_slots: most categorical action slots.
       choices: largest number of choices of a slot.
       continuous_slots: most continuous action slots.
@@ -58,6 +66,7 @@ class ModelConfig:
     channels: int = 4
     image_side: int = 96
     text: int = 128
+    parts: int = 8
     choice_slots: int = 16
     choices: int = 32
     continuous_slots: int = 32
@@ -66,15 +75,32 @@ class ModelConfig:
     attention: typing.Literal["blocks", "cudnn", "xla"] = "blocks"
     tokens_per_step: typing.Literal[1, 2] = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("int", "float") and not value > 0:
-                raise ConfigError(f"ModelConfig.{field.name} is {value}, expected a positive number")
+            object.__setattr__(self, field.name, _plain(field, getattr(self, field.name)))
+        check_finite(self)
+        for field in dataclasses.fields(self):
+            if field.type in ("int", "float") and not getattr(self, field.name) > 0:
+                raise ConfigError(
+                    f"ModelConfig.{field.name} is {getattr(self, field.name)}, expected a positive number"
+                )
+        self._check_choices()
         if self.width % (2 * self.heads):
             raise ConfigError(f"width {self.width} is not a multiple of twice the {self.heads} heads")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} heads cannot share {self.kv_heads} kv_heads: expected a divisor")
+        if self.bins <= 6 * self.sigma_bins:
+            raise ConfigError(
+                f"{self.bins} bins with sigma_bins={self.sigma_bins:g} leave none for the range of an action, as they "
+                f"reach three sigma beyond it: expected more than {6 * self.sigma_bins:g} bins"
+            )
+        if self.choices > self.values**2:
+            raise ConfigError(
+                f"{self.choices} choices do not fit two digits of {self.values} values: "
+                f"expected at least {_digits(self.choices)} values"
+            )
+
+    def _check_choices(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype is {self.dtype!r}, expected float32 or bfloat16")
         if self.remat not in ("none", "dots", "full"):
@@ -96,12 +122,13 @@ class ModelConfig:
         """Of a continuous slot scaled to -1..1; the bins reach three standard deviations of the target beyond."""
         return 2.0 / (self.bins - 6.0 * self.sigma_bins)
 
-    def check_fits(self, bucket: Bucket, what: str) -> None:
+    def check_fits(self, bucket: Bucket, what: str, categories: int = 0) -> None:
         """Checks that environments of a bucket can be put into a model of these shapes.
 
         Args:
           bucket: the padded widths.
           what: whose they are, for the error.
+          categories: of the largest categorical component of the observations, which buckets do not tell apart.
 
         Raises:
           ConfigError: names the widths that are too large and what to raise.
@@ -113,6 +140,8 @@ class ModelConfig:
         needs["channels"] = max((grid.channels for grid in bucket.grids), default=0)
         needs["image_side"] = max((grid.side for grid in bucket.grids if grid.side > GRID_CELLS), default=0)
         needs["text"] = max(bucket.texts, default=0)
+        needs["parts"] = len(bucket.grids) + len(bucket.texts)
+        needs["values"] = _digits(categories)
         too_large = {name: need for name, need in needs.items() if need > getattr(self, name)}
         if too_large:
             wanted = ", ".join(
@@ -121,23 +150,46 @@ class ModelConfig:
             raise ConfigError(f"{what} needs {wanted}: make the model with these values or leave the environment out")
 
 
-_LARGE: dict[str, typing.Any] = {
-    "numeric": 2048,
-    "categorical": 1024,
-    "values": 1024,
-    "channels": 128,
-    "text": 512,
-    "choice_slots": 320,
-    "choices": 8192,
-    "continuous_slots": 320,
-}
+def _digits(count: int) -> int:
+    """The fewest digits of which two tell so many things apart."""
+    return math.isqrt(max(count - 1, 0)) + 1
+
+
+def _plain(field: dataclasses.Field, value: typing.Any) -> typing.Any:
+    """The value as Python's own kind of number, which JSON carries and which compares by value."""
+    kind = "int" if field.name == "tokens_per_step" else field.type
+    truth = isinstance(value, bool | np.bool_)
+    if kind == "bool" and truth:
+        return bool(value)
+    if kind == "int" and isinstance(value, numbers.Integral) and not truth:
+        return operator.index(value)
+    if kind == "float" and isinstance(value, numbers.Real) and not truth:
+        return float(value)
+    if kind in ("bool", "int", "float"):
+        expected = {"bool": "True or False", "int": "a whole number", "float": "a number"}[kind]
+        raise ConfigError(f"ModelConfig.{field.name} is {value!r}, expected {expected}")
+    return value
+
+
+_large = functools.partial(
+    ModelConfig,
+    numeric=2048,
+    categorical=1024,
+    values=1024,
+    channels=128,
+    text=512,
+    parts=16,
+    choice_slots=320,
+    choices=8192,
+    continuous_slots=320,
+)
 
 SIZES: dict[str, ModelConfig] = {
     "nano": ModelConfig(width=32, layers=2, heads=2, kv_heads=2, feed_forward=64, window=8, bins=64),
     "micro": ModelConfig(),
-    "32m": ModelConfig(width=512, layers=10, heads=8, kv_heads=8, feed_forward=1408, window=256, **_LARGE),
-    "70m": ModelConfig(width=768, layers=10, heads=12, kv_heads=12, feed_forward=2048, window=512, **_LARGE),
-    "308m": ModelConfig(width=1024, layers=24, heads=16, kv_heads=16, feed_forward=2816, window=1024, **_LARGE),
-    "736m": ModelConfig(width=1536, layers=26, heads=24, kv_heads=24, feed_forward=4096, window=1024, **_LARGE),
+    "32m": _large(width=512, layers=10, heads=8, kv_heads=8, feed_forward=1408, window=256),
+    "70m": _large(width=768, layers=10, heads=12, kv_heads=12, feed_forward=2048, window=512),
+    "308m": _large(width=1024, layers=24, heads=16, kv_heads=16, feed_forward=2816, window=1024),
+    "736m": _large(width=1536, layers=26, heads=24, kv_heads=24, feed_forward=4096, window=1024),
 }
 """Named sizes; the backbones of `32m` to `736m` have the parameter counts of LDM-v0 (Kulak 2026, arXiv 2606.24962)."""

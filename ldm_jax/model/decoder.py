@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import typing
 
 import jax
@@ -30,8 +31,32 @@ class Cache(typing.NamedTuple):
     length: Array
 
 
+class Projected(typing.NamedTuple):
+    """What attention makes of tokens: queries `[B, T, H, K]`, keys and values `[B, T, G, K]`, before rotation."""
+
+    query: Array
+    key: Array
+    value: Array
+
+
+class Stepped(typing.NamedTuple):
+    """One step of a layer: its output `[B, 1, D]`, and its part of the cache, `[B, S, G, K]` each."""
+
+    x: Array
+    keys: Array
+    values: Array
+
+
 def init_cache(cfg: ModelConfig, batch_size: int) -> Cache:
-    """An empty cache for rows that have seen nothing."""
+    """An empty cache for rows that have seen nothing.
+
+    Args:
+      cfg: shapes of the model.
+      batch_size: B.
+
+    Returns:
+      The cache, in the dtype of the computation.
+    """
     shape = (cfg.layers, batch_size, cfg.window, cfg.kv_heads, cfg.head_width)
     zeros = jnp.zeros(shape, jnp.dtype(cfg.dtype))
     return Cache(zeros, zeros, jnp.zeros(batch_size, jnp.int32))
@@ -69,15 +94,15 @@ class Attention(nnx.Module):
             self.query_norm = Norm(cfg.head_width)
             self.key_norm = Norm(cfg.head_width)
 
-    def project(self, x_BTD: Array) -> tuple[Array, Array, Array]:
-        """Queries `[B, T, H, K]`, keys and values `[B, T, G, K]`, before rotation."""
+    def project(self, x_BTD: Array) -> Projected:
+        """Queries, keys and values of tokens."""
         cfg, (batch, time, _) = self.cfg, x_BTD.shape
         query = self.query(x_BTD).reshape(batch, time, cfg.heads, cfg.head_width)
         key = self.key(x_BTD).reshape(batch, time, cfg.kv_heads, cfg.head_width)
         value = self.value(x_BTD).reshape(batch, time, cfg.kv_heads, cfg.head_width)
         if cfg.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        return query, key, value
+        return Projected(query, key, value)
 
     def __call__(self, x_BTD: Array) -> Array:
         """Attends within a window of steps, from its beginning."""
@@ -87,21 +112,25 @@ class Attention(nnx.Module):
         attended = attend(query, key, value, self.cfg.window, self.cfg.attention)
         return self.out(attended.reshape(*x_BTD.shape[:2], -1))
 
-    def step(self, x_B1D: Array, keys_BSGK: Array, values_BSGK: Array, length_B: Array) -> tuple[Array, Array, Array]:
+    def step(self, x_B1D: Array, keys_BSGK: Array, values_BSGK: Array, length_B: Array) -> Stepped:
         """Attends to the ring buffer, after putting the one new step into it."""
         query, key, value = self.project(x_B1D)
         size = keys_BSGK.shape[1]
         slots, slot = jnp.arange(size)[None], (length_B % size)[:, None]
-        written = (slots == slot)[..., None, None]
-        keys, values = jnp.where(written, key, keys_BSGK), jnp.where(written, value, values_BSGK)
         age = (slot - slots) % size
+        seen = age <= length_B[:, None]
+        # What a forgotten row left in a slot may be NaN, which a weight of 0 would let pass.
+        kept = (jnp.where(seen[..., None, None], old, 0) for old in (keys_BSGK, values_BSGK))
+        keys, values = (
+            jnp.where((age == 0)[..., None, None], new, old) for new, old in zip((key, value), kept, strict=True)
+        )
         attended = jax.nn.dot_product_attention(
             query,
             rotate(keys, -age, self.cfg.rope_base),
             values,
-            mask=(age <= length_B[:, None])[:, None, None],
+            mask=seen[:, None, None],
         )
-        return self.out(attended.reshape(*x_B1D.shape[:2], -1)), keys, values
+        return Stepped(self.out(attended.reshape(*x_B1D.shape[:2], -1)), keys, values)
 
 
 class Block(nnx.Module):
@@ -125,11 +154,11 @@ class Block(nnx.Module):
         x = x_BTD + self.attention(self.attention_norm(x_BTD))
         return x + self.feed_forward(x)
 
-    def step(self, x_B1D: Array, keys: Array, values: Array, length_B: Array) -> tuple[Array, Array, Array]:
+    def step(self, x_B1D: Array, keys: Array, values: Array, length_B: Array) -> Stepped:
         """One step, with this layer's part of the cache."""
         attended, keys, values = self.attention.step(self.attention_norm(x_B1D), keys, values, length_B)
         x = x_B1D + attended
-        return x + self.feed_forward(x), keys, values
+        return Stepped(x + self.feed_forward(x), keys, values)
 
 
 _POLICIES = jax.checkpoint_policies
@@ -141,9 +170,14 @@ _REMAT_POLICIES = {
 }
 
 
-def rematerialize(function: typing.Callable[..., typing.Any], cfg: ModelConfig) -> typing.Callable[..., typing.Any]:
+_Function = typing.TypeVar("_Function", bound=collections.abc.Callable)
+
+
+def rematerialize(function: _Function, cfg: ModelConfig) -> _Function:
     """The same function, of whose forward pass only what the policy says is kept for the backward pass."""
-    return function if cfg.remat == "none" else jax.checkpoint(function, policy=_REMAT_POLICIES[cfg.remat])
+    if cfg.remat == "none":
+        return function
+    return typing.cast(_Function, jax.checkpoint(function, policy=_REMAT_POLICIES[cfg.remat]))
 
 
 class Decoder(nnx.Module):
@@ -164,17 +198,20 @@ class Decoder(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
         if cache is None:
 
-            def window(x, parameters):
+            def window(x: Array, parameters: nnx.State) -> tuple[Array, None]:
                 return nnx.merge(graph, parameters)(x), None
 
             return jax.lax.scan(rematerialize(window, self.cfg), x_BTD, stacked)[0], None
-        if x_BTD.shape[1] != 1:
-            raise ValueError(f"got {x_BTD.shape[1]} steps with a cache, expected one at a time")
+        if x_BTD.shape[:2] != (*cache.length.shape, 1):
+            raise ValueError(
+                f"got {x_BTD.shape[1]} steps of {x_BTD.shape[0]} rows with a cache of {cache.length.size} rows, "
+                "expected one step at a time of the cache's rows"
+            )
 
-        def step(x, layer):
+        def step(x: Array, layer: tuple[nnx.State, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
             parameters, keys, values = layer
-            x, keys, values = nnx.merge(graph, parameters).step(x, keys, values, cache.length)
-            return x, (keys, values)
+            stepped = nnx.merge(graph, parameters).step(x, keys, values, cache.length)
+            return stepped.x, (stepped.keys, stepped.values)
 
         x, (keys, values) = jax.lax.scan(step, x_BTD, (stacked, cache.keys, cache.values))
         return x, Cache(keys, values, cache.length + 1)

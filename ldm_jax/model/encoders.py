@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from ldm_jax.encoding.buckets import GRID_CELLS
@@ -32,6 +33,7 @@ class CategoryEncoder(nnx.Module):
         self.mix = Linear(cfg.width, cfg.width, cfg, rngs)
 
     def __call__(self, index_RTP: Array, mask_RP: Array) -> Array:
+        index_RTP = jnp.where(mask_RP[:, None] > 0, index_RTP, 0)
         embedded = self.low[...][index_RTP % self.values] + self.high[...][index_RTP // self.values]
         embedded = embedded + self.position[: index_RTP.shape[-1]]
         hidden = jax.nn.gelu(self.mix(embedded))
@@ -47,15 +49,17 @@ class GridEncoder(nnx.Module):
         patch = cfg.image_side // GRID_CELLS
         features = 1 + 2 * len(_PERIODS)
         self.dtype = jnp.dtype(cfg.dtype)
-        self.cell = normal(rngs, (cfg.channels, features, quarter), 1.0 / np.sqrt(4 * features))
+        self.cell = normal(rngs, (cfg.channels, features, quarter), 1.0 / math.sqrt(4 * features))
         self.inside = normal(rngs, (quarter,), 0.1)
         self.patch = normal(rngs, (patch, patch, cfg.channels, quarter), 1.0)
         self.first = Linear(4 * quarter, half, cfg, rngs, bias=True)
         self.second = Linear(4 * half, half, cfg, rngs, bias=True)
         side = GRID_CELLS // 4
-        self.gather = normal(rngs, (side, side, half, width), 1.0 / np.sqrt(side * side * half))
+        self.gather = normal(rngs, (side, side, half, width), 1.0 / math.sqrt(side * side * half))
 
     def __call__(self, grid_RTHWC: Array, mask_RHW: Array) -> Array:
+        # where, not a product: a NaN in the padding must not pass, here and below.
+        grid_RTHWC = jnp.where(mask_RHW[:, None, ..., None] > 0, grid_RTHWC, 0)
         small = grid_RTHWC.shape[-2] <= GRID_CELLS
         x = self._cells(grid_RTHWC, mask_RHW) if small else self._patches(grid_RTHWC)
         x = jax.nn.gelu(self.first(_join_2x2(jax.nn.gelu(x))))
@@ -64,11 +68,10 @@ class GridEncoder(nnx.Module):
         return jnp.einsum("rthwc,hwcd->rtd", x, self.gather[:height, :width].astype(x.dtype))
 
     def _cells(self, grid_RTHWC: Array, mask_RHW: Array) -> Array:
-        grid_RTHWC = jnp.where(mask_RHW[:, None, ..., None] > 0, grid_RTHWC, 0.0)
-        waves = [2 * np.pi / period * grid_RTHWC for period in _PERIODS]
+        waves = [2 * math.pi / period * grid_RTHWC for period in _PERIODS]
         features = jnp.stack([symlog(grid_RTHWC), *map(jnp.sin, waves), *map(jnp.cos, waves)], -1).astype(self.dtype)
         x = jnp.einsum("rthwcf,cfe->rthwe", features, self.cell[: grid_RTHWC.shape[-1]].astype(self.dtype))
-        return (x + self.inside[...].astype(self.dtype)) * mask_RHW[:, None, ..., None].astype(self.dtype)
+        return jnp.where(mask_RHW[:, None, ..., None] > 0, x + self.inside[...].astype(self.dtype), 0)
 
     def _patches(self, image_RTHWC: Array) -> Array:
         *lead, side, _, channels = image_RTHWC.shape
@@ -76,7 +79,7 @@ class GridEncoder(nnx.Module):
         value = image_RTHWC.astype(self.dtype)
         scaled = value / 127.5 - 1.0 if image_RTHWC.dtype == jnp.uint8 else symlog(value)
         patches = scaled.reshape(*lead, GRID_CELLS, size, GRID_CELLS, size, channels)
-        kernel = self.patch[:size, :size, :channels] / np.sqrt(size * size * channels)
+        kernel = self.patch[:size, :size, :channels] / math.sqrt(size * size * channels)
         return jnp.einsum("rthpwqc,pqce->rthwe", patches, kernel.astype(self.dtype))
 
 
@@ -117,7 +120,7 @@ class StepEncoder(nnx.Module):
         self.categories = CategoryEncoder(cfg.categorical, cfg.values, cfg, rngs)
         self.grid = GridEncoder(cfg, rngs)
         self.text = TextEncoder(cfg, rngs)
-        self.part = normal(rngs, (8, width), 0.1)
+        self.part = normal(rngs, (cfg.parts, width), 0.1)
         self.film = Film(cfg, rngs)
         self.hidden = Linear(width, 2 * width, cfg, rngs)
         self.out = Linear(2 * width, width, cfg, rngs)
@@ -141,13 +144,13 @@ class StepEncoder(nnx.Module):
         lead = features.reward.shape[:2]
         x = jnp.zeros((*lead, self.part.shape[-1]), self.dtype)
         if width := features.numeric.shape[-2]:
-            # where, not a product: a NaN in the padding must not pass.
             mask = signature.numeric_mask[:, None, :, None]
             numbers = jnp.where(mask > 0, features.numeric, 0.0).astype(self.dtype)
             numbers = numbers / jnp.sqrt(jnp.maximum(mask.sum(-2, keepdims=True), 1.0))
             x = x + jnp.einsum("rtwf,wfd->rtd", numbers, self.numeric[:width].astype(self.dtype))
         if features.categorical.shape[-1]:
             x = x + self.categories(features.categorical, signature.categorical_mask)
+        # Grids are counted from the front of the table of parts, texts from its back: `check_fits` keeps them apart.
         for i, (grid, mask) in enumerate(zip(features.grids, signature.grid_masks, strict=True)):
             x = x + self.grid(grid, mask) + self.part[i].astype(self.dtype)
         for i, text in enumerate(features.texts):
@@ -156,15 +159,17 @@ class StepEncoder(nnx.Module):
 
     def _previous(self, features: Features, signature: Signature) -> Array:
         x = jnp.zeros((), self.dtype)
+        # What stands where there was no previous action is never read, forward or backward: it may be NaN.
+        present = features.has_previous[..., None] > 0
         if features.previous.categorical.shape[-1]:
-            x = x + self.previous_choice(features.previous.categorical, signature.choice_slots)
+            choice = jnp.where(present, features.previous.categorical, 0)
+            x = x + self.previous_choice(choice, signature.choice_slots)
         if slots := features.previous.continuous.shape[-1]:
             mask = signature.continuous_slots[:, None]
-            numbers = jnp.where(mask > 0, features.previous.continuous, 0.0)
+            numbers = jnp.where((mask > 0) & present, features.previous.continuous, 0.0)
             numbers = (numbers / jnp.sqrt(jnp.maximum(mask.sum(-1, keepdims=True), 1.0))).astype(self.dtype)
             x = x + numbers @ self.previous_number[:slots].astype(self.dtype)
-        present = features.has_previous[..., None].astype(self.dtype)
-        return x * present + self.no_previous[...].astype(self.dtype) * (1.0 - present)
+        return jnp.where(present, x, self.no_previous[...].astype(self.dtype))
 
 
 class SignatureEncoder(nnx.Module):

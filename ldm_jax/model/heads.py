@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import typing
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +40,8 @@ class Head(nnx.Module):
         self.continuous_slot = normal(rngs, (cfg.continuous_slots, width), 0.5)
         self.hidden = Linear(width, 2 * width, cfg, rngs)
         self.out = Linear(2 * width, width, cfg, rngs)
-        self.choices = normal(rngs, (width, cfg.choices), 0.2 / np.sqrt(width))
-        self.bins = normal(rngs, (width, cfg.bins), 0.2 / np.sqrt(width))
+        self.choices = normal(rngs, (width, cfg.choices), 0.2 / math.sqrt(width))
+        self.bins = normal(rngs, (width, cfg.bins), 0.2 / math.sqrt(width))
 
     def __call__(self, x_RTD: Array, features: Features, signature: Signature, signature_RD: Array) -> Predictions:
         x = self.film(x_RTD, signature_RD)
@@ -95,6 +96,7 @@ def bin_probabilities(cfg: ModelConfig, mean: Array, scale: Array) -> Array:
     Source:
       Imani and White 2018; Farebrother et al. 2024, HL-Gauss.
     """
+    chex.assert_equal_shape([mean, scale])
     sigma = jnp.sqrt(jnp.square(scale) + (cfg.sigma_bins * cfg.bin_width) ** 2)[..., None]
     cumulative = jax.scipy.special.ndtr((bin_edges(cfg)[1:-1] - mean[..., None]) / sigma)
     ends = jnp.zeros((*mean.shape, 1), cumulative.dtype)

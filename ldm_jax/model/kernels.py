@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import typing
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -61,6 +62,8 @@ def attend(query_BTHK: Array, key_BTGK: Array, value_BTGK: Array, window: int, i
     Source:
       Dao et al. 2022, FlashAttention, without its running maximum: a block sees all of its keys at once.
     """
+    chex.assert_equal_shape([key_BTGK, value_BTGK])
+    chex.assert_equal_shape_prefix([query_BTHK, key_BTGK], 2)
     if implementation != "blocks":
         return _attend_by_jax(query_BTHK, key_BTGK, value_BTGK, window, implementation)
     batch, time, heads, width = query_BTHK.shape

@@ -11,15 +11,16 @@ from ldm_jax.model.kernels import matrix_product
 from ldm_jax.types import Array
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> nnx.Param:
-    """A float32 parameter, normally distributed."""
-    return nnx.Param(deviation * jax.random.normal(rngs.params(), shape, jnp.float32))
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """A float32 parameter, normally distributed around 0."""
+    # A NumPy float would make it float64 where JAX allows that.
+    return nnx.Param(float(std) * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
 class Linear(nnx.Module):
     """A linear layer over the last axis: one plain matrix product, and two for its gradients."""
 
-    def __init__(self, inputs: int, outputs: int, cfg: ModelConfig, rngs: nnx.Rngs, bias: bool = False):
+    def __init__(self, inputs: int, outputs: int, cfg: ModelConfig, rngs: nnx.Rngs, *, bias: bool = False):
         self.dtype = jnp.dtype(cfg.dtype)
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (inputs, outputs), jnp.float32))
         if bias:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import functools
 import math
 import typing
 
+import chex
 import jax
 from flax import nnx
 
@@ -18,7 +20,6 @@ from ldm_jax.model.decoder import Cache, Decoder, init_cache, rematerialize
 from ldm_jax.model.encoders import SignatureEncoder, StepEncoder
 from ldm_jax.model.heads import Head, Predictions
 from ldm_jax.model.layers import Norm
-from ldm_jax.types import Array
 
 Params = dict[str, typing.Any]
 """Parameters: nested dict of float32 arrays; those of the decoder's blocks have a leading axis of N layers."""
@@ -36,6 +37,15 @@ class Inputs(typing.NamedTuple):
     signature: Signature
 
 
+class Apply(typing.Protocol):
+    """Reads tokens and predicts, see `Model`."""
+
+    def __call__(
+        self, params: Params, inputs: dict[str, Inputs], cache: Cache | None = None
+    ) -> tuple[dict[str, Predictions], Cache | None]:
+        """Predictions by name of bucket, and the cache with one more step, or None where none was given."""
+
+
 class Model(typing.NamedTuple):
     """The policy network as pure functions; nothing is hidden in it but the shapes.
 
@@ -47,9 +57,9 @@ class Model(typing.NamedTuple):
       init_cache: `init_cache(batch_size) -> cache` of rows that have seen nothing.
     """
 
-    init: typing.Callable[[Array], Params]
-    apply: typing.Callable[..., tuple[dict[str, Predictions], Cache | None]]
-    init_cache: typing.Callable[[int], Cache]
+    init: collections.abc.Callable[[jax.Array], Params]
+    apply: Apply
+    init_cache: collections.abc.Callable[[int], Cache]
 
 
 class _Network(nnx.Module):
@@ -68,8 +78,14 @@ class _Network(nnx.Module):
             raise ConfigError(
                 f"a model with tokens_per_step={per_step} reads whole windows only: call it without a cache"
             )
+        for name in names:
+            # Rows of another number, or a window too short, would be broadcast without a word.
+            features, signature = inputs[name]
+            chex.assert_equal_shape_prefix(jax.tree.leaves(features), 2)
+            chex.assert_equal_shape_prefix([features.reward, *jax.tree.leaves(signature)], 1)
         conditions = {name: self.signature(inputs[name].signature.vector) for name in names}
-        encode, predict = (rematerialize(part.__call__, self.cfg) for part in (self.tokens, self.head))
+        encode = rematerialize(self.tokens.__call__, self.cfg)
+        predict = rematerialize(self.head.__call__, self.cfg)
         tokens = [encode(*inputs[name], conditions[name]) for name in names]
         x, cache = self.decoder(sharding.join_rows(self.mesh, tokens), cache)
         # The last token of a step is the observation's: the action is read off there.
@@ -87,10 +103,13 @@ def make_model(cfg: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Model
     Args:
       cfg: shapes of the model.
       mesh: what the rows of its inputs are split over (see `ldm_jax.sharding`); None for one device.
+
+    Returns:
+      The functions.
     """
     graph, abstract = nnx.split(nnx.eval_shape(lambda: _Network(cfg, mesh, nnx.Rngs(params=jax.random.key(0)))))
 
-    def init(key: Array) -> Params:
+    def init(key: jax.Array) -> Params:
         state = nnx.state(_Network(cfg, mesh, nnx.Rngs(params=key)), nnx.Param)
         return nnx.to_pure_dict(state)
 
