@@ -110,7 +110,7 @@ def make_agent(cfg: ModelConfig, codec: Codec, decoding: Decoding) -> Agent:
             f"the model has tokens_per_step={cfg.tokens_per_step}, which is there to compare training with: "
             "train one with tokens_per_step=1 to act"
         )
-    cfg.check_fits(codec.bucket, codec.card.id)
+    cfg.check_fits(codec.bucket, codec.card.id, max(codec.observation_layout.sizes, default=0))
     return Agent(_Init(cfg, codec), _Step(cfg, codec, decoding))
 
 

@@ -150,7 +150,7 @@ class Policy:
         if target.exists() and not target.is_dir():
             raise PolicyError(f"{target} is a file: choose a folder")
         target.mkdir(parents=True, exist_ok=True)
-        with _alone(target):
+        with _locked(target, fcntl.LOCK_EX):
             present = {path.name for path in target.iterdir()}
             if _FILE not in present and not all(map(_OURS.fullmatch, present)):
                 raise PolicyError(f"{target} exists and holds no policy: choose another folder")
@@ -184,20 +184,16 @@ def load(directory: str | os.PathLike[str]) -> Policy:
       CheckpointError: damaged weights, or weights of another size than the configuration says.
     """
     target = _folder(directory)
-    while True:
-        description = _describe(target)
-        try:
-            return _read(target, description)
-        except checkpoints.CheckpointError:
-            # Another process may have saved a new policy and removed these weights meanwhile.
-            if _describe(target) == description:
-                raise
+    if target.is_file():
+        raise PolicyError(f"{target} is a file, expected the folder of a policy: pass {target.parent}")
+    if not target.is_dir():
+        raise PolicyError(f"{target} holds no policy: there is no such folder")
+    with _locked(target, fcntl.LOCK_SH):
+        return _read(target, _describe(target))
 
 
 def _describe(target: pathlib.Path) -> dict[str, typing.Any]:
     path = target / _FILE
-    if target.is_file():
-        raise PolicyError(f"{target} is a file, expected the folder of a policy: pass {target.parent}")
     try:
         description = json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -232,13 +228,18 @@ def _folder(directory: str | os.PathLike[str]) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> collections.abc.Iterator[None]:
-    """Waits for other processes that save into the folder; the lock ends with its process."""
+def _locked(folder: pathlib.Path, kind: int) -> collections.abc.Iterator[None]:
+    """Waits for other processes that save into the folder; the lock ends with its process.
+
+    Args:
+      folder: of a policy.
+      kind: `LOCK_EX` to save, `LOCK_SH` to load.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        # Some network file systems have no locks: there, two savers at once are for their users to keep apart.
+        # Some network file systems have no locks: there, two at once are for their users to keep apart.
         with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(handle, kind)
         yield
     finally:
         os.close(handle)

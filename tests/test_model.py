@@ -2,12 +2,16 @@
 
 import dataclasses
 import functools
+import json
 
+import chex
 import examples
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from ldm_jax import acting, spaces
 from ldm_jax.encoding.buckets import bucket_for
@@ -100,6 +104,73 @@ def test_a_nan_in_padding_changes_nothing(params, apply):
     np.testing.assert_array_equal(before["rows"].bin_logits[:, :, :slots], after["rows"].bin_logits[:, :, :slots])
 
 
+FLOAT_IMAGE = (examples.gs.Box(0, 1, (20, 30, 3)), examples.gs.Box(-1, 1, (2,)))
+
+
+def poison(example, rng, value):
+    """Puts a value, or integers outside any table, wherever a mask or a missing previous action says not to look."""
+    features, signature = example.inputs.features, example.inputs.signature
+    present = rng.random(features.has_previous.shape) < 0.5
+    no_slot = [
+        ~present[..., None] | ~(mask[:, None] > 0) for mask in (signature.choice_slots, signature.continuous_slots)
+    ]
+    holes = features._replace(
+        numeric=~(signature.numeric_mask[:, None, :, None] > 0),
+        categorical=~(signature.categorical_mask[:, None] > 0),
+        grids=tuple(~(mask[:, None, ..., None] > 0) for mask in signature.grid_masks),
+        texts=tuple(np.zeros((), bool) for _ in features.texts),
+        reward=np.zeros((), bool),
+        flags=np.zeros((), bool),
+        previous=features.previous._replace(categorical=no_slot[0], continuous=no_slot[1]),
+        has_previous=np.zeros((), bool),
+        action_mask=~signature.choice_mask[:, None],
+    )
+
+    def fill(leaf, hole, value):
+        kinds = {"f": value, "b": True, "u": 255, "i": rng.choice([-1, -(2**31), 2**31 - 1])}
+        return np.where(hole, np.asarray(kinds[leaf.dtype.kind], leaf.dtype), leaf)
+
+    features = features._replace(has_previous=present.astype(np.float32))
+    plain, filled = (jax.tree.map(lambda a, b, v=v: fill(a, b, v), features, holes) for v in (0.0, value))
+    return tuple(example._replace(inputs=example.inputs._replace(features=one)) for one in (plain, filled))
+
+
+@pytest.mark.parametrize("name", [*examples.SPACES, "float image"])
+@hypothesis.settings(max_examples=4, deadline=None)
+@hypothesis.given(seed=st.integers(0, 99), value=st.sampled_from([np.nan, np.inf, -np.inf, 3e38]))
+def test_what_stands_in_a_masked_place_is_never_read(params, apply, name, seed, value):
+    if name in examples.SPACES:
+        codec = examples.make_codec(name)
+    else:
+        codec = Codec(examples.make_card(*FLOAT_IMAGE))
+        assert codec.bucket.grids[0].dtype == "float32"
+    example = examples.random_example(codec, 2, 5, seed=seed)
+    plain, filled = (
+        apply(params, {"rows": one.inputs})[0]["rows"] for one in poison(example, np.random.default_rng(seed), value)
+    )
+    jax.tree.map(np.testing.assert_array_equal, plain, filled)
+
+
+def test_what_stands_in_a_masked_place_has_no_part_in_the_gradient(model, params):
+    example = examples.random_example(examples.make_codec("mixed"), 2, 5, seed=0)
+    gradient = jax.jit(jax.grad(lambda params, batch: imitation_loss(model, NANO, params, batch)[0]))
+    plain, filled = (gradient(params, {"rows": one}) for one in poison(example, np.random.default_rng(0), np.nan))
+    jax.tree.map(np.testing.assert_array_equal, plain, filled)
+
+
+def test_what_a_row_left_in_the_cache_is_never_read_again(model, params, apply):
+    example = examples.random_example(examples.make_codec("mixed"), 2, WINDOW + 2, seed=15)
+    fresh = model.init_cache(2)
+    left = fresh._replace(keys=jnp.full_like(fresh.keys, np.nan), values=jnp.full_like(fresh.values, np.nan))
+    caches = [fresh, left]
+    for t in range(WINDOW + 2):
+        now = example.inputs._replace(
+            features=jax.tree.map(lambda leaf, t=t: leaf[:, t : t + 1], example.inputs.features)
+        )
+        found, caches = zip(*(apply(params, {"rows": now}, cache) for cache in caches), strict=True)
+        jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 @pytest.mark.parametrize("change", ["reward", "terminated", "truncated", "action"])
 def test_how_an_episode_ended_changes_the_next_prediction(params, apply, change):
     codec = examples.make_codec("vector")
@@ -172,10 +243,9 @@ def test_masked_choices_have_no_probability(params, apply):
 
 
 def test_a_second_call_compiles_nothing(model, params):
-    fresh = jax.jit(lambda *arguments: model.apply(*arguments))  # a cache of its own
+    fresh = jax.jit(chex.assert_max_traces(lambda *arguments: model.apply(*arguments), n=1))
     for seed in (9, 10):
         fresh(params, {name: e.inputs for name, e in examples.random_batch(["vector", "grid"], 2, 4, seed).items()})
-    assert fresh._cache_size() == 1
 
 
 @pytest.mark.parametrize(
@@ -247,9 +317,66 @@ def test_a_space_too_large_names_the_way_out():
         bucket_for(examples.gs.Box(-1, 1, (9000,)), examples.gs.Discrete(2))
 
 
+def test_more_parts_than_the_model_has_are_refused_and_counted():
+    # Grids take the table of parts from the front, texts from the back: one more would share a part.
+    def bucket(grids, texts):
+        kinds = {f"grid{i}": examples.gs.Box(0, 1, (8, 8, 1)) for i in range(grids)}
+        space = examples.gs.Dict(kinds | {f"text{i}": examples.gs.Text(5) for i in range(texts)})
+        return bucket_for(space, examples.gs.Discrete(2))
+
+    cfg = dataclasses.replace(NANO, parts=5)
+    for grids in range(6):
+        cfg.check_fits(bucket(grids, 5 - grids), "test/Some-v0")
+        with pytest.raises(ConfigError, match=r"test/Some-v0 needs parts=6 \(the model has 5\)"):
+            cfg.check_fits(bucket(grids, 6 - grids), "test/Some-v0")
+    assert SIZES["micro"].parts == 8
+
+
+@pytest.mark.parametrize(("categories", "values"), [(64**2, 64), (64**2 + 1, 65), (10**6, 1000)])
+def test_categories_that_two_digits_do_not_tell_apart_are_refused(categories, values):
+    codec = Codec(examples.make_card(examples.gs.Discrete(categories), examples.gs.Discrete(2)))
+    dataclasses.replace(NANO, values=values).check_fits(codec.bucket, "it", categories)
+    small = dataclasses.replace(NANO, values=values - 1)
+    with pytest.raises(ConfigError, match=rf"values={values} \(the model has {values - 1}\)"):
+        acting.make_agent(small, codec, "greedy")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [name for name, value in vars(NANO).items() if type(value) in (int, float)])
+def test_no_number_of_a_configuration_is_nan_or_infinite(name, bad):
+    with pytest.raises(ConfigError, match=f"{name} is"):
+        ModelConfig(**{name: bad})
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8])
+def test_sizes_of_numpy_are_plain_numbers(kind):
+    cfg = ModelConfig(layers=kind(3), sigma_bins=np.float32(1.5), qk_norm=np.bool_(False), tokens_per_step=kind(2))
+    assert cfg == ModelConfig(layers=3, sigma_bins=1.5, qk_norm=False, tokens_per_step=2)
+    assert json.loads(json.dumps(dataclasses.asdict(cfg))) == dataclasses.asdict(cfg)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_that_differ_in_number_are_not_broadcast(model, params, rows):
+    inputs = examples.random_example(examples.make_codec("vector"), 2, 1, seed=16).inputs
+    with pytest.raises(ValueError, match=f"1 steps of 2 rows with a cache of {rows} rows"):
+        jax.eval_shape(model.apply, params, {"rows": inputs}, model.init_cache(rows))
+    with pytest.raises(AssertionError, match="shape"):
+        fewer = inputs._replace(signature=jax.tree.map(lambda leaf: leaf[:1], inputs.signature))
+        jax.eval_shape(model.apply, params, {"rows": fewer})
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("bins", 8, "8 bins with sigma_bins=2 leave none"),
+        ("bins", 12, "expected more than 12 bins"),
+        ("sigma_bins", 50.0, "expected more than 300 bins"),
+        ("choices", 513**2, "expected at least 513 values"),
+        ("width", 128.0, "width is 128.0, expected a whole number"),
+        ("layers", True, "layers is True, expected a whole number"),
+        ("qk_norm", 1, "qk_norm is 1, expected True or False"),
+        ("rope_base", "10", "rope_base is '10', expected a number"),
+        ("parts", 0, "parts is 0, expected a positive number"),
         ("layers", 0, "layers is 0"),
         ("heads", 3, "3 heads"),
         ("kv_heads", 3, "divisor"),
