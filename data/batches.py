@@ -33,7 +33,7 @@ def make_codecs(dataset: Dataset, ids: collections.abc.Sequence[str], model: Mod
     """
     codecs = [Codec(dataset.card(id)) for id in ids]
     for codec in codecs:
-        model.check_fits(codec.bucket, codec.card.id)
+        model.check_fits(codec.bucket, codec.card.id, max(codec.observation_layout.sizes, default=0))
     return codecs
 
 

@@ -7,6 +7,7 @@ import collections.abc
 import environments
 from experiments.harness.workdir import WorkdirError
 from ldm_jax.encoding.buckets import bucket_for
+from ldm_jax.encoding.observations import observation_layout
 from ldm_jax.environment import LibraryMissingError
 from ldm_jax.errors import LdmError
 from ldm_jax.model.config import ModelConfig
@@ -65,9 +66,10 @@ def find_unfit(ids: collections.abc.Iterable[str], model: ModelConfig | None = N
         try:
             environment = environments.make(id)
             environment.close()
-            bucket = bucket_for(environment.spec.observation_space, environment.spec.action_space)
+            seen, acted = environment.spec.observation_space, environment.spec.action_space
+            bucket = bucket_for(seen, acted)
             if model:
-                model.check_fits(bucket, id)
+                model.check_fits(bucket, id, max(observation_layout(seen).sizes, default=0))
         except (environments.UnknownEnvironmentError, LibraryMissingError):
             raise
         except LdmError as error:
