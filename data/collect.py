@@ -15,6 +15,7 @@ import operator
 import sys
 import typing
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,8 @@ from ldm_jax.encoding.actions import (
     ActionLayout,
     Distribution,
     action_layout,
+    from_slots,
+    to_slots,
 )
 from ldm_jax.encoding.transition import Transition, to_leaves, transition_schema
 from ldm_jax.environment import Environment, EnvironmentFaultError
@@ -34,7 +37,7 @@ from ldm_jax.errors import ConfigError
 from ldm_jax.rollout import rollout, start
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
-from .references import ReferencePolicyError
+from .references import ReferencePolicyError, action_range
 from .references.policy import ReferencePolicy
 from .statistics import measure
 from .store import EpisodeIndex
@@ -194,7 +197,7 @@ def collect(
     loop = start(environment, reference.agent, environment_key)
     masked = loop.timestep.action_mask is not None
     leaves = _allocate(spec, config, masked=masked)
-    agent = _noisy(reference.agent, spec, levels, masked=masked)
+    agent = _noisy(reference, spec, levels, masked=masked)
     loop = loop._replace(carry=agent.init(spec.batch_size))
     random = outside = 0
     for begin in range(0, config.steps, config.block):
@@ -243,7 +246,8 @@ def index_episodes(leaves: dict[str, np.ndarray], seed: int, levels: np.ndarray)
     )
 
 
-def _noisy(reference: Agent, spec: EnvironmentSpec, levels: np.ndarray, *, masked: bool) -> Agent:
+def _noisy(reference: ReferencePolicy, spec: EnvironmentSpec, levels: np.ndarray, *, masked: bool) -> Agent:
+    inner_agent, draw = reference.agent, _random_actions(reference, spec.action_space, len(levels))
     layout = action_layout(spec.action_space, low=-1.0, high=1.0)
     holds = np.array([_HOLDS[i % len(_HOLDS)] for i in range(len(levels))])
     zeros = spaces.zeros(spec.action_space, ())
@@ -251,9 +255,9 @@ def _noisy(reference: Agent, spec: EnvironmentSpec, levels: np.ndarray, *, maske
         holds = np.ones_like(holds)
 
     def init(batch_size: int) -> PyTree:
-        return reference.init(batch_size), spaces.zeros(spec.action_space, (batch_size,))
+        return inner_agent.init(batch_size), spaces.zeros(spec.action_space, (batch_size,))
 
-    def step(params: PyTree, carry: PyTree, timestep: TimeStep, key: Array) -> tuple[PyTree, PyTree, _Record]:
+    def step(params: PyTree, carry: PyTree, timestep: TimeStep, key: typing.Any) -> tuple[PyTree, PyTree, _Record]:
         if (timestep.action_mask is not None) != masked:
             raise EnvironmentFaultError(
                 f"{spec.id} {'lost its action mask' if masked else 'gave an action mask'} after its first time step, "
@@ -261,20 +265,38 @@ def _noisy(reference: Agent, spec: EnvironmentSpec, levels: np.ndarray, *, maske
             )
         inner, held = carry
         label_key, coin_key, renew_key, action_key = jax.random.split(key, 4)
-        inner, label, distribution = reference.step(params, inner, timestep, label_key)
+        inner, label, distribution = inner_agent.step(params, inner, timestep, label_key)
         # In the types of the space: JAX may compute in 64 bits.
         label = jax.tree.map(lambda value, like: jnp.asarray(value).astype(like.dtype), label, zeros)
         label = spaces.clip(spec.action_space, label)
         renew = jnp.asarray(timestep.first) | (jax.random.uniform(renew_key, levels.shape) * holds < 1)
         if timestep.action_mask is not None:
             renew = jnp.ones_like(renew)  # the action held may no longer be allowed
-        fresh = spaces.sample(action_key, spec.action_space, len(levels), timestep.action_mask)
+        fresh = draw(action_key, timestep.action_mask)
         held = _choose(renew, fresh, held)
         random = jax.random.uniform(coin_key, levels.shape) < levels
         action = _choose(random, held, label)
         return (inner, held), action, _Record(label, _storable(layout, distribution), random)
 
     return Agent(init, step)
+
+
+def _random_actions(
+    reference: ReferencePolicy, space: gymnasium.Space, streams: int
+) -> collections.abc.Callable[[jax.Array, Array | None], PyTree]:
+    """Draws random actions; where the space has no bounds, as far as the reference's training found they matter."""
+    scale = getattr(reference.config, "action_scale", 0.0)
+    free = action_range.unbounded(space)
+    if not (scale and free.any()):
+        return lambda key, mask: spaces.sample(key, space, streams, mask)
+    layout = action_layout(space, *action_range.limits(space, scale))
+
+    def draw(key: jax.Array, mask: Array | None) -> PyTree:
+        slots = to_slots(layout, spaces.sample(key, space, streams, mask))
+        uniform = jax.random.uniform(jax.random.fold_in(key, 1), slots.continuous.shape, minval=-1.0)
+        return from_slots(layout, slots._replace(continuous=jnp.where(free, uniform, slots.continuous)))
+
+    return draw
 
 
 def _storable(layout: ActionLayout, distribution: Distribution) -> Distribution:

@@ -26,9 +26,10 @@ import ldm_jax
 from data import collect as collecting
 from data.collect import CollectConfig, affordable_streams, collect, index_episodes, noise_levels
 from data.references import ReferencePolicyError
+from data.references.ppo import PPOConfig
 from data.statistics import measure
 from ldm_jax.cards import CardError
-from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16
+from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, Distribution
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.environment import EnvironmentFaultError
 from ldm_jax.errors import ConfigError
@@ -259,6 +260,48 @@ def test_arrays_too_large_for_memory_are_refused_before_the_first_step():
     assert not seen
     with pytest.raises(ConfigError, match="2 streams of 1000000 steps"):
         affordable_streams(environment.spec, CollectConfig(steps=10**6, max_bytes=2**20))
+
+
+class _Far(gymnasium.Env):
+    """Its good actions lie far out, and its space does not say how far."""
+
+    observation_space = gymnasium.spaces.Box(0, 1, (1,))
+    action_space = gymnasium.spaces.Dict(
+        {
+            "bounded": gymnasium.spaces.Box(-1, 1),
+            "far": gymnasium.spaces.Box(-np.inf, np.inf, (2,)),
+            "low": gymnasium.spaces.Box(5, np.inf),
+            "which": gymnasium.spaces.Discrete(3),
+        }
+    )
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), float(action["far"][0]), False, False, {}
+
+
+def test_random_actions_go_as_far_as_the_training_of_the_reference_found():
+    gymnasium.register("FarOut-v0", _Far, max_episode_steps=20)
+    environment = environments.make("gymnasium/FarOut-v0", 16)
+
+    def policy(observation):
+        rows, zeros = len(observation), jnp.zeros((len(observation), 1))
+        action = {"bounded": zeros, "far": jnp.zeros((rows, 2)), "low": zeros + 6, "which": jnp.zeros(rows, jnp.int32)}
+        return action, Distribution(jnp.zeros((rows, 3)), jnp.zeros((rows, 4)), jnp.zeros((rows, 4)))
+
+    reference, found = reference_of(policy, environment), {}
+    for scale in (0.0, 500.0):
+        told = dataclasses.replace(reference, config=PPOConfig(action_scale=scale))
+        found[scale] = collect(environment, told, 0, CollectConfig(16, 200, 50))
+    environment.close()
+    near, far = (found[scale].statistics for scale in (0.0, 500.0))
+    assert np.abs(near.action_high[1:]).max() < 20
+    np.testing.assert_allclose(far.action_low, [-1, -500, -500, 5], atol=25)
+    np.testing.assert_allclose(far.action_high, [1, 500, 500, 505], atol=25)
+    assert {*np.unique(found[500.0].leaves["action/which"])} == {0, 1, 2}
 
 
 def _measured(observation, reward):
