@@ -234,7 +234,15 @@ def test_what_is_too_wide_names_the_way_out():
         ((10, 7, 4), 2),
         ((5, 7, 5), 2),
         ((6, 6, 6), 2),
+        ((64, 64, 128), 2),
+        ((64, 48, 48), 0),
+        ((128, 64, 64), 0),
+        ((48, 48, 64), 2),
+        ((210, 160, 3), 2),
+        ((3, 210, 160), 0),
+        ((30, 9, 20), 2),
+        ((20, 9, 30), 0),
     ],
 )
-def test_channels_are_beside_the_square_or_else_the_shortest_axis(shape, axis):
+def test_channels_are_beside_the_square_or_else_the_shorter_of_the_outer_axes(shape, axis):
     assert observations.channel_axis(shape) == axis

@@ -20,6 +20,8 @@ from ldm_jax.encoding.transition import Transition, from_leaves
 from ldm_jax.spaces import Leaf, SpaceError, get, leaf_shape_dtype, leaves, unflatten
 from ldm_jax.types import Array, PyTree, TimeStep
 
+_FLOAT32 = np.finfo(np.float32)
+
 
 class Features(typing.NamedTuple):
     """What one token is made of; a pytree. The leading axes are any: `[T]` in a window, `[B]` when acting.
@@ -122,10 +124,13 @@ class Codec:
                 f"the card of {card.id} has statistics of {len(statistics.observation_mean)} numbers, "
                 f"its observation space has {seen.numbers}: collect its data again"
             )
-        self._mean = np.array(statistics.observation_mean, np.float32)
-        self._deviation = np.array(statistics.observation_std, np.float32)
+        # XLA takes numbers below the least normal one for 0, reciprocals too, and divides by them.
+        least, most = _FLOAT32.tiny, 1 / _FLOAT32.tiny
+        self._mean = np.clip(statistics.observation_mean, -_FLOAT32.max, _FLOAT32.max).astype(np.float32)
+        self._std = np.clip(statistics.observation_std, least, most).astype(np.float32)
+        self._reward_scale = np.float32(np.clip(statistics.reward_scale, least, most))
         choice_mask = actions.split_choices(
-            acted, np.ones(acted.flat_choices, bool), bucket.choice_slots, bucket.choices, False
+            acted, np.ones(acted.flat_choices, bool), bucket.choice_slots, bucket.choices, fill=False
         )
         self.signature = Signature(
             vector=signature_vector(seen, acted),
@@ -154,14 +159,19 @@ class Codec:
         numeric = xp.zeros((*lead, bucket.numeric, 2), np.float32)
         if seen.numeric:
             raw = observations.numeric_vector(seen, timestep.observation)
-            standard = xp.clip((raw - self._mean) / self._deviation, -10.0, 10.0)
-            numeric = _pad(xp.stack([standard, symlog(xp.clip(raw, -1e9, 1e9))], -1), bucket.numeric, -2)
+            with np.errstate(over="ignore"):
+                standard = xp.clip((raw - self._mean) / self._std, -10.0, 10.0)
+            numeric = _pad(xp.stack([standard, symlog(_finite(raw))], -1), bucket.numeric, -2)
         categorical = xp.zeros((*lead, bucket.categorical), np.int32)
         if seen.categorical:
             categorical = _pad(observations.categorical_vector(seen, timestep.observation), bucket.categorical, -1)
-        scaled = reward / np.float32(self.card.statistics.reward_scale)
+        with np.errstate(over="ignore"):
+            scaled = _finite(reward / self._reward_scale)
         flags = (timestep.terminated, timestep.truncated, timestep.first)
-        previous = actions.to_slots(self.action_layout, previous_action)
+        present = has_previous & ~timestep.first
+        slots = actions.to_slots(self.action_layout, previous_action)
+        # Where there was none, anything may stand there, NaN too.
+        previous = Slots(*(xp.where(present[..., None], slot, xp.zeros_like(slot)) for slot in slots))
         return Features(
             numeric=numeric,
             categorical=categorical,
@@ -178,7 +188,7 @@ class Codec:
                 _pad(previous.categorical, bucket.choice_slots, -1),
                 _pad(previous.continuous, bucket.continuous_slots, -1),
             ),
-            has_previous=(has_previous & ~timestep.first).astype(np.float32),
+            has_previous=present.astype(np.float32),
             action_mask=self._action_mask(timestep.action_mask, lead, xp),
         )
 
@@ -186,7 +196,7 @@ class Codec:
         bucket = self.bucket
         if flat is None:
             return xp.broadcast_to(self.signature.choice_mask, (*lead, bucket.choice_slots, bucket.choices))
-        return actions.split_choices(self.action_layout, flat, bucket.choice_slots, bucket.choices, False)
+        return actions.split_choices(self.action_layout, flat, bucket.choice_slots, bucket.choices, fill=False)
 
     def window(self, arrays: dict[str, np.ndarray]) -> tuple[Features, Targets]:
         """Encodes a window of a stream as the trajectory store holds it.
@@ -214,7 +224,7 @@ class Codec:
         label = actions.to_slots(layout, transition.reference_action)
         if distribution is not None:
             logits = actions.split_choices(
-                layout, distribution.logits.astype(np.float32), bucket.choice_slots, bucket.choices, -np.inf
+                layout, distribution.logits.astype(np.float32), bucket.choice_slots, bucket.choices, fill=-np.inf
             )
             logits = np.where(features.action_mask, logits, -np.inf)
             peak = np.max(logits, -1, keepdims=True, initial=-3e38)
@@ -247,6 +257,10 @@ class Codec:
         return actions.from_slots(
             layout, Slots(slots.categorical[..., : layout.categorical], slots.continuous[..., : layout.continuous])
         )
+
+
+def _finite(value: Array) -> Array:
+    return value.__array_namespace__().clip(value, -_FLOAT32.max, _FLOAT32.max)
 
 
 def _shift(value: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from ldm_jax.spaces import Leaf, choices, get, leaf_shape_dtype, leaves, start
 from ldm_jax.types import Array, PyTree
 
-GRID_SIDE = 5
+MIN_GRID_SIDE = 5
 """Arrays of two or three axes count as spatial from this side on; smaller ones are plain numbers or categories."""
 
 
@@ -64,7 +64,7 @@ def observation_layout(space: gymnasium.Space) -> ObservationLayout:
 
 def is_spatial(shape: tuple[int, ...]) -> bool:
     """Whether an array of this shape is a grid or an image rather than a list of numbers."""
-    return len(shape) in (2, 3) and sorted(shape)[-2] >= GRID_SIDE
+    return len(shape) in (2, 3) and sorted(shape)[-2] >= MIN_GRID_SIDE
 
 
 def channels_last(value: Array, shape: tuple[int, ...]) -> Array:
@@ -75,27 +75,27 @@ def channels_last(value: Array, shape: tuple[int, ...]) -> Array:
     xp = value.__array_namespace__()
     if len(shape) == 2:
         return value[..., None]
-    axis = channel_axis(shape)
-    return xp.moveaxis(value, axis - 3, -1)
+    return xp.moveaxis(value, channel_axis(shape) - 3, -1)
 
 
 def channel_axis(shape: tuple[int, ...]) -> int:
-    """Which of three axes holds the channels: the one beside a square (a board may have more planes than cells a side).
+    """Which of the three axes of a spatial leaf holds the channels, the first or the last: the one rule of the project.
 
-    Without a square it is the shortest axis, the last one of equals.
+    It is the one beside a square, since boards, feature maps and rendered frames are square far more often than a
+    height or width equals the number of channels, and may have more planes than cells a side: chess is (8, 8, 119), a
+    map of features (64, 64, 128) or (64, 48, 48). Without a square it is the shorter one, as in images (210, 160, 3)
+    and (3, 210, 160); of equals the last. No library puts channels between height and width.
     """
     if shape[0] == shape[1]:
         return 2
-    return 0 if shape[1] == shape[2] else max(range(3), key=lambda i: (-shape[i], i))
+    return 0 if shape[1] == shape[2] or shape[0] < shape[2] else 2
 
 
 def channels_last_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Height, width and channels of a spatial leaf."""
     if len(shape) == 2:
         return (*shape, 1)
-    axis = channel_axis(shape)
-    height, width = (size for i, size in enumerate(shape) if i != axis)
-    return height, width, shape[axis]
+    return (shape[0], shape[1], shape[2]) if channel_axis(shape) == 2 else (shape[1], shape[2], shape[0])
 
 
 def numeric_vector(layout: ObservationLayout, observation: PyTree) -> Array:
