@@ -190,7 +190,7 @@ def test_one_environment_without_a_result_costs_no_other(which, bad):
     assert not listed.admitted and getattr(listed, which) is None
     assert all(getattr(listed, other) == getattr(found[0], other) for other in sound if other != which)
     assert ("no returns" if bad is None else f"1 of 128 {which} returns are NaN or infinite") in listed.reason
-    report = aggregates.to_json(found, 1, "greedy", seed=0)
+    report = aggregates.scores_json(found, 1, "greedy", seed=0)
     assert (report["registered"], report["admitted"]) == (3, 2)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert f"gymnax/B: {listed.reason}" in aggregates.table(report)
@@ -240,7 +240,7 @@ def test_without_noise_the_curve_is_a_count():
 def test_doing_what_the_reference_does_reaches_1_in_spite_of_rounding():
     random, reference, model = np.full((7, 3), 0.1), np.full((50, 2), 0.7), np.full((11, 3), 0.7)
     result = scores.score(scores.Measurement("gymnax/A", "", random, reference, model), seed=0)
-    found = aggregates.to_json([result], 1, "greedy", seed=0)
+    found = aggregates.scores_json([result], 1, "greedy", seed=0)
     assert found["matches"] == 1
     assert next(point for point in found["curve"] if point["tau"] == 1.0)["low"] == 1
 
@@ -265,14 +265,14 @@ def test_an_environment_whose_resamples_have_no_z_leaves_an_aggregate_without_a_
     item = dataclasses.replace(sound, id="envpool/B", z_samples=np.full(sound.z_samples.shape, np.nan))
     estimate = aggregates.aggregate(aggregates.interquartile_mean, [sound, item], seed=0)
     assert estimate.value == pytest.approx(sound.z.value) and estimate.low == -math.inf
-    assert aggregates.to_json([sound, item], 1, "greedy", seed=0)["admitted"] == 2
+    assert aggregates.scores_json([sound, item], 1, "greedy", seed=0)["admitted"] == 2
 
 
 def test_nothing_admitted_is_said_and_not_scored():
     refused = [score(1.0, reference=0.0)]
     with pytest.raises(ValueError, match="no environment is admitted"):
         aggregates.aggregate(aggregates.optimality_gap, refused, seed=0)
-    found = aggregates.to_json(refused, 1, "greedy", seed=0)
+    found = aggregates.scores_json(refused, 1, "greedy", seed=0)
     assert found["iqm"] is None and found["admitted"] == 0 and {point["count"] for point in found["curve"]} == {0}
     assert "admitted 0 of 1" in aggregates.table(found)
 
@@ -283,7 +283,7 @@ def test_nothing_admitted_is_said_and_not_scored():
 def test_json_has_the_fixed_keys_and_survives_strict_json():
     crashed = scores.Measurement("envpool/Crashed", "games", None, None, None, 3.0, "the simulator died")
     items = [*many(), *scores.score_each([crashed], seed=0)]
-    found = aggregates.to_json(items, parameters=1_000_000, decoding="greedy", seed=0)
+    found = aggregates.scores_json(items, parameters=1_000_000, decoding="greedy", seed=0)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["registered"], found["admitted"], found["parameters"], found["decoding"]) == (
         6,
@@ -300,11 +300,11 @@ def test_json_has_the_fixed_keys_and_survives_strict_json():
 
 def test_an_environment_counts_once():
     with pytest.raises(ValueError, match="more than one score of gymnax/A"):
-        aggregates.to_json([score(1.0), score(2.0)], 1, "greedy", seed=0)
+        aggregates.scores_json([score(1.0), score(2.0)], 1, "greedy", seed=0)
 
 
 def test_the_table_shows_every_environment_and_always_admitted_of_registered():
-    text = aggregates.table(aggregates.to_json(many(), 1, "greedy", seed=0))
+    text = aggregates.table(aggregates.scores_json(many(), 1, "greedy", seed=0))
     lines = text.splitlines()
     assert lines[0].split()[:4] == ["environment", "random", "reference", "model"]
     assert all(any(line.lstrip().startswith(item.id) for line in lines) for item in many())

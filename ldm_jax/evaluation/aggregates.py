@@ -123,7 +123,7 @@ def aggregate(
     return Estimate(float(statistic(_estimates(admitted)[:, 0])), low, high)
 
 
-def to_json(
+def scores_json(
     scores: collections.abc.Sequence[EnvironmentScore],
     parameters: int,
     decoding: str,
@@ -184,7 +184,7 @@ def table(scores: dict[str, typing.Any]) -> str:
     """The environments of a `scores.json` as plain text, one a line, refused ones last with the reason.
 
     Args:
-      scores: what `to_json` returned.
+      scores: what `scores_json` returned.
 
     Returns:
       The lines, the last ones saying how many environments were admitted and what was reached in them.
