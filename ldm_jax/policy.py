@@ -103,8 +103,8 @@ class Policy:
     ) -> Agent:
         """The policy as an agent in one environment; call its step with `params`.
 
-        The same environment and decoding give the same agent, and agents of equal policies are equal: nothing is compiled
-        for the second.
+        The same environment and decoding give the same agent, and agents of equal policies are equal: a second one
+        compiles nothing.
 
         Args:
           environment: an id the policy was trained in; an environment of such an id, or its spec, which are compared

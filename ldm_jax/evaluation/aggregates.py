@@ -9,7 +9,8 @@ import typing
 
 import numpy as np
 
-from ldm_jax.evaluation.scores import ROUNDING, EnvironmentScore, Estimate, Floats, ScoreError, interval
+from ldm_jax.evaluation.bootstrap import Estimate, Floats, ScoreError, interval
+from ldm_jax.evaluation.scores import ROUNDING, EnvironmentScore
 
 MATCH = 0.95
 TAUS = tuple(hundredth / 100 for hundredth in range(121))
