@@ -12,7 +12,6 @@ and `table`, with each depth.
 from __future__ import annotations
 
 import argparse
-import collections.abc
 import dataclasses
 import json
 import statistics
@@ -55,7 +54,7 @@ def measure(size: str, layers: int, rows: int, repetitions: int) -> dict[str, ty
     }
 
 
-def main(arguments: collections.abc.Sequence[str] | None = None) -> None:
+def main(arguments: typing.Sequence[str] | None = None) -> None:
     """Prints a table, and one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.depth", description="Cost of depth.")
     parser.add_argument("--size", default="32m", choices=SIZES)

@@ -6,7 +6,6 @@ is told from shapes, so that it takes a laptop a few seconds for any size and an
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
 import sys
 import typing
@@ -16,12 +15,11 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from experiments.harness.mesh import MeshConfig
+from experiments.harness.mesh import MeshConfig, parse_mesh
 from ldm_jax.encoding.buckets import Bucket, bucket_for
-from ldm_jax.errors import ConfigError
+from ldm_jax.errors import LdmError
 from ldm_jax.model.config import SIZES, ModelConfig
 from ldm_jax.sharding import AXES
-from ldm_jax.spaces import SpaceError
 from ldm_jax.training import cost
 from ldm_jax.training.optimizer import TrainingConfig
 
@@ -101,25 +99,6 @@ def describe(config: DescribeConfig) -> str:
     return "\n".join(lines)
 
 
-def parse_mesh(axes: collections.abc.Sequence[str]) -> MeshConfig:
-    """A mesh from `data=2`, `fsdp=4` and the like, or from three numbers in the order data, fsdp, tensor.
-
-    Raises:
-      ConfigError: an unknown axis, or a size that is not a positive number.
-    """
-    if len(axes) == len(AXES) and all(axis.isdecimal() for axis in axes):
-        axes = [f"{name}={size}" for name, size in zip(AXES, axes, strict=True)]
-    sizes = {}
-    for axis in axes:
-        name, _, size = axis.partition("=")
-        if name not in AXES or not size.isdecimal() or int(size) < 1:
-            raise ConfigError(
-                f"got the mesh axis {axis!r}, expected data=N, fsdp=N or tensor=N, or three numbers: 1,8,1"
-            )
-        sizes[name] = int(size)
-    return MeshConfig(**sizes)
-
-
 def main(argv: list[str]) -> None:
     """Prints what the flags ask for."""
     if len(argv) > 1:
@@ -148,7 +127,7 @@ def main(argv: list[str]) -> None:
             bucket=bucket_for(seen, gymnasium.spaces.Dict(actions)),
         )
         print(describe(config))
-    except (ConfigError, SpaceError) as error:
+    except LdmError as error:
         sys.exit(f"error: {error}")
 
 

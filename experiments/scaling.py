@@ -13,17 +13,16 @@ import pathlib
 import re
 import typing
 
-import numpy as np
-
-from data.store import open_dataset
+from data.store import Dataset, open_dataset
 from experiments import pretrain
 from experiments.harness import progress, validation
+from experiments.harness.law import fit_points, law_table
+from experiments.harness.metrics_log import read_rows
 from experiments.harness.stage import stage
-from experiments.harness.workdir import pin_config
+from experiments.harness.workdir import WorkdirError, pin_config
 from experiments.report import figures
 from ldm_jax import files
 from ldm_jax.errors import ConfigError
-from ldm_jax.evaluation import scaling_law
 from ldm_jax.model.config import SIZES, ModelConfig
 from ldm_jax.training.cost import backbone_parameters
 
@@ -44,16 +43,30 @@ class ScalingConfig:
     batches: int = 32
     pretrain: pretrain.PretrainConfig = dataclasses.field(default_factory=pretrain.PretrainConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.pretrain.held_out:
             raise ConfigError("pretrain.held_out is 0, expected 2 or more: the law is fitted to the held-out loss")
-        shaped = [shape(name, self.pretrain.model) for name in self.sizes.split(",")]
+        if not self.batches >= 1:
+            raise ConfigError(f"batches is {self.batches}, expected at least 1: the law is fitted to the held-out loss")
+        shaped = [shape(name, self.pretrain.model) for name in self.names]
+        if len(set(shaped)) < 3 or len(set(self.budgets)) < 3:
+            raise ConfigError(f"got {len(shaped)} sizes and {len(self.budgets)} budgets, expected 3 or more of each")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the sizes."""
+        return tuple(dict.fromkeys(word.strip() for word in self.sizes.split(",")))
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The budgets in tokens, the smallest first."""
         try:
-            budgets = [float(word) for word in self.tokens.split(",")]
+            budgets = {float(word) for word in self.tokens.split(",")}
         except ValueError as error:
             raise ConfigError(f"tokens is {self.tokens!r}, expected numbers with commas between") from error
-        if len(set(shaped)) < 3 or len(set(budgets)) < 3:
-            raise ConfigError(f"got {len(shaped)} sizes and {len(budgets)} budgets, expected 3 or more of each")
+        if not all(0 < budget < math.inf for budget in budgets):
+            raise ConfigError(f"tokens is {self.tokens!r}, expected positive numbers")
+        return tuple(sorted(budgets))
 
 
 def shape(name: str, base: ModelConfig) -> ModelConfig:
@@ -91,67 +104,54 @@ def run(config: ScalingConfig, workdir: pathlib.Path, environments: tuple[str, .
       WorkdirError: the workdir cannot be used.
       ScalingError: a law cannot be fitted to the runs.
     """
-    ids = environments or open_dataset(workdir / "dataset").ids
-    folder = workdir / "scaling"
+    folder, dataset = workdir / "scaling", open_dataset(workdir / "dataset")
+    ids = _fitting(config, dataset, environments)
+    # All of them before the first: one that contradicts itself is found now.
+    runs = {(name, budget): _one(config, name, budget, len(ids)) for budget in config.budgets for name in config.names}
     pin_config(folder, "scaling_config", config, owns=("*",))
     points = []
-    for budget in sorted(float(word) for word in config.tokens.split(",")):  # the cheap runs first
-        for name in config.sizes.split(","):
-            model = shape(name, config.pretrain.model)
-            own = _one(config, model, budget, len(ids))
-            place = folder / f"{name}-{budget:.0f}"
-            pretrain.run(own, place, ids, workdir / "dataset")
-            last = json.loads((place / "metrics.jsonl").read_text().splitlines()[-1])
-            point = {
-                "size": name,
-                "parameters": backbone_parameters(model),
-                "tokens": last["tokens"],
-                **{f"held_out_{key}": last["held_out"][key] for key in ("loss", "kl", "accuracy")},
-            }
-            points.append(point)
-            progress.log("scaling", **point)
-    found = {"points": points, **_fit(points)}
+    for (name, budget), own in runs.items():
+        place = folder / f"{name}-{budget:.0f}"
+        pretrain.run(own, place, ids, workdir / "dataset")
+        last = _last_row(place / "metrics.jsonl", own.training.steps)
+        point = {
+            "size": name,
+            "parameters": backbone_parameters(own.model),
+            "tokens": last["tokens"],
+            **{f"held_out_{key}": last["held_out"][key] for key in ("loss", "kl", "accuracy")},
+        }
+        points.append(point)
+        progress.log("scaling", **point)
+    found = {"points": points, **fit_points(points)}
     files.write(folder / "scaling.json", json.dumps(found, indent=1) + "\n")
     (folder / "scaling.png").write_bytes(figures.scaling_picture(found, "png"))
-    print(_table(found), f"figure: {folder / 'scaling.png'}", sep="\n")
+    print(law_table(found), f"figure: {folder / 'scaling.png'}", sep="\n")
     return found
 
 
-def _one(config: ScalingConfig, model: ModelConfig, budget: float, environments: int) -> pretrain.PretrainConfig:
+def _fitting(config: ScalingConfig, dataset: Dataset, ids: tuple[str, ...]) -> tuple[str, ...]:
+    """The environments that every size can be trained on: a law compares what was trained on the same data."""
+    for name in config.names:
+        batches = pretrain.prepare(_one(config, name, config.budgets[0], 1), dataset, ids).batches
+        ids = tuple(codec.card.id for codec in batches.codecs)
+    return ids
+
+
+def _last_row(path: pathlib.Path, steps: int) -> dict[str, typing.Any]:
+    rows = [row for row in read_rows(path) if row["step"] == steps and "held_out" in row]
+    if not rows:
+        raise WorkdirError(f"{path} has no row of the last step, {steps}: move that folder away to train it anew")
+    return rows[-1]
+
+
+def _one(config: ScalingConfig, name: str, budget: float, environments: int) -> pretrain.PretrainConfig:
+    model = shape(name, config.pretrain.model)
     base = config.pretrain
     window = max(base.window, 2 * model.window)
     steps = max(2, math.ceil(budget / (base.rows * environments * window)))
     cfg = dataclasses.replace(base.training, steps=steps, warmup=min(base.training.warmup, steps // 5))
     evaluated = validation.ValidationConfig(steps=steps, batches=config.batches)
     return dataclasses.replace(base, model=model, window=window, training=cfg, evaluation=evaluated)
-
-
-def _fit(points: list[dict[str, typing.Any]]) -> dict[str, typing.Any]:
-    columns = [np.array([point[key] for point in points]) for key in ("parameters", "tokens", "held_out_kl")]
-    law = scaling_law.fit(*columns)
-    others = scaling_law.leave_one_out(*columns) if len(points) > 6 else [law]
-    spread = {
-        name: [min(values), max(values)] for name, values in zip(law._fields, zip(*others, strict=True), strict=True)
-    }
-    error = np.log(law.predict(*columns[:2]) / columns[2])
-    return {"law": law._asdict(), "leave_one_out": spread, "rms_log_error": float(np.sqrt(np.mean(error**2)))}
-
-
-def _table(found: dict[str, typing.Any]) -> str:
-    law = scaling_law.Law(**found["law"])
-    lines = [f"{'size':>10} {'N':>12} {'D':>12} {'held-out excess':>16} {'law':>8}"]
-    for point in found["points"]:
-        n, d = point["parameters"], point["tokens"]
-        lines.append(f"{point['size']:>10} {n:12,} {d:12,} {point['held_out_kl']:16.4f} {law.predict(n, d):8.4f}")
-    spread = {name: f"{low:.3g} to {high:.3g}" for name, (low, high) in found["leave_one_out"].items()}
-    return "\n".join(
-        [
-            *lines,
-            f"excess loss = {law.floor:.4g} + {law.parameters:.4g} / N^{law.parameters_power:.3f}"
-            f" + {law.data:.4g} / D^{law.data_power:.3f}, rms error of its logarithm {found['rms_log_error']:.3f}",
-            f"without one run: floor {spread['floor']}, powers {spread['parameters_power']}; {spread['data_power']}",
-        ]
-    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A mesh has three axes: `data` (own rows), `fsdp` (own rows, and the parameters s
 
 from __future__ import annotations
 
+import collections.abc
 import itertools
 import math
 import re
@@ -13,10 +14,13 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ldm_jax.errors import ConfigError
 from ldm_jax.types import Array, PyTree
+
+AnyMesh = Mesh | AbstractMesh
+"""A mesh of devices, or one that says how many there would be: enough for shapes and shardings."""
 
 AXES = ("data", "fsdp", "tensor")
 """Names of the mesh axes."""
@@ -55,7 +59,7 @@ def partition(path: str) -> PartitionSpec:
     return PartitionSpec()
 
 
-def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
+def state_shardings(mesh: AnyMesh, state: PyTree) -> PyTree:
     """Shardings of parameters, or of anything that holds arrays of their shapes under their paths.
 
     Optimizer states do, so moments are split as the parameters they belong to.
@@ -106,7 +110,7 @@ def gather(mesh: Mesh | None, params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(whole, params)
 
 
-def join_rows(mesh: Mesh | None, parts: typing.Sequence[Array]) -> Array:
+def join_rows(mesh: Mesh | None, parts: collections.abc.Sequence[Array]) -> Array:
     """Joins rows `[R, ...]` of several buckets; on a mesh each device joins its own, so that nothing moves."""
     if mesh is None:
         return jnp.concatenate(parts, 0)
@@ -114,7 +118,7 @@ def join_rows(mesh: Mesh | None, parts: typing.Sequence[Array]) -> Array:
     return _constrain(mesh, joined.reshape(-1, *joined.shape[2:]), ROWS)
 
 
-def split_rows(mesh: Mesh | None, joined: Array, counts: typing.Sequence[int]) -> list[Array]:
+def split_rows(mesh: Mesh | None, joined: Array, counts: collections.abc.Sequence[int]) -> list[jax.Array]:
     """Undoes `join_rows`; `counts` are the numbers of rows that were joined."""
     ends = list(itertools.accumulate(counts))[:-1]
     if mesh is None:
@@ -123,16 +127,16 @@ def split_rows(mesh: Mesh | None, joined: Array, counts: typing.Sequence[int]) -
     return [_constrain(mesh, part.reshape(-1, *part.shape[2:]), ROWS) for part in parts]
 
 
-def row_shards(mesh: Mesh | None) -> int:
+def row_shards(mesh: AnyMesh | None) -> int:
     """The number of pieces that the rows of a batch are split into."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def _by_device(mesh: Mesh, rows: Array) -> Array:
+def _by_device(mesh: Mesh, rows: Array) -> jax.Array:
     return _constrain(mesh, rows.reshape(row_shards(mesh), -1, *rows.shape[1:]), ROWS)
 
 
-def _constrain(mesh: Mesh, leaf: Array, *axes: str | tuple[str, ...] | None) -> Array:
+def _constrain(mesh: Mesh, leaf: Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
@@ -198,7 +202,7 @@ def place_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
 
 
-def check_rows(mesh: Mesh | None, rows: typing.Mapping[str, int], accumulation: int = 1) -> None:
+def check_rows(mesh: AnyMesh | None, rows: collections.abc.Mapping[str, int], accumulation: int = 1) -> None:
     """Checks that every bucket's rows divide over the devices and the pieces that split them.
 
     Raises:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -95,13 +96,16 @@ def make_dataset(path: pathlib.Path, poison: bool = False) -> store.Dataset:
     return dataset
 
 
-def start(workdir, *flags, devices=1, cache=None):
+def start(workdir, *flags, devices=1, cache=None, largest=None):
     """Starts pretraining; the log comes on its standard output."""
-    return start_script("pretrain", workdir, *FLAGS, *flags, devices=devices, cache=cache)
+    return start_script("pretrain", workdir, *FLAGS, *flags, devices=devices, cache=cache, largest=largest)
 
 
-def start_script(name, workdir, *flags, devices=1, cache=None):
-    """Starts a script on so many virtual devices; its programs are compiled in haste, and kept in `cache`."""
+def start_script(name, workdir, *flags, devices=1, cache=None, largest=None):
+    """Starts a script on so many virtual devices; its programs are compiled in haste, and kept in `cache`.
+
+    Where `largest` is given, no file can grow over so many bytes, as if the disk were full.
+    """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {XLA}",
@@ -109,7 +113,10 @@ def start_script(name, workdir, *flags, devices=1, cache=None):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    limit = largest and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)))
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=limit
+    )
 
 
 def finish(process):

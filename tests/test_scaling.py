@@ -1,5 +1,6 @@
 """The scaling law: what was put in is found again, and the script goes on where it was."""
 
+import dataclasses
 import json
 
 import hypothesis
@@ -58,8 +59,22 @@ def test_what_cannot_be_fitted_is_refused():
         scaling.ScalingConfig(sizes="32x1,48x1,huge")
     with pytest.raises(ConfigError, match="3 or more of each"):
         scaling.ScalingConfig(sizes="32x1,48x1")
+    for tokens in ("1e5,3e5,nan", "1e5,3e5,inf", "1e5,3e5,-1", "0,1,2"):
+        with pytest.raises(ConfigError, match="positive numbers"):
+            scaling.ScalingConfig(tokens=tokens)
+    with pytest.raises(ConfigError, match="batches is 0"):
+        scaling.ScalingConfig(batches=0)
+    assert scaling.ScalingConfig(sizes="32x1, 48x1,64x1,32x1").names == ("32x1", "48x1", "64x1")
     with pytest.raises(ConfigError, match="held_out is 0"):
         scaling.ScalingConfig(pretrain=pretrain.PretrainConfig(held_out=0))
+
+
+def test_a_run_that_contradicts_itself_is_found_before_the_first(tmp_path):
+    runs.make_dataset(tmp_path / "dataset")
+    base = dataclasses.replace(pretrain.PretrainConfig(), window=1 << 10, peak_flops=1e11)
+    with pytest.raises(ConfigError, match=r"no environment can be trained on.*the longest part"):
+        scaling.run(scaling.ScalingConfig(pretrain=base), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset"]
 
 
 def test_the_script_trains_fits_draws_and_does_nothing_twice(tmp_path):
@@ -76,11 +91,13 @@ def test_the_script_trains_fits_draws_and_does_nothing_twice(tmp_path):
     }
     command = ["scaling", tmp_path, f"--environments={runs.IDS[0]}", *(f"--config.{k}={v}" for k, v in flags.items())]
     out, code = runs.finish(runs.start_script(*command))
-    assert code == 0 and "excess loss = " in out, out
+    assert code == 0 and "KL = " in out, out
     found = json.loads((tmp_path / "scaling" / "scaling.json").read_text())
     assert len(found["points"]) == 9 and np.isfinite(list(found["law"].values())).all()
     assert [point["tokens"] for point in found["points"]] == [160] * 3 + [320] * 3 + [640] * 3
     assert (tmp_path / "scaling" / "scaling.png").stat().st_size > 10_000
+    with (tmp_path / "scaling" / "16x1-160" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')  # a crash may cut a line off
     metrics = {path: path.stat().st_mtime_ns for path in (tmp_path / "scaling").glob("*/metrics.jsonl")}
     out, code = runs.finish(runs.start_script(*command))
     assert code == 0 and len(metrics) == 9, out

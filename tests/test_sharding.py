@@ -1,9 +1,7 @@
 """Laws of sharding, on eight virtual devices of one processor."""
 
-import contextlib
 import dataclasses
 import functools
-import logging
 import operator
 import os
 import pathlib
@@ -14,6 +12,7 @@ import tempfile
 import jax
 import numpy as np
 import pytest
+from compiling import compilations
 
 from experiments.harness.mesh import MeshConfig, make_mesh
 from ldm_jax import sharding, training
@@ -39,19 +38,6 @@ def on_eight_devices(function):
     done = subprocess.run([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
-
-
-@contextlib.contextmanager
-def compilations():
-    """Collects what JAX logs of compiling."""
-    lines, logger, handler = [], logging.getLogger("jax"), logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger.addHandler(handler)
-    try:
-        with jax.log_compiles():
-            yield lines
-    finally:
-        logger.removeHandler(handler)
 
 
 def batches(names=("vector", "continuous")):
@@ -99,7 +85,7 @@ def train_on_a_mesh():
         def run(state, steps):
             places = jax.tree.map(lambda leaf: leaf.sharding, state)
             todo = batches()[int(state.step) : steps]
-            for _, newest, metrics in training.train(step, state, todo, steps, mesh):
+            for _, newest, metrics in training.train(step, state, todo, steps, mesh=mesh):
                 state = newest
                 losses.append((metrics.loss, metrics.gradient_norm))
             if mesh:

@@ -1,23 +1,29 @@
 """Laws of the objective, the training step, checkpoints and saved policies."""
 
 import collections
+import copy
 import dataclasses
 import functools
 import itertools
 import json
 import pathlib
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 import warnings
 
+import chex
 import examples
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import scipy.stats
+from compiling import compilations
 
 import ldm_jax
 from ldm_jax import acting, policy, training
@@ -37,8 +43,10 @@ MODEL = make_model(NANO)
 # Compiled as a whole: one by one, their many small operations take longer.
 INIT, APPLY = jax.jit(MODEL.init), jax.jit(MODEL.apply)
 LOSS = jax.jit(functools.partial(imitation_loss, MODEL, NANO))
+GRADIENT = jax.jit(jax.value_and_grad(functools.partial(imitation_loss, MODEL, NANO), has_aux=True))
 NAMES = ["vector", "continuous"]
 CONFIG = training.TrainingConfig(steps=12, warmup=2)
+PARAMETERS = INIT(jax.random.key(0))
 
 
 def batches(start=0):
@@ -83,9 +91,16 @@ def test_resume_equals_a_straight_run_bitwise(train_step, tmp_path):
     with checkpoints.Checkpoints(tmp_path / "run", {"a": 1}) as saved:
         assert saved.latest == 3
         restored = saved.restore(jax.eval_shape(lambda: training.init_state(MODEL, CONFIG)))
-    resumed, _ = run(train_step, restored, 8)
+    with compilations() as compiled:
+        resumed, _ = run(train_step, restored, 8)
     assert equal(straight, resumed)
-    assert train_step._cache_size() == 1, "a resumed state compiled the step anew"
+    assert not [line for line in compiled if "train_step" in line], "a resumed state compiled the step anew"
+
+
+def test_a_second_step_traces_nothing(monkeypatch):
+    traced = chex.assert_max_traces(training.loss_and_gradients, n=1)
+    monkeypatch.setattr("ldm_jax.training.step.loss_and_gradients", traced)
+    run(training.make_train_step(MODEL, NANO, CONFIG), training.init_state(MODEL, CONFIG), 3)
 
 
 def test_training_learns_and_reports(train_step):
@@ -122,36 +137,117 @@ def test_too_little_memory_names_the_ways_out():
         list(training.train(greedy_step, state._replace(step=np.int32(0)), [{}], 1))
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_stops_the_run(train_step, tmp_path):
-    good = list(itertools.islice(batches(), 4))
+def test_a_step_that_is_not_finite_changes_nothing_and_stops_the_run(train_step):
+    good = list(itertools.islice(batches(), 6))
     name = max(good[2])
     numeric = good[2][name].inputs.features.numeric.copy()
     numeric[1, 3] = np.inf
     features = good[2][name].inputs.features._replace(numeric=numeric)
     bad = good[2] | {name: good[2][name]._replace(inputs=good[2][name].inputs._replace(features=features))}
-    todo = training.train(train_step, training.init_state(MODEL, CONFIG), [*good[:2], bad, good[3]], 4)
-    with pytest.raises(training.NotFiniteError, match="at step 3") as caught:
-        collections.deque(todo, 0)
-    error = caught.value
+    todo = [*good[:2], bad, *good[3:]]
     expected, _ = run(train_step, training.init_state(MODEL, CONFIG), 2)
-    # the step after it was under way already, and left all as it was
-    assert equal(error.state, expected) and error.step == 3 and error.batch is bad
-    diagnosis.save_batch(tmp_path / "sub" / "bad.npz", error.batch)
-    loaded = diagnosis.load_batch(tmp_path / "sub" / "bad.npz")
-    assert jax.tree.structure(loaded) == jax.tree.structure(bad)
-    assert equal(loaded, bad)
-    found = diagnosis.diagnose(MODEL, NANO, CONFIG, expected, loaded)
+    for paused in (1, 6):  # steps after it were under way already, and left all as it was
+        with pytest.raises(training.NotFiniteError, match="at step 3") as caught:
+            start = training.init_state(MODEL, CONFIG)
+            steps = training.train(train_step, start, todo, 6, pause=lambda step, paused=paused: step % paused == 0)
+            collections.deque(steps, 0)
+        assert equal(caught.value.state, expected) and caught.value.step == 3
+    found = diagnosis.diagnose(MODEL, NANO, CONFIG, expected, bad)
     assert found.leaves == [f"{name}/inputs/features/numeric"] and not found.parameters
     assert [(bucket, row) for bucket, row, _ in found.rows] == [(name, 1)]
-    assert not np.isfinite(found.loss) and "tokens/numeric" in found.gradients
+    assert not np.isfinite(found.loss) and "tokens/numeric" in found.gradients and found.updates
 
 
-def test_a_file_without_a_batch_is_refused(tmp_path):
-    np.savez(tmp_path / "other.npz", a=np.zeros(3))
-    (tmp_path / "text.npz").write_text("no")
-    for name in ("other.npz", "text.npz", "none.npz"):
-        with pytest.raises(diagnosis.DiagnosisError, match="that save_batch wrote"):
-            diagnosis.load_batch(tmp_path / name)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_parameters_that_would_not_be_finite_are_never_kept(optimizer):
+    # The loss and its gradient are finite: it is the step that is too long.
+    cfg = dataclasses.replace(CONFIG, optimizer=optimizer, warmup=0, learning_rate=1e30, weight_decay=1e30)
+    step, state = training.make_train_step(MODEL, NANO, cfg), training.init_state(MODEL, cfg)
+    expected = training.init_state(MODEL, cfg)
+    with pytest.raises(training.NotFiniteError, match="at step 1") as caught:
+        collections.deque(training.train(step, state, batches(), 4, pause=lambda step: step == 4), 0)
+    assert equal(caught.value.state, expected)
+    found = diagnosis.diagnose(MODEL, NANO, cfg, expected, next(batches()))
+    assert np.isfinite(found.loss) and np.isfinite(found.gradient_norm) and not found.gradients
+    assert found.updates and all("kernel" in name for name in found.updates)
+
+
+def test_step_state_and_metrics_agree_at_every_pause(train_step):
+    alone, asked, seen = dict(run(train_step, training.init_state(MODEL, CONFIG), 8)[1]), [], {}
+
+    def pause(step):
+        asked.append(step)
+        return step % 3 == 0
+
+    for step, state, metrics in training.train(
+        train_step, training.init_state(MODEL, CONFIG), batches(), 8, pause=pause
+    ):
+        assert int(state.step) == step
+        seen[step] = metrics
+    assert asked == list(range(1, 9)), "asked once of every step, the last one too"
+    assert seen == {step: alone[step] for step in (3, 6, 8)}
+
+
+@hypothesis.given(hypothesis.strategies.data())
+@hypothesis.settings(max_examples=12, deadline=None)
+def test_nothing_in_a_place_without_a_label_reaches_loss_or_gradient(data):
+    batch = examples.random_batch(["mixed", "continuous"], 2, 6, seed=data.draw(hypothesis.strategies.integers(0, 9)))
+    poison = data.draw(hypothesis.strategies.sampled_from([np.nan, np.inf, -np.inf, 1e30]))
+    fields = data.draw(
+        hypothesis.strategies.sets(
+            hypothesis.strategies.sampled_from(["probabilities", "mean", "scale", "changed"]), min_size=1
+        )
+    )
+
+    def poisoned(example):
+        signature, targets = example.inputs.signature, example.targets
+        steps = targets.weight > 0
+        choices = (signature.choice_mask & (signature.choice_slots > 0)[..., None])[:, None] & steps[..., None, None]
+        numbers = (signature.continuous_slots > 0)[:, None] & steps[..., None]
+        real = {"probabilities": choices, "mean": numbers, "scale": numbers, "changed": steps}
+        changed = {name: np.where(real[name], getattr(targets, name), np.float32(poison)) for name in fields}
+        return example._replace(targets=targets._replace(**changed))
+
+    results = [GRADIENT(PARAMETERS, each) for each in (batch, {name: poisoned(each) for name, each in batch.items()})]
+    assert equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        (lambda: jax.enable_x64(True), "jax_enable_x64 was False there and is True now"),
+        (lambda: jax.default_matmul_precision("highest"), "jax_default_matmul_precision was None there and is highest"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_by_their_names(tmp_path, setting, name):
+    with checkpoints.Checkpoints(tmp_path, {"a": 1}) as saved:
+        saved.save(training.init_state(MODEL, CONFIG))
+    with setting(), checkpoints.Checkpoints(tmp_path, {"a": 1}) as saved:
+        with pytest.raises(checkpoints.CheckpointError, match=name) as caught:
+            saved.restore(training.state_shapes(MODEL, CONFIG))
+        assert "remove" not in str(caught.value) and "damaged" not in str(caught.value)
+
+
+def test_a_run_draws_the_same_whatever_kind_of_keys_is_the_default(train_step, tmp_path):
+    straight, _ = run(train_step, training.init_state(MODEL, CONFIG), 4)
+    half, _ = run(train_step, training.init_state(MODEL, CONFIG), 2)
+    with checkpoints.Checkpoints(tmp_path, {}) as saved:
+        saved.save(half)
+    with jax.default_prng_impl("rbg"), checkpoints.Checkpoints(tmp_path, {}) as saved:
+        assert equal(training.init_state(MODEL, CONFIG), jax.device_get(training.init_state(MODEL, CONFIG)))
+        restored = saved.restore(training.state_shapes(MODEL, CONFIG))
+    assert equal(run(train_step, restored, 4)[0], straight)
+
+
+def test_states_and_configurations_are_pickled_and_copied(train_step):
+    for optimizer in ("adamw", "muon"):
+        cfg = dataclasses.replace(CONFIG, optimizer=optimizer)
+        assert pickle.loads(pickle.dumps(cfg)) == copy.deepcopy(cfg) == cfg
+        state = training.init_state(MODEL, cfg)
+        if optimizer == CONFIG.optimizer:
+            state, _ = run(train_step, state, 2)
+        for other in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
+            assert jax.tree.structure(other) == jax.tree.structure(state) and equal(other, state)
 
 
 def test_a_batch_in_pieces_has_the_loss_and_gradient_of_the_whole():
@@ -184,26 +280,29 @@ def test_the_state_is_donated(train_step):
     assert all(leaf.is_deleted() for leaf in before)
 
 
-def test_a_step_is_read_only_when_the_next_is_under_way(train_step):
-    events = []
+def test_a_step_is_waited_for_only_when_the_next_is_under_way(train_step, monkeypatch):
+    events, wait = [], jax.block_until_ready
 
     def recorded(state, batch):
         events.append(("dispatched", len([e for e in events if e[0] == "dispatched"]) + 1))
         return train_step(state, batch)
 
-    def stop(step):
-        return step == 4
+    def waited(metrics):
+        events.append(("waited", len([e for e in events if e[0] == "waited"]) + 1))
+        return wait(metrics)
 
+    monkeypatch.setattr(jax, "block_until_ready", waited)
     state = training.init_state(MODEL, CONFIG)
-    for done, newest, _ in training.train(recorded, state, batches(), 10, stop=stop):
+    for done, _, _ in training.train(recorded, state, batches(), 10, pause=lambda step: step == 4):
         events.append(("read", done))
-        state = newest
+        if done == 4:
+            break
     assert events == [
         ("dispatched", 1),
-        *[event for step in (2, 3, 4) for event in (("dispatched", step), ("read", step - 1))],
+        *[event for step in (2, 3) for event in (("dispatched", step), ("waited", step - 1))],
+        ("dispatched", 4),
         ("read", 4),
     ]
-    assert int(state.step) == 4, "stopped where it was told to"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -373,16 +472,18 @@ def test_a_damaged_checkpoint_says_so(tmp_path):
             path.write_bytes(path.read_bytes()[:100])
     with (
         checkpoints.Checkpoints(tmp_path, {"a": 1}) as saved,
-        pytest.raises(checkpoints.CheckpointError, match="damaged"),
+        pytest.raises(checkpoints.CheckpointError, match="damaged") as caught,
     ):
         saved.restore(state)
+    assert "remove" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 _KILLED = """
 import itertools, sys, jax
 sys.path.insert(0, {tests!r})
 import test_training as t
-from ldm_jax import checkpoints, training
+from ldm_jax import training
+from ldm_jax.training import checkpoints
 state = training.init_state(t.MODEL, t.CONFIG)
 with checkpoints.Checkpoints(sys.argv[1], {{"a": 1}}) as saved:
     for step in itertools.count(1):
@@ -390,6 +491,18 @@ with checkpoints.Checkpoints(sys.argv[1], {{"a": 1}}) as saved:
         sys.stdout.write(f"{{step}}\\n")
         sys.stdout.flush()
 """
+
+
+def test_a_checkpoint_that_has_no_room_is_not_begun(tmp_path, monkeypatch):
+    state = training.init_state(MODEL, CONFIG)
+    with checkpoints.Checkpoints(tmp_path, {}) as saved:
+        saved.save(state)
+        saved.wait()
+        total, used, _ = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: (total, used, 1000))
+        with pytest.raises(checkpoints.CheckpointError, match=r"it takes \d+\.\d MB, .* has room for 0\.0 MB"):
+            saved.save(state._replace(step=state.step + 1))
+        assert saved.steps == [0] and [path.name for path in tmp_path.iterdir()] == ["0"]
 
 
 def test_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
@@ -478,11 +591,22 @@ def test_what_is_being_saved_does_not_change_with_the_training(train_step, tmp_p
         ({"schedule": "linear"}, "cosine or wsd"),
         ({"schedule": "wsd", "decay": 0.9}, r"decay is 0\.9 .* at most 0\.833"),
         ({"accumulation": 0}, "accumulation is 0"),
+        ({"steps": 1 << 31}, "steps is 2147483648"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 1 << 32}, "keys hold no more"),
+        ({"learning_rate": 1e39}, r"learning_rate is 1e\+39, expected a positive number up to 3\.4e\+38"),
     ],
 )
 def test_bad_training_configurations_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(CONFIG) if field.type == "float"])
+def test_no_number_of_a_configuration_is_infinite_or_no_number(name, value):
+    with pytest.raises(ConfigError, match=rf"{name} is {value}"):
+        dataclasses.replace(CONFIG, **{name: value})
 
 
 def test_targets_without_a_stored_distribution_are_the_action():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import logging
 import math
@@ -29,9 +30,9 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, size in dataclasses.asdict(self).items():
-            if size < 1:
+            if not size >= 1:
                 raise ConfigError(f"mesh.{name} is {size}, expected at least 1 device along it")
 
 
@@ -50,7 +51,7 @@ class HostsConfig:
     processes: int = 1
     process: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.process < self.processes:
             raise ConfigError(f"hosts.process is {self.process}, expected 0 to {self.processes - 1}")
         if self.processes > 1 and not self.coordinator:
@@ -59,12 +60,41 @@ class HostsConfig:
             )
 
 
+def parse_mesh(axes: collections.abc.Sequence[str]) -> MeshConfig:
+    """A mesh from `data=2`, `fsdp=4` and the like, or from three numbers in the order data, fsdp, tensor.
+
+    Raises:
+      ConfigError: an unknown axis, one given twice, or a size that is not a positive number.
+    """
+    if len(axes) == len(AXES) and all(axis.isdecimal() for axis in axes):
+        axes = [f"{name}={size}" for name, size in zip(AXES, axes, strict=True)]
+    sizes: dict[str, int] = {}
+    for axis in axes:
+        name, _, size = axis.partition("=")
+        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+            raise ConfigError(
+                f"got the mesh axis {axis!r}, expected data=N, fsdp=N or tensor=N, each once, or three numbers: 1,8,1"
+            )
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
+
+
 def connect(config: HostsConfig) -> None:
-    """Joins the processes of a run; must come before anything is computed. Does nothing for one process alone."""
-    if config.coordinator == "auto":
-        jax.distributed.initialize()
-    elif config.coordinator:
-        jax.distributed.initialize(config.coordinator, config.processes, config.process)
+    """Joins the processes of a run; must come before anything is computed. Does nothing for one process alone.
+
+    Raises:
+      ConfigError: they cannot be joined.
+    """
+    try:
+        if config.coordinator == "auto":
+            jax.distributed.initialize()
+        elif config.coordinator:
+            jax.distributed.initialize(config.coordinator, config.processes, config.process)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"cannot join the processes by hosts.coordinator={config.coordinator!r}: {str(error).splitlines()[0]}. "
+            "Give the address:port of process 0, one that all of them reach, or auto where the cluster tells it"
+        ) from error
     if config.coordinator and jax.process_index():
         logger.setLevel(logging.WARNING)  # one of them talks
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import contextlib
 import dataclasses
-import itertools
+import io
 import json
 import pathlib
 import time
@@ -15,56 +16,141 @@ import jax
 import jax.numpy as jnp
 
 from experiments.harness import progress
+from experiments.harness.batches import Batches
+from experiments.harness.workdir import WorkdirError
 from ldm_jax import files
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.training.cost import flops_per_token
 from ldm_jax.training.metrics import Metrics
 
+_FLUSH_SECONDS = 10.0
+"""From one write of TensorBoard's events to the disk to the next."""
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, typing.Any]]:
+    """The rows of a `metrics.jsonl`, none where there is no file; a line that a crash cut off is left out, with a word.
+
+    Raises:
+      WorkdirError: the file cannot be read.
+    """
+    rows: list[dict[str, typing.Any]] = []
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise WorkdirError(f"cannot read {path}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"] + 0  # a number, in every whole row
+            rows.append(row)
+        except (ValueError, LookupError, TypeError):
+            progress.logger.warning("line %d of %s was not written to its end; it is left out", number, path)
+    return rows
+
 
 class RunLog:
     """Rows of `metrics.jsonl` and events of `tensorboard/`; use as a context manager. Process 0 alone writes."""
 
-    def __init__(self, workdir: pathlib.Path, begun: int):
+    def __init__(self, workdir: pathlib.Path, start_step: int, meter: Meter):
         """Opens both, and forgets what was logged after the step that the run goes on from.
 
         Args:
           workdir: where they lie.
-          begun: steps that were done before.
+          start_step: steps that were done before.
+          meter: makes rows of metrics.
+
+        Raises:
+          WorkdirError: they cannot be written.
         """
-        self._file, self._events = None, None
+        self._meter, self._path = meter, workdir / "metrics.jsonl"
+        self._pending = list[dict[str, typing.Any]]()
+        self._file: io.FileIO | None = None
         if jax.process_index():
             return
-        import tensorboardX  # it takes half a second
-
-        path = workdir / "metrics.jsonl"
-        if path.exists():  # what came after the checkpoint is about to be measured again
-            rows = path.read_text().splitlines()
-            files.write(path, "".join(f"{row}\n" for row in itertools.takewhile(lambda row: _step(row) <= begun, rows)))
-        self._file = path.open("a")
-        self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=begun + 1)
+        if self._path.exists():  # what came after the checkpoint is about to be measured again
+            rows = [row for row in read_rows(self._path) if row["step"] <= start_step]
+            with self._writing():
+                files.write(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+        with self._writing(workdir / "tensorboard"):
+            self._events = _Events(workdir / "tensorboard", start_step)
+        with self._writing():
+            self._file = self._path.open("ab", buffering=0)
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file and self._events:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._file:
             self._file.close()
-            self._events.close()
+            try:
+                with self._writing(self._path.with_name("tensorboard")):
+                    self._events.close()
+            except WorkdirError:
+                if kind is None:  # what is under way already says more
+                    raise
+
+    def write(self, step: int, metrics: Metrics, evaluated: collections.abc.Mapping[str, typing.Any]) -> None:
+        """Makes a row, which `flush` writes.
+
+        Args:
+          step: that the metrics are of.
+          metrics: of the step.
+          evaluated: numbers, or mappings of names to numbers, that belong beside them.
+        """
+        row = self._meter.row(step, metrics) | dict(evaluated)
+        if self._file:
+            self._pending.append(row)
+
+    def flush(self) -> None:
+        """Writes the rows; with many environments it takes longer than making them.
+
+        Raises:
+          WorkdirError: there is no room left, or the like.
+        """
+        while self._file and self._pending:
+            row = self._pending.pop(0)
+            with self._writing():
+                self._file.write(json.dumps(row).encode() + b"\n")
+            with self._writing(self._path.with_name("tensorboard")):
+                self._events.write(row)
+
+    @contextlib.contextmanager
+    def _writing(self, path: pathlib.Path | None = None) -> collections.abc.Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise WorkdirError(
+                f"cannot write {path or self._path}: {error.strerror}. Make room, or let it be written, and start "
+                "again with the same flags: training goes on from its newest checkpoint"
+            ) from error
+
+
+class _Events:
+    """Events for TensorBoard, one a row, written by the thread that asks: another one could not say what went wrong."""
+
+    def __init__(self, folder: pathlib.Path, start_step: int):
+        from tensorboardX import event_file_writer  # it takes half a second
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"), f".{start_step}")
+        # What another run wrote of the steps that follow is hidden.
+        started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(event_pb2.Event(step=start_step + 1, file_version="brain.Event:2"))
+        self._writer.write_event(event_pb2.Event(step=start_step + 1, session_log=started))
+        self._flushed = time.monotonic()
 
     def write(self, row: dict[str, typing.Any]) -> None:
-        """Writes a row: `step` and numbers, or mappings of names to numbers."""
-        if self._file and self._events:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-            for name, value in _flat(row):
-                self._events.add_scalar(name, value, row["step"])
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in _flat(row)]
+        summary = self._summary(value=values)
+        self._writer.write_event(self._event(wall_time=time.time(), step=row["step"], summary=summary))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
 
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # a line that a crash cut off
-        return float("inf")
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _flat(row: dict[str, typing.Any], prefix: str = "") -> collections.abc.Iterator[tuple[str, float]]:
@@ -82,9 +168,7 @@ class Meter:
         self,
         model: ModelConfig,
         window: int,
-        rows: int,
-        environments: collections.abc.Sequence[str],
-        domains: collections.abc.Sequence[str],
+        batches: Batches,
         peak_flops: float,
     ):
         """Starts the clock.
@@ -92,12 +176,12 @@ class Meter:
         Args:
           model: shapes of the model.
           window: T, steps of a window.
-          rows: of a batch, over all buckets and processes.
-          environments: the id of each environment index.
-          domains: the domain of each.
+          batches: whose metrics they are.
           peak_flops: floating-point operations per second of one device; 0 to measure a matrix product's.
         """
-        self._environments, self._domains, self._tokens = environments, domains, window * rows
+        self._environments = [codec.card.id for codec in batches.codecs]
+        self._domains = [codec.card.domain for codec in batches.codecs]
+        self._tokens = window * sum(batches.rows.values())
         self._flops = flops_per_token(model, window).training
         self._peak = (peak_flops or measured_peak(model.dtype)) * jax.device_count()
         self._clock, self._last = progress.clock(), (0, 0.0)
@@ -106,10 +190,10 @@ class Meter:
         """The row of a step. Rates are over the steps since the last row; the first row has none: it was compiling."""
         now = time.monotonic()
         row = {"step": step, **dataclasses.asdict(metrics), "tokens": step * self._tokens, "seconds": self._clock()}
-        excess, labelled = row.pop("kl_by_environment"), row.pop("labelled_by_environment")
+        kl, labelled = row.pop("kl_by_environment"), row.pop("labelled_by_environment")
         row["useful_fraction"] = metrics.useful_tokens / self._tokens
-        row["kl_by_environment"] = {self._environments[i]: value for i, value in excess.items()}
-        row["kl_by_domain"] = mean_by(self._domains, excess, labelled)
+        row["kl_by_environment"] = {self._environments[i]: value for i, value in kl.items()}
+        row["kl_by_domain"] = mean_by(self._domains, kl, labelled)
         last, then = self._last
         if last and now > then:
             row["tokens_per_s"] = (step - last) * self._tokens / (now - then)
@@ -119,12 +203,18 @@ class Meter:
 
 
 def mean_by(
-    domains: collections.abc.Sequence[str], excess: dict[int, float], labelled: dict[int, int]
+    domains: collections.abc.Sequence[str], values: dict[int, float], labelled: dict[int, int]
 ) -> dict[str, float]:
-    """Mean excess loss of each domain, over its labelled steps."""
-    total, count = collections.Counter[str](), collections.Counter[str]()
-    for index, value in excess.items():
-        total[domains[index]] += value * labelled[index]  # type: ignore[assignment]
+    """Means by domain, over labelled steps.
+
+    Args:
+      domains: of each environment index.
+      values: of environment indices.
+      labelled: the steps of each that have a label.
+    """
+    total, count = collections.defaultdict[str, float](float), collections.Counter[str]()
+    for index, value in values.items():
+        total[domains[index]] += value * labelled[index]
         count[domains[index]] += labelled[index]
     return {domain: total[domain] / max(count[domain], 1) for domain in sorted(total)}
 
@@ -135,7 +225,7 @@ def measured_peak(dtype: str, side: int = 2048, repeats: int = 5) -> float:
     product, best = jax.jit(jnp.matmul), float("inf")
     product(x, x).block_until_ready()
     for _ in range(repeats):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         product(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.perf_counter() - start)
     return 2.0 * side**3 / best

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import pathlib
 import typing
 
 import jax
 
 from data.mixture import Mixture
 from experiments.harness import progress, signals
-from experiments.harness.metrics_log import Meter, RunLog
+from experiments.harness.metrics_log import RunLog
 from experiments.harness.validation import Validation
 from ldm_jax import training
-from ldm_jax.training import diagnosis
 from ldm_jax.training.checkpoints import Checkpoints
-
-FAILURE = "failure"
-"""Folder in the workdir for the batches of steps that were not finite."""
 
 
 class Pace(typing.NamedTuple):
@@ -26,92 +21,101 @@ class Pace(typing.NamedTuple):
     checkpoint_steps: int
     log_steps: int
 
+    def logs(self, step: int) -> bool:
+        """Whether there is a row of metrics after a step."""
+        return step % self.log_steps == 0 or step == self.steps
 
-def follow(
-    train_step: training.TrainStep,
-    state: training.TrainState,
-    mixture: Mixture,
-    pace: Pace,
-    meter: Meter,
-    log: RunLog,
-    validate: Validation,
-    checkpoints: Checkpoints,
-    workdir: pathlib.Path,
-    mesh: jax.sharding.Mesh | None = None,
-) -> training.TrainState:
+    def saves(self, step: int) -> bool:
+        """Whether there is a checkpoint after a step."""
+        return step % self.checkpoint_steps == 0 or step == self.steps
+
+
+class TrainingRun(typing.NamedTuple):
+    """The parts of a training run.
+
+    Attributes:
+      train_step: from `training.make_train_step`.
+      mixture: of the batches.
+      pace: what to do when.
+      validate: evaluates parameters.
+      checkpoints: take the states.
+      mesh: what the state is split over, or None.
+    """
+
+    train_step: training.TrainStep
+    mixture: Mixture
+    pace: Pace
+    validate: Validation
+    checkpoints: Checkpoints
+    mesh: jax.sharding.Mesh | None
+
+
+class _Saver:
+    """Saves states while training goes on; what the log says is saved is on the disk."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints, self._clock = checkpoints, progress.clock()
+        self._pending_log: dict[str, typing.Any] = {}
+
+    def save(self, step: int, state: training.TrainState, **facts: typing.Any) -> None:
+        self.flush_log(wait=True)
+        if step != self._checkpoints.latest:
+            self._checkpoints.save(state)
+            self._pending_log = {"step": step, **facts, "seconds": self._clock()}
+
+    def flush_log(self, *, wait: bool = False) -> None:
+        if self._pending_log and (wait or not self._checkpoints.busy):
+            self._checkpoints.wait()  # raises what went wrong
+            progress.log("pretrain", **self._pending_log)
+            self._pending_log = {}
+
+
+def follow(run: TrainingRun, state: training.TrainState, log: RunLog) -> training.TrainState:
     """Trains from a state to the last step.
 
     Args:
-      train_step: from `training.make_train_step`.
+      run: its parts.
       state: to go on from; its memory is taken over.
-      mixture: of the batches.
-      pace: what to do when.
-      meter: makes the rows of metrics.
-      log: takes them.
-      validate: evaluates parameters.
-      checkpoints: take the states.
-      workdir: for what is left of a failure.
-      mesh: what the state is split over.
+      log: takes the metrics.
 
     Returns:
       The last state, saved.
 
     Raises:
-      TrainingError: the loss or the gradient is not finite; the state before that step and the batch are saved.
+      TrainingError: a step is not finite; the state before it is saved.
+      CheckpointError: a state cannot be saved.
+      WorkdirError: the metrics cannot be written.
       Interrupted: a signal asked for the end; the state is saved.
     """
-    clock = progress.clock()
-    begun = done = newest = int(state.step)
-    evaluated, unsaid = dict[int, dict[str, typing.Any]](), dict[str, typing.Any]()
+    start_step, pace, saver = int(state.step), run.pace, _Saver(run.checkpoints)
+    with progress.bar("pretrain", pace.steps, "step", start_step) as advance, signals.deferred() as asked:
 
-    def tell() -> None:
-        # What the log says is saved is on the disk.
-        if unsaid and not checkpoints.busy:
-            progress.log("pretrain", **unsaid)
-            unsaid.clear()
+        def pause(step: int) -> bool:
+            advance(1)
+            log.flush()  # while the step is under way
+            return asked(step) or pace.logs(step) or pace.saves(step) or run.validate.due(step, pace.steps)
 
-    with progress.bar("pretrain", pace.steps, "step", begun) as advance, signals.deferred() as received:
-
-        def stop(step: int) -> bool:
-            nonlocal newest
-            newest = step
-            return received(step)
-
-        trained = training.train(train_step, state, mixture.batches(begun), pace.steps, mesh, stop)
+        batches = run.mixture.batches(start_step)
+        trained = training.train(run.train_step, state, batches, pace.steps, mesh=run.mesh, pause=pause)
         try:
-            for done, newest_state, metrics in trained:
-                advance(1)
-                state = newest_state  # after step `newest`, most often the one after `done`
-                if validate.due(newest, pace.steps) and newest not in evaluated:
-                    evaluated[newest] = validate(state.params)
-                if done % pace.log_steps == 0 or done == pace.steps or done in evaluated:
-                    log.write(meter.row(done, metrics) | evaluated.pop(done, {}))
-                due = newest % pace.checkpoint_steps == 0 or newest == pace.steps or received.number
-                # The newest state is not known to be sound before its own metrics are.
-                if due and newest != checkpoints.latest and bool(state.finite):
-                    checkpoints.wait()
-                    tell()
-                    checkpoints.save(state)
-                    unsaid = {"step": newest, "loss": metrics.loss, "excess": metrics.kl, "seconds": clock()}
-                tell()
+            for step, newest, metrics in trained:
+                state = newest
+                evaluated = run.validate(state.params) if run.validate.due(step, pace.steps) else {}
+                if evaluated or pace.logs(step):
+                    log.write(step, metrics, evaluated)
+                if asked.number or pace.saves(step):
+                    log.flush()  # a run that goes on from here has the rows up to here
+                    saver.save(step, state, loss=metrics.loss, kl=metrics.kl)
+                saver.flush_log()
+                if asked.number and step < pace.steps:
+                    saver.flush_log(wait=True)
+                    raise signals.Interrupted(asked.number, step=step)
         except training.NotFiniteError as error:
-            raise training.TrainingError(f"{error}. {_keep(error, checkpoints, workdir)}") from error
-        checkpoints.wait()
-        tell()
-        if received.number and done < pace.steps:
-            raise signals.Interrupted(received.number, step=done)
+            saver.save(error.step - 1, error.state)
+            saver.flush_log(wait=True)
+            raise training.TrainingError(
+                f"{error}. The state before it is the newest checkpoint: experiments.diagnose on this workdir repeats "
+                "the step and says where it is not finite"
+            ) from error
+        saver.flush_log(wait=True)
     return state
-
-
-def _keep(error: training.NotFiniteError, checkpoints: Checkpoints, workdir: pathlib.Path) -> str:
-    """Saves what led to a failure, and says where."""
-    before = error.step - 1
-    if before != checkpoints.latest:
-        checkpoints.save(error.state)
-        checkpoints.wait()
-    path = workdir / FAILURE / f"step-{error.step:08d}-process-{jax.process_index()}.npz"
-    diagnosis.save_batch(path, error.batch)
-    return (
-        f"The batch is in {path} and the state before it is checkpoint {before}: "
-        f"`python -m experiments.diagnose --workdir={workdir}` says where it is not finite"
-    )

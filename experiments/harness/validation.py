@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections.abc
 import contextlib
 import dataclasses
 import functools
@@ -12,19 +11,22 @@ import jax
 import numpy as np
 
 import environments as registry
-from data.mixture import Mixture
+from experiments.harness import progress
+from experiments.harness.batches import Batches
+from experiments.harness.ids import parse_ids
 from experiments.harness.metrics_log import mean_by
 from experiments.harness.workdir import key_of
 from ldm_jax import sharding
 from ldm_jax.acting import Decoding, make_agent
-from ldm_jax.encoding.codec import Codec
+from ldm_jax.cards import check_matches
+from ldm_jax.environment import Environment, EnvironmentFaultError
 from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Model, Params
 from ldm_jax.rollout import evaluate
 from ldm_jax.training import metrics
 from ldm_jax.training.loss import RowMetrics, imitation_loss
-from ldm_jax.types import Array, PyTree
+from ldm_jax.types import Agent, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +47,16 @@ class ValidationConfig:
     rows: int = 16
     episodes: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("batches", 0), ("rows", 2), ("episodes", 1)):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise ConfigError(f"evaluation.{name} is {getattr(self, name)}, expected at least {least}")
+        _ = self.ids  # they are checked
 
     @property
     def ids(self) -> tuple[str, ...]:
         """The environments to act in."""
-        return tuple(filter(None, self.environments.split(",")))
+        return parse_ids(self.environments)
 
 
 class Validation:
@@ -64,41 +67,54 @@ class Validation:
         config: ValidationConfig,
         model: Model,
         model_cfg: ModelConfig,
-        codecs: collections.abc.Sequence[Codec],
-        held_out: Mixture | None,
+        batches: Batches,
         decoding: Decoding,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        """Prepares; makes no environment yet.
+        """Prepares; the environments are made when the context is entered.
 
         Args:
           config: what to evaluate.
           model: the pure functions, made for the mesh.
           model_cfg: shapes of the model.
-          codecs: of all environments of the dataset.
-          held_out: batches of the streams held out, this process's share; None where there are none.
+          batches: the environments, and the streams held out.
           decoding: how actions are taken.
           mesh: what the parameters are split over.
 
         Raises:
-          ConfigError: an environment to act in that the dataset does not have.
+          ConfigError: an environment to act in that is not trained on.
         """
-        known = {codec.card.id: codec for codec in codecs}
+        known = {codec.card.id: codec for codec in batches.codecs}
         if unknown := [id for id in config.ids if id not in known]:
             raise ConfigError(
-                f"evaluation.environments names {', '.join(unknown)}, which the dataset does not have: "
+                f"evaluation.environments names {', '.join(unknown)}, on which nothing is trained: "
                 f"choose among {', '.join(sorted(known))}"
             )
-        self._config, self._mesh, self._held_out, self._known = config, mesh, held_out, known
-        self._domains, self._ids = [codec.card.domain for codec in codecs], [codec.card.id for codec in codecs]
+        self._config, self._mesh, self._held_out, self._known = config, mesh, batches.held_out, known
+        self._domains, self._ids = [codec.card.domain for codec in batches.codecs], list(known)
         self._model_cfg, self._decoding = model_cfg, decoding
         everywhere = sharding.replicated(mesh) if mesh else None
         self._loss = jax.jit(functools.partial(imitation_loss, model, model_cfg), out_shardings=everywhere)
         self._whole = jax.jit(lambda params: params, out_shardings=everywhere)
-        self._open: dict[str, tuple[typing.Any, typing.Any]] = {}
+        self._open: dict[str, tuple[Environment, Agent]] = {}
         self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> Validation:
+        """Makes the environments to act in, once, so that each one's loop is compiled once.
+
+        Raises:
+          UnknownEnvironmentError: there is no such environment any more.
+          LibraryMissingError: its library is not installed.
+          CardError: it is not the one that the dataset was collected in.
+          ConfigError: the model is one that does not act.
+        """
+        with contextlib.ExitStack() as closing:
+            for id in self._config.ids if self._config.steps and not jax.process_index() else ():
+                agent = make_agent(self._model_cfg, self._known[id], self._decoding)
+                environment = closing.enter_context(contextlib.closing(registry.make(id, self._config.rows)))
+                check_matches(self._known[id].card, environment.spec, f"the dataset's data of {id}")
+                self._open[id] = environment, agent
+            self._closing = closing.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,8 +136,7 @@ class Validation:
             found["held_out"] = self._held_out_loss(params)
         if self._config.ids:
             params = self.whole(params)
-            if jax.process_index() == 0:
-                found["evaluation"] = {id: self._act(id, params) for id in self._config.ids}
+            found["evaluation"] = {id: result for id in self._open if (result := self._act(id, params))}
         return found
 
     def whole(self, params: Params) -> PyTree:
@@ -137,26 +152,25 @@ class Validation:
             collected.append(jax.device_get(rows))
         rows = {f"{name}/{i}": metrics for i, one in enumerate(collected) for name, metrics in one.items()}
         summary = metrics.summarize(rows)
-        excess, labelled = summary["kl_by_environment"], summary["labelled_by_environment"]
+        kl, labelled = summary["kl_by_environment"], summary["labelled_by_environment"]
         total = sum(float(metrics.loss.sum()) for metrics in rows.values())
         return {
             "loss": total / max(summary["useful_tokens"], 1),
             **{name: summary[name] for name in ("kl", "accuracy", "changed_accuracy")},
-            "kl_by_environment": {self._ids[i]: value for i, value in excess.items()},
-            "kl_by_domain": mean_by(self._domains, excess, labelled),
+            "kl_by_environment": {self._ids[i]: value for i, value in kl.items()},
+            "kl_by_domain": mean_by(self._domains, kl, labelled),
         }
 
     def _act(self, id: str, params: PyTree) -> dict[str, float]:
-        if id not in self._open:  # once, so that its loop is compiled once
-            environment = registry.make(id, self._config.rows)
-            self._closing.callback(environment.close)
-            agent = make_agent(self._model_cfg, self._known[id], self._decoding)
-            self._open[id] = environment, agent
-        episodes = evaluate(*self._open[id], params, _key(id), self._config.episodes)
+        try:
+            episodes = evaluate(*self._open[id], params, _key(id), self._config.episodes)
+        except EnvironmentFaultError as error:  # training does not depend on it
+            progress.logger.warning("cannot evaluate in %s: %s", id, error)
+            return {}
         card, mean = self._known[id].card, float(np.mean(episodes.returns, dtype=np.float64))
         random, reference = card.random_returns.mean, card.reference_returns.mean
         return {"return": mean, "z": (mean - random) / (reference - random)}
 
 
-def _key(id: str) -> Array:
+def _key(id: str) -> jax.Array:
     return key_of(0, "validation", id)

@@ -2,6 +2,7 @@ from .checkpoints import CheckpointError as CheckpointError
 from .checkpoints import Checkpoints as Checkpoints
 from .loop import NotFiniteError as NotFiniteError
 from .loop import TrainingError as TrainingError
+from .loop import TrainingProgress as TrainingProgress
 from .loop import train as train
 from .loss import Example as Example
 from .loss import RowMetrics as RowMetrics

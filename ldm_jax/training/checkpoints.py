@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import pathlib
+import shutil
 import typing
 
 import jax
@@ -13,15 +15,23 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from ldm_jax.errors import LdmError, differences
-from ldm_jax.training.step import TrainState
+from ldm_jax.training.step import KEY_IMPL, TrainState
 from ldm_jax.types import PyTree
 
 Configuration = collections.abc.Mapping[str, typing.Any]
 """JSON values by name, nested or not."""
 
 
+_SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_threefry_partitionable")
+
+
 class CheckpointError(LdmError, ValueError):
-    """A checkpoint that is damaged or belongs to something else."""
+    """A checkpoint that cannot be written, is damaged, or belongs to something else."""
+
+
+def settings() -> dict[str, typing.Any]:
+    """The settings of the process that decide what a training step computes: a run goes on under the same ones."""
+    return {name: getattr(jax.config, name) for name in _SETTINGS}
 
 
 class Checkpoints:
@@ -38,12 +48,13 @@ class Checkpoints:
 
         Args:
           directory: of the run.
-          configuration: all that a checkpoint must agree with to be resumed from: model, training, mixture.
+          configuration: all that a checkpoint must agree with to be resumed from: model, training, mixture. The
+            `settings` of the process are added.
           max_to_keep: how many of the newest checkpoints stay.
           keep_period: those of steps that this divides stay too; 0 for none.
         """
         self.directory = pathlib.Path(directory).absolute()
-        self.configuration = dict(configuration)
+        self.configuration = {**configuration, "settings": settings()}
         kept: list[typing.Any] = [checkpoint_managers.LatestN(max_to_keep)]
         if keep_period:
             kept.append(checkpoint_managers.EveryNSteps(keep_period))
@@ -62,8 +73,13 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with self._writing():
+                self._manager.close()
+        except CheckpointError:
+            if kind is None:  # what is under way already says more
+                raise
 
     @property
     def steps(self) -> list[int]:
@@ -76,14 +92,20 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Copies a state and writes it while training goes on; waits for the one before to be complete."""
+        """Copies a state and writes it while training goes on; waits for the one before to be complete.
+
+        Raises:
+          CheckpointError: this one or the one before cannot be written.
+        """
         rest = _without_key_type(state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(rest.pop("params")),
             state=ocp.args.StandardSave(rest),
             configuration=ocp.args.JsonSave(self.configuration),
         )
-        self._manager.save(int(state.step), args=items, force=True)
+        with self._writing():
+            self._check_room(state)
+            self._manager.save(int(state.step), args=items, force=True)
 
     @property
     def busy(self) -> bool:
@@ -91,39 +113,64 @@ class Checkpoints:
         return self._manager.is_saving_in_progress()
 
     def wait(self) -> None:
-        """Returns when all that was saved is on the disk."""
-        self._manager.wait_until_finished()
+        """Returns when all that was saved is on the disk.
 
-    def restore(self, like: TrainState) -> TrainState | None:
-        """Reads the newest checkpoint.
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def _check_room(self, state: TrainState) -> None:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.optimizer)))
+        free = shutil.disk_usage(self.directory)[2]
+        if needed > free:
+            raise OSError(f"it takes {needed / 1e6:.1f} MB, and the file system has room for {free / 1e6:.1f} MB")
+
+    @contextlib.contextmanager
+    def _writing(self) -> collections.abc.Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever orbax and the file systems below it raise
+            raise CheckpointError(
+                f"cannot write a checkpoint to {self.directory}: {_reason(error)}. Those that were whole before are "
+                "still there: make room, or make it writable, and start again with the same flags"
+            ) from error
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState | None:
+        """Reads a checkpoint.
 
         Args:
           like: a state, or the shapes of one (`training.state_shapes`), of the run that resumes; on whatever mesh.
+          step: which checkpoint; default: the newest.
 
         Returns:
           The state, or None where there is no checkpoint.
 
         Raises:
-          CheckpointError: the checkpoint is of another configuration or cannot be read.
+          CheckpointError: the checkpoint is of another configuration or other settings, or cannot be read.
         """
         self.wait()
-        step = self.latest
+        step = self.latest if step is None else step
         if step is None:
             return None
         if found := differences(self.read_configuration(step), self.configuration):
             raise CheckpointError(
-                f"the checkpoint {self.directory / str(step)} is of another run: {'; '.join(found)}. "
-                "Resume with the same configuration, or choose another folder"
+                f"the checkpoint {self._path(step)} is of another run: {'; '.join(found)}. "
+                "Resume with the same configuration and settings (JAX_ENABLE_X64 is settings.jax_enable_x64), or "
+                "choose another folder"
             )
         params = self.restore_params(like.params, step)
         wanted = _without_key_type(like)
         del wanted["params"]
+        self._check(step, "state", wanted)
         rest = self._read(step, state=ocp.args.StandardRestore(jax.tree.map(_with_device, wanted))).state
         state = TrainState(params=params, **jax.tree.map(_placed, wanted, rest))
-        return state._replace(key=jax.random.wrap_key_data(state.key))
+        key = typing.cast(jax.Array, state.key)
+        return state._replace(key=jax.random.wrap_key_data(key, impl=KEY_IMPL))
 
     def read_configuration(self, step: int) -> Configuration:
-        """The configuration that a checkpoint was saved with; raises CheckpointError where it is damaged."""
+        """The configuration that a checkpoint was saved with, and the settings; raises CheckpointError."""
         return self._read(step, configuration=ocp.args.JsonRestore()).configuration
 
     def restore_params(self, like: PyTree, step: int | None = None) -> PyTree:
@@ -143,19 +190,30 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None:
             raise CheckpointError(f"there is no checkpoint in {self.directory}: train first")
-        try:
-            saved = self._manager.item_metadata(step)["params"]
-        except Exception as error:  # whatever orbax raises for damaged files
-            raise CheckpointError(_damaged(self.directory / str(step), error)) from error
-        _check_shapes(self.directory / str(step), saved, like)
+        self._check(step, "params", like)
         read = self._read(step, params=ocp.args.StandardRestore(jax.tree.map(_with_device, like))).params
         return jax.tree.map(_placed, like, read)
+
+    def _path(self, step: int) -> pathlib.Path:
+        return self.directory / str(step)
+
+    def _check(self, step: int, item: str, like: PyTree) -> None:
+        try:
+            saved = self._manager.item_metadata(step)[item]
+        except Exception as error:  # whatever orbax raises for damaged files
+            raise CheckpointError(self._unreadable(step, error)) from error
+        _check_shapes(self._path(step), saved, like)
 
     def _read(self, step: int, **items: typing.Any) -> typing.Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever orbax raises for damaged files
-            raise CheckpointError(_damaged(self.directory / str(step), error)) from error
+            raise CheckpointError(self._unreadable(step, error)) from error
+
+    def _unreadable(self, step: int, error: Exception) -> str:
+        before = max((other for other in self.steps if other < step), default=None)
+        go_on = "train anew" if before is None else f"go on from checkpoint {before}"
+        return f"{_unreadable(self._path(step), error)}. If it is damaged, move that folder away to {go_on}"
 
 
 def save_params(directory: pathlib.Path, params: PyTree) -> None:
@@ -183,12 +241,12 @@ def load_params(directory: pathlib.Path, like: PyTree) -> PyTree:
         try:
             saved = checkpointer.metadata(directory.absolute()).item_metadata
         except Exception as error:
-            raise CheckpointError(_damaged(directory, error)) from error
+            raise CheckpointError(_unreadable(directory, error)) from error
         _check_shapes(directory, saved, like)
         try:
             return checkpointer.restore(directory.absolute(), jax.tree.map(_with_device, like))
         except Exception as error:
-            raise CheckpointError(_damaged(directory, error)) from error
+            raise CheckpointError(_unreadable(directory, error)) from error
 
 
 def _alone() -> ocp.StandardCheckpointer:
@@ -216,13 +274,19 @@ def _check_shapes(path: pathlib.Path, saved: typing.Any, wanted: PyTree) -> None
     if found := differences(shapes(getattr(saved, "tree", saved)), shapes(wanted)):
         shown = "; ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
         raise CheckpointError(
-            f"the parameters in {path} are not of this model: {shown}. "
-            "Use the model configuration they were saved with, or another folder"
+            f"what is in {path} is not of this model: {shown}. "
+            "Use the configuration and the settings of JAX it was saved with, or another folder"
         )
 
 
-def _damaged(path: pathlib.Path, error: Exception) -> str:
-    return f"cannot read the checkpoint {path}: {error}. It is damaged or not of this model: remove it to go on without"
+def _unreadable(path: pathlib.Path, error: Exception) -> str:
+    return f"cannot read {path}, which is damaged or not open to this user: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    """The one line of an error that says what is wrong; those of file systems have many."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:400].rstrip(".")
 
 
 def _without_key_type(state: TrainState) -> dict[str, typing.Any]:
@@ -230,9 +294,9 @@ def _without_key_type(state: TrainState) -> dict[str, typing.Any]:
     fields = state._asdict()
     if _abstract(state.key):
         data = jax.eval_shape(jax.random.key_data, state.key)
-        fields["key"] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.key.sharding)
+        fields["key"] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=getattr(state.key, "sharding", None))
     else:
-        fields["key"] = jax.random.key_data(state.key)
+        fields["key"] = jax.random.key_data(typing.cast(jax.Array, state.key))
     return fields
 
 

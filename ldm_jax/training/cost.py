@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import functools
 import math
@@ -9,7 +10,7 @@ import typing
 
 import jax
 import jax.extend.core
-import numpy as np
+import jax.numpy as jnp
 
 from ldm_jax import sharding
 from ldm_jax.encoding.actions import Slots
@@ -22,7 +23,7 @@ from ldm_jax.model.network import Inputs, make_model
 from ldm_jax.training.loss import Example, imitation_loss
 from ldm_jax.training.optimizer import TrainingConfig
 from ldm_jax.training.step import TrainState, state_shapes
-from ldm_jax.types import PyTree
+from ldm_jax.types import Array, PyTree
 
 
 class Flops(typing.NamedTuple):
@@ -126,7 +127,7 @@ def bucket_flops(cfg: ModelConfig, bucket: Bucket, rows: int, steps: int) -> flo
     return (2 * forward(1) - forward(2)) / (rows * steps)
 
 
-def count_matrix_flops(function: typing.Callable[..., typing.Any], *arguments: PyTree) -> float:
+def count_matrix_flops(function: collections.abc.Callable[..., typing.Any], *arguments: PyTree) -> float:
     """Arithmetic of all matrix products that a function does as it is written, masked ones and recomputed ones too.
 
     Args:
@@ -162,9 +163,9 @@ def _is_jaxpr(value: typing.Any) -> bool:
 def estimate_memory(
     cfg: ModelConfig,
     training_cfg: TrainingConfig,
-    buckets: typing.Mapping[Bucket, int],
+    buckets: collections.abc.Mapping[Bucket, int],
     steps: int,
-    mesh: jax.sharding.AbstractMesh | jax.sharding.Mesh | None = None,
+    mesh: sharding.AnyMesh | None = None,
 ) -> MemoryEstimate:
     """Memory of one training step on each device.
 
@@ -182,12 +183,9 @@ def estimate_memory(
       ConfigError: the model or the rows do not divide over the mesh, or a bucket does not fit the model.
     """
     model = make_model(cfg)
-    state = state_shapes(model, training_cfg, typing.cast("jax.sharding.Mesh | None", mesh))
-    if mesh:
-        sharding.check_rows(
-            typing.cast(jax.sharding.Mesh, mesh), {bucket.name: rows for bucket, rows in buckets.items()}
-        )
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+    state = state_shapes(model, training_cfg, mesh)
+    sharding.check_rows(mesh, {bucket.name: rows for bucket, rows in buckets.items()})
+    ways = sharding.row_shards(mesh)
     batch = {}
     for bucket, rows in buckets.items():
         cfg.check_fits(bucket, f"the bucket {bucket.name}")
@@ -250,33 +248,36 @@ def example_shapes(bucket: Bucket, rows: int, steps: int) -> Example:
     Returns:
       `jax.ShapeDtypeStruct` in place of each array.
     """
+    return jax.eval_shape(functools.partial(_zeros, bucket, rows, steps))
 
-    def row(*shape: int, dtype: typing.Any = np.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype)
 
-    def step(*shape: int, dtype: typing.Any = np.float32) -> jax.ShapeDtypeStruct:
+def _zeros(bucket: Bucket, rows: int, steps: int) -> Example:
+    def row(*shape: int, dtype: typing.Any = jnp.float32) -> Array:
+        return jnp.zeros((rows, *shape), dtype)
+
+    def step(*shape: int, dtype: typing.Any = jnp.float32) -> Array:
         return row(steps, *shape, dtype=dtype)
 
     choices, numbers = (bucket.choice_slots, bucket.choices), bucket.continuous_slots
     features = Features(
         numeric=step(bucket.numeric, 2),
-        categorical=step(bucket.categorical, dtype=np.int32),
-        grids=tuple(step(grid.side, grid.side, grid.channels, dtype=np.dtype(grid.dtype)) for grid in bucket.grids),
-        texts=tuple(step(size, dtype=np.uint8) for size in bucket.texts),
+        categorical=step(bucket.categorical, dtype=jnp.int32),
+        grids=tuple(step(grid.side, grid.side, grid.channels, dtype=grid.dtype) for grid in bucket.grids),
+        texts=tuple(step(size, dtype=jnp.uint8) for size in bucket.texts),
         reward=step(2),
         flags=step(3),
-        previous=Slots(step(bucket.choice_slots, dtype=np.int32), step(numbers)),
+        previous=Slots(step(bucket.choice_slots, dtype=jnp.int32), step(numbers)),
         has_previous=step(),
-        action_mask=step(*choices, dtype=np.bool_),
+        action_mask=step(*choices, dtype=jnp.bool_),
     )
     signature = Signature(
         vector=row(SIGNATURE),
         numeric_mask=row(bucket.numeric),
         categorical_mask=row(bucket.categorical),
         grid_masks=tuple(row(grid.side, grid.side) for grid in bucket.grids),
-        choice_mask=row(*choices, dtype=np.bool_),
+        choice_mask=row(*choices, dtype=jnp.bool_),
         choice_slots=row(bucket.choice_slots),
         continuous_slots=row(numbers),
     )
     targets = Targets(step(*choices), step(numbers), step(numbers), step(), step())
-    return Example(Inputs(features, signature), targets, row(dtype=np.int32))
+    return Example(Inputs(features, signature), targets, row(dtype=jnp.int32))

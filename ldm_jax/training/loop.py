@@ -6,7 +6,6 @@ import collections.abc
 import typing
 
 import jax
-import numpy as np
 
 from ldm_jax import sharding
 from ldm_jax.errors import LdmError
@@ -20,17 +19,30 @@ class TrainingError(LdmError, RuntimeError):
 
 
 class NotFiniteError(TrainingError):
-    """The loss or the gradient of a step is not finite.
+    """The loss of a step, its gradient, or what it would have made of the state is not finite.
 
     Attributes:
-      step: number of the step, counted from 1.
+      step: number of the step, counted from 1; its batch is number `step - 1`.
       state: as it was before that step.
-      batch: that the step was taken on, the rows of this process.
     """
 
-    def __init__(self, message: str, step: int, state: TrainState, batch: dict[str, Example]):
+    def __init__(self, message: str, step: int, state: TrainState):
         super().__init__(message)
-        self.step, self.state, self.batch = step, state, batch
+        self.step, self.state = step, state
+
+
+class TrainingProgress(typing.NamedTuple):
+    """Where training has come to, with no step under way.
+
+    Attributes:
+      step: how many steps are done.
+      state: after the last of them; its memory is taken over by the next one.
+      metrics: of the last of them.
+    """
+
+    step: int
+    state: TrainState
+    metrics: Metrics
 
 
 def train(
@@ -38,28 +50,32 @@ def train(
     state: TrainState,
     batches: collections.abc.Iterable[dict[str, Example]],
     steps: int,
+    *,
     mesh: jax.sharding.Mesh | None = None,
-    stop: typing.Callable[[int], typing.Any] = lambda step: False,
-) -> collections.abc.Iterator[tuple[int, TrainState, Metrics]]:
-    """Runs training steps up to number `steps`, reporting each one while the next is already under way.
+    pause: collections.abc.Callable[[int], bool] = lambda step: True,
+) -> collections.abc.Iterator[TrainingProgress]:
+    """Runs training steps up to number `steps`, and says now and then how far it is.
+
+    Between two pauses one step is prepared while another one runs. To end early, leave the iterator alone.
 
     Args:
       train_step: from `make_train_step`.
       state: from `init_state` or a checkpoint.
       batches: the batch numbered `state.step` and all after it.
-      steps: the step to stop before.
+      steps: the number of the last step.
       mesh: what the state is split over; None for one device.
-      stop: is asked of each step under way, by its number, whether it is the last one.
+      pause: is asked of each step under way, once, by its number, whether to wait for it; there is a pause after the
+        last step in any case.
 
     Yields:
-      The number of steps done, the newest state (one step ahead of the metrics until the last), and the metrics.
+      The progress, at each pause.
 
     Raises:
-      NotFiniteError: the loss or the gradient is not finite.
+      NotFiniteError: a step since the last pause was not finite; the steps after it changed nothing.
       TrainingError: a device has not enough memory for a step.
     """
     try:
-        yield from _train(train_step, state, batches, steps, mesh, stop)
+        yield from _train(train_step, state, batches, steps, mesh, pause)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -70,31 +86,38 @@ def train(
         ) from error
 
 
-def _train(train_step, state, batches, steps, mesh, stop):
-    start = int(state.step)
-    pending: tuple[int, dict[str, Example], StepMetrics] | None = None
-    for number, batch in zip(range(start, steps), batches, strict=False):
+def _train(
+    train_step: TrainStep,
+    state: TrainState,
+    batches: collections.abc.Iterable[dict[str, Example]],
+    steps: int,
+    mesh: jax.sharding.Mesh | None,
+    pause: collections.abc.Callable[[int], bool],
+) -> collections.abc.Iterator[TrainingProgress]:
+    under_way: StepMetrics | None = None
+    for number, batch in zip(range(int(state.step), steps), batches, strict=False):
         state, metrics = train_step(state, sharding.place_batch(mesh, batch) if mesh else batch)
-        last = stop(number + 1)
-        if pending:
-            yield pending[0], state, _fetch(*pending, state)
-        pending = number + 1, batch, metrics
-        if last:
-            break
-    if pending:
-        yield pending[0], state, _fetch(*pending, state)
+        step = number + 1
+        if pause(step) or step == steps:
+            yield TrainingProgress(step, state, _read(state, metrics))
+        elif under_way is not None:
+            jax.block_until_ready(under_way)  # else batches would pile up on the device
+        under_way = metrics
 
 
-def _fetch(number: int, batch: dict[str, Example], metrics: StepMetrics, state: TrainState) -> Metrics:
-    loss, gradient_norm, learning_rate, rows = jax.device_get(metrics)
-    if not (np.isfinite(loss) and np.isfinite(gradient_norm)):
+def _read(state: TrainState, metrics: StepMetrics) -> Metrics:
+    finite, done, found = jax.device_get((state.finite, state.step, metrics))
+    if not finite:
+        step = int(done) + 1
         raise NotFiniteError(
-            f"the loss is {loss} and the norm of its gradient {gradient_norm} at step {number}: look for NaN in the "
-            "data, or lower the learning rate",
-            number,
+            f"the loss, its gradient or what they make of the parameters is not finite at step {step}: look for NaN in "
+            "the data, or lower the learning rate",
+            step,
             state._replace(finite=~state.finite),  # an operation on what all processes hold
-            batch,
         )
     return Metrics(
-        gradient_norm=float(gradient_norm), learning_rate=float(learning_rate), loss=float(loss), **summarize(rows)
+        gradient_norm=float(found.gradient_norm),
+        learning_rate=float(found.learning_rate),
+        loss=float(found.loss),
+        **summarize(found.rows),
     )

@@ -77,6 +77,30 @@ def slot_losses(cfg: ModelConfig, predictions: Predictions, targets: Targets) ->
     return jnp.concatenate(losses, -1), jnp.concatenate(entropies, -1), correct.astype(jnp.float32)
 
 
+def select_labels(inputs: Inputs, targets: Targets) -> Targets:
+    """Targets with zeros wherever there is no label: in steps without weight, and in slots and choices of padding.
+
+    They are selected, not multiplied: whatever lies in these places, NaN too, reaches neither loss nor gradient.
+
+    Args:
+      inputs: whose signature says what is padding.
+      targets: of the same rows, leaves `[R, T, ...]`.
+
+    Returns:
+      Targets of the same shapes.
+    """
+    steps, signature = targets.weight > 0, inputs.signature
+    choices = signature.choice_mask & (signature.choice_slots > 0)[..., None]
+    numbers = steps[..., None] & (signature.continuous_slots > 0)[:, None]
+    return Targets(
+        probabilities=jnp.where(steps[..., None, None] & choices[:, None], targets.probabilities, 0.0),
+        mean=jnp.where(numbers, targets.mean, 0.0),
+        scale=jnp.where(numbers, targets.scale, 0.0),
+        weight=targets.weight,
+        changed=jnp.where(steps, targets.changed, 0.0),
+    )
+
+
 def labelled_steps(batch: dict[str, Example]) -> Array:
     """`float32 []`, the number of steps of a batch that have a label, at least 1."""
     return jnp.maximum(sum(example.targets.weight.sum() for example in batch.values()), 1.0)
@@ -99,7 +123,8 @@ def imitation_loss(
     """
     predictions, _ = model.apply(params, {name: example.inputs for name, example in batch.items()})
     metrics = {}
-    for name, (inputs, targets, environment) in batch.items():
+    for name, (inputs, labels, environment) in batch.items():
+        targets = select_labels(inputs, labels)
         losses, entropies, correct = slot_losses(cfg, predictions[name], targets)
         slots = jnp.concatenate([inputs.signature.choice_slots, inputs.signature.continuous_slots], -1)[:, None]
         per_slot = slots / slots.sum(-1, keepdims=True)
@@ -135,6 +160,6 @@ def drop_previous_actions(key: Array, batch: dict[str, Example], probability: fl
     for i, (name, example) in enumerate(sorted(batch.items())):
         features = example.inputs.features
         keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1.0 - probability, features.has_previous.shape[:1])
-        features = features._replace(has_previous=features.has_previous * keep[:, None])
+        features = features._replace(has_previous=jnp.where(keep[:, None], features.has_previous, 0.0))
         dropped[name] = example._replace(inputs=example.inputs._replace(features=features))
     return dropped

@@ -38,7 +38,7 @@ class Metrics:
       changed_accuracy: the same where the label differs from the one before.
       gradient_norm: before clipping.
       learning_rate: of AdamW or of Muon's matrices.
-      kl_by_environment: the excess loss of each environment index in the batch.
+      kl_by_environment: `kl` of each environment index in the batch.
       labelled_by_environment: its steps that have a label.
       useful_tokens: tokens of the batch that have a label.
     """
@@ -55,22 +55,29 @@ class Metrics:
 
 
 def summarize(rows: dict[str, RowMetrics]) -> dict[str, typing.Any]:
-    """The fields of `Metrics` that follow from the metrics by row, NumPy arrays, of a batch."""
+    """Sums the metrics of rows up to those of a batch.
+
+    Args:
+      rows: by bucket name, NumPy arrays.
+
+    Returns:
+      The fields of `Metrics` that follow from them.
+    """
     names = sorted(rows)
     joined = RowMetrics(
         *(np.concatenate([getattr(rows[name], field) for name in names]) for field in RowMetrics._fields)
     )
-    excess, labelled = {}, {}
+    kl, labelled = {}, {}
     for index in np.unique(joined.environment).tolist():
         own = joined.environment == index
         labelled[index] = int(joined.weight[own].sum())
-        excess[index] = float((joined.loss[own] - joined.entropy[own]).sum() / max(labelled[index], 1))
+        kl[index] = float((joined.loss[own] - joined.entropy[own]).sum() / max(labelled[index], 1))
     weight, changed = max(joined.weight.sum(), 1.0), max(joined.changed_weight.sum(), 1.0)
     return {
         "kl": float((joined.loss.sum() - joined.entropy.sum()) / weight),
         "accuracy": float(joined.correct.sum() / weight),
         "changed_accuracy": float(joined.changed_correct.sum() / changed),
-        "kl_by_environment": excess,
+        "kl_by_environment": kl,
         "labelled_by_environment": labelled,
         "useful_tokens": int(joined.weight.sum()),
     }

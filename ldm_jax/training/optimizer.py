@@ -6,10 +6,11 @@ import dataclasses
 import typing
 
 import jax
+import numpy as np
 import optax
 from optax import contrib
 
-from ldm_jax.errors import ConfigError
+from ldm_jax.errors import ConfigError, check_finite
 from ldm_jax.model.network import Params
 from ldm_jax.types import PyTree
 
@@ -32,7 +33,7 @@ class TrainingConfig:
       accumulation: pieces that a batch is worked through in, one after the other; they save memory and change nothing
         but the rounding.
       drop_previous: probability of hiding the previous action in a window.
-      seed: of parameters, batches and dropping.
+      seed: of parameters, batches and dropping; 0 to 2**32 - 1.
     """
 
     steps: int = 1200
@@ -48,11 +49,13 @@ class TrainingConfig:
     drop_previous: float = 0.2
     seed: int = 0
 
-    def __post_init__(self):
-        if self.optimizer not in ("adamw", "muon"):
-            raise ConfigError(f"optimizer is {self.optimizer!r}, expected adamw or muon")
-        if self.schedule not in ("cosine", "wsd"):
-            raise ConfigError(f"schedule is {self.schedule!r}, expected cosine or wsd")
+    def __post_init__(self) -> None:
+        check_finite(self)
+        for name, known in (("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "wsd"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(known)}")
+        if not 1 <= self.steps <= np.iinfo(np.int32).max:
+            raise ConfigError(f"steps is {self.steps}, expected 1 to {np.iinfo(np.int32).max}")
         if not 0 <= self.warmup < self.steps:
             raise ConfigError(f"warmup is {self.warmup}, expected 0 or more and less than the {self.steps} steps")
         if self.schedule == "wsd" and not 0 < self.decay <= 1 - self.warmup / self.steps:
@@ -62,13 +65,17 @@ class TrainingConfig:
             )
         if not 0 <= self.drop_previous <= 1:
             raise ConfigError(f"drop_previous is {self.drop_previous}, expected a probability")
-        if self.accumulation < 1:
+        if not self.accumulation >= 1:
             raise ConfigError(f"accumulation is {self.accumulation}, expected at least 1")
-        if self.weight_decay < 0:
-            raise ConfigError(f"weight_decay is {self.weight_decay}, expected 0 or more")
+        if not 0 <= self.seed < 1 << 32:
+            raise ConfigError(f"seed is {self.seed}, expected 0 to {(1 << 32) - 1}: keys hold no more")
+        # Parameters are float32, so what is infinite there would be infinite in them.
+        largest = float(np.finfo(np.float32).max)
+        if not 0 <= self.weight_decay <= largest:
+            raise ConfigError(f"weight_decay is {self.weight_decay}, expected 0 to {largest:.3g}")
         for name in ("learning_rate", "adam_learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number")
+            if not 0 < getattr(self, name) <= largest:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number up to {largest:.3g}")
 
 
 def is_matrix(path: tuple[typing.Any, ...]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import typing
 
+import jax
 import numpy as np
 
 from ldm_jax.training.loss import Example
@@ -36,7 +37,8 @@ def measure_useful(batch: collections.abc.Mapping[str, Example]) -> Useful:
       The fractions over all buckets together.
     """
     real, all = np.zeros(4), np.zeros(4)
-    for (features, signature), targets, _ in batch.values():
+    for example in batch.values():
+        (features, signature), targets, _ = jax.tree.map(np.asarray, example)
         rows, steps = targets.weight.shape
         masks = (signature.numeric_mask, signature.categorical_mask, *signature.grid_masks)
         slots = (signature.choice_slots, signature.continuous_slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import functools
 import typing
 
@@ -17,6 +18,9 @@ from ldm_jax.training.metrics import StepMetrics
 from ldm_jax.training.optimizer import TrainingConfig, make_optimizer, make_schedule
 from ldm_jax.types import Array, PyTree
 
+KEY_IMPL = "threefry2x32"
+"""The kind of all keys of training: a run draws the same whatever kind the process has for its default."""
+
 
 class TrainState(typing.NamedTuple):
     """All that a training step changes; a pytree.
@@ -26,8 +30,8 @@ class TrainState(typing.NamedTuple):
       optimizer: the optimizer's state.
       step: `int32 []`, steps done; also the number of the next batch.
       key: typed key; never changes, steps fold their number into it.
-      finite: `bool []`, whether loss and gradient were finite in all steps; once they were not, no step changes
-        anything any more, so that what led there can be looked at.
+      finite: `bool []`, whether loss, gradient and all that was made of them were finite in all steps; once they were
+        not, no step changes anything any more, so that what led there can be looked at.
     """
 
     params: Params
@@ -45,7 +49,7 @@ def init_state(model: Model, cfg: TrainingConfig, mesh: jax.sharding.Mesh | None
     return jax.jit(init, out_shardings=shardings)()
 
 
-def state_shapes(model: Model, cfg: TrainingConfig, mesh: jax.sharding.Mesh | None = None) -> TrainState:
+def state_shapes(model: Model, cfg: TrainingConfig, mesh: sharding.AnyMesh | None = None) -> TrainState:
     """Shapes and, on a mesh, shardings of the state that `init_state` makes; allocates nothing.
 
     Raises:
@@ -62,13 +66,13 @@ def state_shapes(model: Model, cfg: TrainingConfig, mesh: jax.sharding.Mesh | No
 
 
 def _init_state(model: Model, cfg: TrainingConfig) -> TrainState:
-    params = model.init(jax.random.fold_in(jax.random.key(cfg.seed), 0))
+    params = model.init(jax.random.fold_in(jax.random.key(cfg.seed, impl=KEY_IMPL), 0))
     return state_with(params, make_optimizer(cfg).init(params), cfg, 0)
 
 
 def state_with(params: Params, optimizer: PyTree, cfg: TrainingConfig, step: int) -> TrainState:
     """The state after a number of steps, from what the steps changed."""
-    key = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+    key = jax.random.fold_in(jax.random.key(cfg.seed, impl=KEY_IMPL), 1)
     return TrainState(params, optimizer, jnp.asarray(step, jnp.int32), key, jnp.ones((), bool))
 
 
@@ -76,7 +80,7 @@ def _shardings(shapes: TrainState) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
-TrainStep = typing.Callable[[TrainState, dict[str, Example]], tuple[TrainState, StepMetrics]]
+TrainStep = collections.abc.Callable[[TrainState, dict[str, Example]], tuple[TrainState, StepMetrics]]
 """One step of training, see `make_train_step`."""
 
 
@@ -94,16 +98,16 @@ def make_train_step(
     Raises:
       ConfigError: the model does not divide over the mesh.
     """
-    optimizer, rate = make_optimizer(cfg), make_schedule(cfg, cfg.learning_rate)
+    rate = make_schedule(cfg, cfg.learning_rate)
 
     def train_step(state: TrainState, batch: dict[str, Example]) -> tuple[TrainState, StepMetrics]:
         (loss, rows), gradients = loss_and_gradients(model, model_cfg, cfg, state, batch, mesh)
         norm = optax.global_norm(gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
+        kept = apply_gradients(cfg, state, gradients)
+        # Of all that is kept: a finite gradient can move parameters to where they are not.
+        finite = state.finite & _all_finite((loss, norm, kept))
         params, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), (state.params, state.optimizer)
+            lambda new, old: jnp.where(finite, new, old), kept, (state.params, state.optimizer)
         )
         metrics = StepMetrics(loss, norm, jnp.asarray(rate(state.step), jnp.float32), rows)
         return TrainState(params, optimizer_state, state.step + finite, state.key, finite), metrics
@@ -111,7 +115,26 @@ def make_train_step(
     out_shardings = None
     if mesh:  # every process reads all the metrics
         out_shardings = (_shardings(state_shapes(model, cfg, mesh)), sharding.replicated(mesh))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+    return jax.jit(train_step, donate_argnames="state", out_shardings=out_shardings)
+
+
+def _all_finite(tree: PyTree) -> Array:
+    return functools.reduce(jnp.logical_and, (jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)))
+
+
+def apply_gradients(cfg: TrainingConfig, state: TrainState, gradients: Params) -> tuple[Params, PyTree]:
+    """What a gradient makes of the parameters and the optimizer's state, finite or not.
+
+    Args:
+      cfg: how it is trained.
+      state: that the gradient was taken at.
+      gradients: of its parameters, before clipping.
+
+    Returns:
+      The next parameters, and the next state of the optimizer.
+    """
+    updates, optimizer_state = make_optimizer(cfg).update(gradients, state.optimizer, state.params)
+    return typing.cast(Params, optax.apply_updates(state.params, updates)), optimizer_state
 
 
 def loss_and_gradients(
@@ -122,7 +145,7 @@ def loss_and_gradients(
     batch: dict[str, Example],
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[tuple[Array, dict[str, RowMetrics]], Params]:
-    """What the step that follows a state starts from; see `objective.loss`.
+    """What the step that follows a state starts from; see `imitation_loss`.
 
     Returns:
       The loss and the metrics by row, and the gradient of the parameters, before clipping.
@@ -135,11 +158,13 @@ def loss_and_gradients(
     if cfg.accumulation == 1:
         return gradient(state.params, batch, labelled)
 
-    def accumulate(sums, piece):
+    def accumulate(
+        sums: tuple[jax.Array, Params], piece: dict[str, Example]
+    ) -> tuple[tuple[jax.Array, Params], dict[str, RowMetrics]]:
         (loss, rows), gradients = gradient(state.params, piece, labelled)
         return jax.tree.map(jnp.add, sums, (loss, gradients)), rows
 
-    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+    zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params)
     pieces = sharding.split_batch(mesh, batch, cfg.accumulation)
     (loss, gradients), rows = jax.lax.scan(accumulate, zeros, pieces)
     return (loss, sharding.join_batch(rows)), gradients

@@ -1,0 +1,109 @@
+"""What a model is trained on: the environments of a dataset that fit it, and batches of their windows."""
+
+from __future__ import annotations
+
+import collections.abc
+import typing
+
+from data.batches import make_codecs, mix
+from data.mixture import Mixture, MixtureError, Streams
+from data.store import Dataset
+from experiments.harness import progress
+from experiments.harness.workdir import WorkdirError
+from ldm_jax.cards import CardError
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import ModelConfig
+from ldm_jax.spaces import SpaceError
+from ldm_jax.training import padding
+
+
+class Shape(typing.NamedTuple):
+    """How windows are drawn.
+
+    Attributes:
+      window: T, steps of a window.
+      rows: windows per environment in a batch, on average.
+      seed: of the draws.
+      held_out: each so-many-th stream is kept from training; 0 for none.
+    """
+
+    window: int
+    rows: int
+    seed: int
+    held_out: int
+
+
+def _fitting_codecs(
+    dataset: Dataset, ids: collections.abc.Sequence[str], model: ModelConfig, shape: Shape
+) -> list[Codec]:
+    codecs, reasons = list[Codec](), list[str]()
+    for id in ids:
+        try:
+            (codec,) = make_codecs(dataset, [id], model)
+            mix(dataset, [codec], shape.window, 1, shape.seed, Streams(shape.held_out))
+        except (CardError, ConfigError, MixtureError, SpaceError) as error:
+            reasons.append(str(error) if id in str(error) else f"{id}: {error}")
+        else:
+            codecs.append(codec)
+    if not codecs:
+        raise ConfigError(f"no environment can be trained on: {'; '.join(reasons[:3])}")
+    for reason in reasons:
+        progress.logger.warning("left out: %s", reason)
+    return codecs
+
+
+class Batches(typing.NamedTuple):
+    """The batches of a run, this process's share.
+
+    Attributes:
+      codecs: of each environment index.
+      train: those to train on.
+      held_out: those of the streams held out, or None.
+    """
+
+    codecs: list[Codec]
+    train: Mixture
+    held_out: Mixture | None
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The rows of each bucket, over all processes."""
+        return {name: bucket.rows for name, bucket in self.train.buckets.items()}
+
+
+def make_batches(
+    dataset: Dataset,
+    ids: collections.abc.Sequence[str],
+    model: ModelConfig,
+    shape: Shape,
+    share: tuple[int, int] = (0, 1),
+) -> Batches:
+    """The batches of the environments that a model can be trained on; the log says which are left out, and why.
+
+    Args:
+      dataset: has the data.
+      ids: the environments; empty for all.
+      model: that they have to fit.
+      shape: of the windows.
+      share: which of how many shares of the rows this process brings.
+
+    Raises:
+      StoreError: the dataset has no such environment.
+      ConfigError: none of them fits; says why.
+      MixtureError: nothing can be held out, or the rows cannot be shared.
+    """
+    if not (ids := ids or dataset.ids):
+        raise WorkdirError(f"the dataset {dataset.url} has no environment: collect first, or see why all were refused")
+    codecs = _fitting_codecs(dataset, ids, model, shape)
+
+    def drawn(streams: Streams) -> Mixture:
+        return mix(dataset, codecs, shape.window, shape.rows, shape.seed, streams, share)
+
+    held_out = drawn(Streams(shape.held_out, held_out=True)) if shape.held_out else None
+    return Batches(codecs, drawn(Streams(shape.held_out)), held_out)
+
+
+def log_padding(mixture: Mixture, step: int) -> None:
+    """Says which shares of what is computed with are not padding, in the batch of a step."""
+    progress.log("useful", **padding.measure_useful(mixture[step])._asdict())

@@ -1,0 +1,113 @@
+"""What a pretraining is, and all that can be known of it before it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import jax
+
+from data.store import Dataset
+from experiments.harness.batches import Batches, Shape, make_batches
+from experiments.harness.mesh import HostsConfig, MeshConfig, device_bytes, make_mesh
+from experiments.harness.validation import ValidationConfig
+from experiments.harness.workdir import FREE
+from ldm_jax import sharding, training
+from ldm_jax.acting import Decoding, check_decoding
+from ldm_jax.errors import ConfigError, check_finite
+from ldm_jax.model.config import SIZES, ModelConfig
+from ldm_jax.model.network import Model, make_model
+from ldm_jax.training import cost
+from ldm_jax.training.optimizer import TrainingConfig
+
+_free: typing.Any = {FREE: True}
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """What is trained, on how much.
+
+    Attributes:
+      model: shapes of the model.
+      training: how it is trained.
+      window: T, steps of a training window; at least twice the model's attention window.
+      rows: windows per environment in a batch, on average.
+      held_out: each so-many-th stream of the data is kept from training, for the held-out loss; 0 for none.
+      checkpoint_steps: steps between two checkpoints.
+      max_to_keep: how many of the newest checkpoints stay.
+      keep_period: checkpoints of steps that this divides stay too; 0 for none.
+      log_steps: steps between two rows of metrics.
+      decoding: how the saved policy takes its actions.
+      evaluation: what is evaluated on the way.
+      mesh: over which devices; a run may go on over others.
+      hosts: over which processes.
+      peak_flops: floating-point operations per second of one device, to compare with; 0 to measure a matrix product.
+    """
+
+    model: ModelConfig = SIZES["micro"]
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    window: int = 64
+    rows: int = 4
+    held_out: int = 16
+    checkpoint_steps: int = 100
+    max_to_keep: int = dataclasses.field(default=2, metadata=_free)
+    keep_period: int = dataclasses.field(default=0, metadata=_free)
+    log_steps: int = 10
+    decoding: Decoding = "greedy"
+    evaluation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig, metadata=_free)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata=_free)
+    hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig, metadata=_free)
+    peak_flops: float = dataclasses.field(default=0.0, metadata=_free)
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        check_decoding(self.decoding)
+        if not self.window >= 2 * self.model.window:
+            raise ConfigError(
+                f"window is {self.window} steps, expected at least {2 * self.model.window}, twice what attention sees: "
+                "else the model is asked for more history than it was trained on"
+            )
+        for name in ("rows", "checkpoint_steps", "max_to_keep", "log_steps"):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.held_out < 0 or self.held_out == 1:
+            raise ConfigError(f"held_out is {self.held_out}, expected 2 or more, or 0 for none")
+        if self.keep_period < 0 or self.keep_period % self.checkpoint_steps:
+            raise ConfigError(
+                f"keep_period is {self.keep_period}, expected a multiple of checkpoint_steps, {self.checkpoint_steps}"
+            )
+        if not self.peak_flops >= 0:
+            raise ConfigError(f"peak_flops is {self.peak_flops}, expected a positive number, or 0 to measure it")
+
+    @property
+    def shape(self) -> Shape:
+        """How windows are drawn."""
+        return Shape(self.window, self.rows, self.training.seed, self.held_out)
+
+
+class Prepared(typing.NamedTuple):
+    """What can be made of a configuration before anything is written.
+
+    Attributes:
+      mesh: of devices, or None.
+      batches: to train on.
+      model: made for the mesh.
+      shapes: of the state of training, enough to restore one.
+    """
+
+    mesh: jax.sharding.Mesh | None
+    batches: Batches
+    model: Model
+    shapes: training.TrainState
+
+
+def prepare(config: PretrainConfig, dataset: Dataset, environments: tuple[str, ...] = ()) -> Prepared:
+    """Checks all that can be known of a run before it begins; raises as `run` does, and writes nothing."""
+    mesh = make_mesh(config.mesh)
+    batches = make_batches(dataset, environments, config.model, config.shape, sharding.share_of_rows(mesh))
+    sharding.check_rows(mesh, batches.rows, config.training.accumulation)
+    model = make_model(config.model, mesh)
+    # Shapes are enough to restore, and parameters take seconds to make.
+    shapes = training.state_shapes(model, config.training, mesh)
+    cost.check_state_fits(shapes, device_bytes())
+    return Prepared(mesh, batches, model, shapes)
