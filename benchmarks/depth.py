@@ -12,6 +12,7 @@ and `table`, with each depth.
 from __future__ import annotations
 
 import argparse
+import collections.abc
 import dataclasses
 import json
 import statistics
@@ -54,7 +55,7 @@ def measure(size: str, layers: int, rows: int, repetitions: int) -> dict[str, ty
     }
 
 
-def main(arguments: typing.Sequence[str] | None = None) -> None:
+def main(arguments: collections.abc.Sequence[str] | None = None) -> None:
     """Prints a table, and one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.depth", description="Cost of depth.")
     parser.add_argument("--size", default="32m", choices=SIZES)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections.abc
 import statistics
 import time
 import typing
 
-Contenders = typing.Mapping[str, typing.Callable[[], object]]
+Contenders = collections.abc.Mapping[str, collections.abc.Callable[[], object]]
 
 
 class Times(typing.NamedTuple):
@@ -50,7 +51,7 @@ def compare(contenders: Contenders, repetitions: int, seconds: float) -> Times:
     return Times(times)
 
 
-def _time(contender: typing.Callable[[], object], calls: int) -> float:
+def _time(contender: collections.abc.Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         contender()

@@ -45,7 +45,7 @@ class CheckedLeaf(spaces.Leaf):
             bad = ~finite
             kind, expected = "nan", "a finite number"
         elif sizes := spaces.choices(self.space):
-            index = value.reshape(len(value), -1) - np.ravel(spaces.start(self.space))
+            index = value.reshape(len(value), -1) - np.ravel(spaces.first_value(self.space))
             bad = ((index < 0) | (index >= np.array(sizes))).reshape(value.shape)
             kind, expected = "category", f"a value of {self.space}"
         else:
@@ -69,7 +69,7 @@ class CheckedLeaf(spaces.Leaf):
         struct = spaces.leaf_shape_dtype(self.space)
         shape, dtype = struct.shape, struct.dtype
         if sizes := spaces.choices(self.space):
-            low = np.broadcast_to(spaces.start(self.space), shape).astype(dtype)
+            low = np.broadcast_to(spaces.first_value(self.space), shape).astype(dtype)
             high = low + np.array(sizes, dtype).reshape(shape) - 1
         elif self._bounded:
             limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)

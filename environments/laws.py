@@ -70,7 +70,7 @@ def check_sampling(space: gymnasium.Space, seed: int) -> None:
         what = f"samples of part {leaf.name!r}, {leaf.space},"
         require(np.isfinite(value).all(), f"{what} are not finite")
         if sizes := spaces.choices(leaf.space):
-            low = np.ravel(spaces.start(leaf.space)) + np.zeros(len(sizes))
+            low = np.ravel(spaces.first_value(leaf.space)) + np.zeros(len(sizes))
             _check_even(value - low, np.array(sizes), whole=True, what=what)
             continue
         low, high = (side.ravel() for side in spaces.bounds(leaf.space))
@@ -209,6 +209,6 @@ def edge_actions(space: gymnasium.Space, batch_size: int, edge: str) -> PyTree:
             value = np.where(np.isfinite(getattr(leaf, edge)), getattr(leaf, edge), value)
         else:
             sizes = np.reshape(spaces.choices(leaf), struct.shape)
-            value = spaces.start(leaf) + (np.zeros_like(sizes) if edge == "low" else sizes - 1)
+            value = spaces.first_value(leaf) + (np.zeros_like(sizes) if edge == "low" else sizes - 1)
         values.append(np.broadcast_to(value, (batch_size, *struct.shape)).astype(struct.dtype))
     return spaces.unflatten(space, values)

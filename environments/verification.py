@@ -146,7 +146,7 @@ def random_action(space: gymnasium.Space, generator: np.random.Generator, mask: 
                 possible = np.arange(size) if allowed is None else np.flatnonzero(allowed[place : place + size])
                 chosen.append(generator.choice(possible))
                 place += size
-            value = np.reshape(chosen, struct.shape) + spaces.start(leaf.space)
+            value = np.reshape(chosen, struct.shape) + spaces.first_value(leaf.space)
         else:
             assert isinstance(leaf.space, gymnasium.spaces.Box)
             low, high = (np.clip(side, -1e6, 1e6) for side in spaces.bounds(leaf.space))

@@ -97,7 +97,7 @@ def run(
     for id, path in paths.items():
         measured[id] = measured[id]._replace(model_returns=_finished(path, digest))
     results = scores.score_each(measured.values(), config.seed)
-    found = aggregates.to_json(results, count_parameters(policy.params), policy.decoding, config.seed)
+    found = aggregates.scores_json(results, count_parameters(policy.params), policy.decoding, config.seed)
     details = {"Evaluation seed": config.seed, "Policy": digest, "ldm_jax": importlib.metadata.version("ldm_jax")}
     training = read_metrics(workdir / "metrics.jsonl")
     page = write_report(workdir / "report", found, training, "One policy, many environments", details)

@@ -144,6 +144,8 @@ def _said(argument: ModelConfig | Codec | str) -> typing.Any:
 class _Init(_ByValue):
     """`init` of an agent."""
 
+    __name__ = "init"
+
     def __init__(self, cfg: ModelConfig, codec: Codec):
         self._arguments = (cfg, codec)
 
@@ -153,15 +155,19 @@ class _Init(_ByValue):
         return AgentState(init_cache(cfg, batch_size), previous)
 
 
+@functools.lru_cache(maxsize=4)
+def _model(cfg: ModelConfig) -> Model:
+    """One model for the agents of all environments."""
+    return make_model(cfg)
+
+
 class _Step(_ByValue):
     """`step` of an agent."""
 
+    __name__ = "step"  # in what JAX logs of compiling it
+
     def __init__(self, cfg: ModelConfig, codec: Codec, decoding: Decoding):
         self._arguments = (cfg, codec, decoding)
-
-    @functools.cached_property
-    def _model(self) -> Model:
-        return make_model(self._arguments[0])
 
     def __call__(
         self, params: Params, state: AgentState, timestep: TimeStep, key: Array
@@ -175,7 +181,7 @@ class _Step(_ByValue):
             features=jax.tree.map(lambda leaf: leaf[:, None], features),
             signature=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *leaf.shape)), codec.signature),
         )
-        predictions, cache = self._model.apply(params, {"rows": inputs}, state.cache)
+        predictions, cache = _model(cfg).apply(params, {"rows": inputs}, state.cache)
         assert cache is not None  # one was given
         now = jax.tree.map(lambda leaf: leaf[:, 0], predictions["rows"])
         action = codec.action(decode(cfg, now, decoding, key))

@@ -92,6 +92,10 @@ class Policy:
         """The network as pure functions."""
         return make_model(self.cfg)
 
+    @functools.cached_property
+    def _agents(self) -> dict[Agent, Agent]:
+        return {}
+
     def agent(
         self,
         environment: str | EnvironmentCard | EnvironmentSpec | Environment,
@@ -99,7 +103,8 @@ class Policy:
     ) -> Agent:
         """The policy as an agent in one environment; call its step with `params`.
 
-        Two agents of the same environment and decoding are equal, so that nothing is compiled for the second.
+        The same environment and decoding give the same agent, and agents of equal policies are equal: a second one
+        compiles nothing.
 
         Args:
           environment: an id the policy was trained in; an environment of such an id, or its spec, which are compared
@@ -114,7 +119,8 @@ class Policy:
           CardError: the environment is not as it was when the policy was trained.
           ConfigError: the environment's spaces do not fit the model, or an unknown decoding.
         """
-        return acting.make_agent(self.cfg, Codec(self._card(environment)), decoding or self.decoding)
+        agent = acting.make_agent(self.cfg, Codec(self._card(environment)), decoding or self.decoding)
+        return self._agents.setdefault(agent, agent)
 
     def _card(self, environment: str | EnvironmentCard | EnvironmentSpec | Environment) -> EnvironmentCard:
         if isinstance(environment, EnvironmentCard):

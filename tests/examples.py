@@ -68,7 +68,7 @@ def random_tree(space, lead, rng):
             value = rng.integers(97, 123, shape)
         else:
             sizes = np.array(spaces.choices(leaf.space)).reshape(struct.shape)
-            value = rng.integers(0, sizes, shape) + spaces.start(leaf.space)
+            value = rng.integers(0, sizes, shape) + spaces.first_value(leaf.space)
         values.append(np.asarray(value).astype(struct.dtype))
     return spaces.unflatten(space, values)
 

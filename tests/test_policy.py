@@ -140,6 +140,7 @@ def test_agents_of_equal_policies_environments_and_decodings_are_equal():
     agent = policy.agent(card.id)
     assert agent == policy.agent(card.id) == policy.agent(card) == make_policy().agent(card.id, "greedy")
     assert hash(agent) == hash(make_policy().agent(card))
+    assert agent is policy.agent(card), "a function that is jitted twice is compiled twice unless it is the same"
     # Scores say nothing of how to act; all else on a card does.
     scored = dataclasses.replace(card, random_returns=card.reference_returns)
     assert agent == policy.agent(scored)
@@ -163,11 +164,19 @@ def test_a_second_agent_compiles_nothing():
             agent = policy.agent(known)
             loop = rollout.start(environment, agent, jax.random.key(seed))
             jax.block_until_ready(rollout.rollout(environment, agent, policy.params, loop, jax.random.key(seed), 3))
+            return agent, loop
+
+    def step_by_hand(policy):
+        agent, loop = play(policy, 4)
+        # By a new wrapper of jit each time, as in a cell of a notebook that is run again.
+        jax.block_until_ready(jax.jit(agent.step)(policy.params, loop.carry, loop.timestep, jax.random.key(0)))
 
     with compilations() as first:
         play(policy, 0)
+        step_by_hand(policy)
     with compilations() as second:
         play(policy, 1)
+        step_by_hand(policy)
         play(make_policy(cards={card.id: card}), 2)
         play(pickle.loads(pickle.dumps(policy)), 3)
     assert first and not second

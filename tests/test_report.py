@@ -37,7 +37,7 @@ def evaluation():
         found.append(scores.Measurement(id, domain, *returns, target))
     crashed = ("envpool/<Crashed>-v0", "games", None, None, None, None, 'the simulator said "no" & died')
     found = scores.score_each([*found, scores.Measurement(*crashed)], seed=0, resamples=500)
-    return aggregates.to_json(found, parameters=943_104, decoding="greedy", seed=0)
+    return aggregates.scores_json(found, parameters=943_104, decoding="greedy", seed=0)
 
 
 def metrics():
@@ -124,7 +124,7 @@ def test_writing_again_replaces_the_files_with_the_same_bytes(report, tmp_path):
 
 def test_nothing_admitted_and_no_training_still_make_a_page():
     refused = scores.score(scores.Measurement("gymnax/A", "games", np.zeros(4), np.zeros(4), None), seed=0)
-    text = page.render_report(aggregates.to_json([refused], 1, "greedy", seed=0), [], "Empty")
+    text = page.render_report(aggregates.scores_json([refused], 1, "greedy", seed=0), [], "Empty")
     assert "0 admitted of 1 registered" in text and "No training metrics" in text and Tags(text).open == []
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from ldm_jax.evaluation import aggregates, scores
+from ldm_jax.evaluation import aggregates, bootstrap, scores
 
 
 def normal(seed, mean, deviation, rows=32, episodes=4):
@@ -74,26 +74,26 @@ def test_admission_does_not_depend_on_the_units_of_the_return(seed, gap, scale, 
 
 
 def test_z_is_0_for_random_and_1_for_the_reference():
-    assert scores.z_score(-1200.0, -150.0, -1200.0) == 0.0
-    assert scores.z_score(-1200.0, -150.0, -150.0) == 1.0
-    assert scores.z_score(0.0, 10.0, 12.0) == 1.2
+    assert bootstrap.z_score(-1200.0, -150.0, -1200.0) == 0.0
+    assert bootstrap.z_score(-1200.0, -150.0, -150.0) == 1.0
+    assert bootstrap.z_score(0.0, 10.0, 12.0) == 1.2
 
 
 @pytest.mark.parametrize("reference", [5.0, 4.0])
 def test_reference_below_random_has_no_z(reference):
     with pytest.raises(ValueError, match="z has no meaning"):
-        scores.z_score(5.0, reference, 5.0)
+        bootstrap.z_score(5.0, reference, 5.0)
     with pytest.raises(ValueError, match="z has no meaning"):
         flat = np.full((4, 2), 5.0)
-        scores.bootstrap_z(flat, np.full((4, 2), reference), flat, seed=0)
+        bootstrap.bootstrap_z(flat, np.full((4, 2), reference), flat, seed=0)
 
 
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(st.integers(0, 1000), st.floats(0.01, 100), st.floats(-1000, 1000))
 def test_z_and_its_interval_do_not_depend_on_the_units_of_the_return(seed, scale, shift):
     returns = [normal(seed + i, mean, 1) for i, mean in enumerate((0, 10, 7))]
-    plain, _ = scores.bootstrap_z(*returns, seed=3, resamples=50)
-    moved, _ = scores.bootstrap_z(*(value * scale + shift for value in returns), seed=3, resamples=50)
+    plain, _ = bootstrap.bootstrap_z(*returns, seed=3, resamples=50)
+    moved, _ = bootstrap.bootstrap_z(*(value * scale + shift for value in returns), seed=3, resamples=50)
     np.testing.assert_allclose(moved, plain, rtol=1e-6)
     assert plain.low <= plain.value <= plain.high
 
@@ -105,7 +105,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         rng = np.random.default_rng(trial)
         model = rng.normal(8, 0.5, (16, 8)) + rng.normal(0, 2, (16, 1))
         random, reference = rng.normal(0, 3, (32, 4)), rng.normal(10, 3, (32, 4))
-        estimate, _ = scores.bootstrap_z(random, reference, model, seed=trial, resamples=200)
+        estimate, _ = bootstrap.bootstrap_z(random, reference, model, seed=trial, resamples=200)
         hits += estimate.low <= 0.8 <= estimate.high
     assert 0.90 <= hits / trials <= 0.98
 
@@ -115,7 +115,7 @@ def test_the_interval_holds_the_chance_of_all_three_returns():
 
     def width(which):
         returns = [normal(i, mean, noisy if i == which else 0.0) for i, mean in enumerate(exact)]
-        estimate, _ = scores.bootstrap_z(*returns, seed=0, resamples=200)
+        estimate, _ = bootstrap.bootstrap_z(*returns, seed=0, resamples=200)
         return estimate.high - estimate.low
 
     assert width(None) == 0
@@ -125,7 +125,7 @@ def test_the_interval_holds_the_chance_of_all_three_returns():
 def test_a_resample_without_a_z_widens_the_interval_and_never_counts_as_reached():
     # Two reference episodes, one as bad as random: a quarter of the resamples are not better than random.
     random, model = np.zeros((2, 1)), np.full((2, 1), 10.0)
-    estimate, samples = scores.bootstrap_z(random, np.array([[0.0], [1.0]]), model, seed=0, resamples=400)
+    estimate, samples = bootstrap.bootstrap_z(random, np.array([[0.0], [1.0]]), model, seed=0, resamples=400)
     assert 0.1 < np.isnan(samples).mean() < 0.4
     assert (estimate.low, estimate.high) == (-math.inf, math.inf)
     point = aggregates.curve(np.array([20.0]), np.array([estimate.low]), samples[None], taus=[1.0])[0]
@@ -150,7 +150,7 @@ def test_returns_that_are_not_numbers_raise_with_the_environment_and_the_policy(
 
 def test_a_single_row_has_no_interval():
     with pytest.raises(ValueError, match="at least 2 rows"):
-        scores.bootstrap_z(normal(0, 0, 1), normal(1, 10, 1), normal(2, 9, 1, rows=1), seed=0)
+        bootstrap.bootstrap_z(normal(0, 0, 1), normal(1, 10, 1), normal(2, 9, 1, rows=1), seed=0)
 
 
 def test_first_episode_is_scored_apart():
@@ -168,7 +168,7 @@ def test_a_refused_environment_is_listed_and_never_scored():
     found = result.to_json()
     assert found["z"] is None and found["z_low"] is None and found["model"] == result.model.mean
     assert scores.score(scores.Measurement("gymnax/A", "", np.zeros(3), np.zeros(3), None), seed=0).model is None
-    with pytest.raises(scores.ScoreError, match="no returns of the model"):
+    with pytest.raises(bootstrap.ScoreError, match="no returns of the model"):
         scores.score(scores.Measurement("gymnax/A", "", np.zeros(3), np.ones(3), None), seed=0)
 
 
@@ -190,7 +190,7 @@ def test_one_environment_without_a_result_costs_no_other(which, bad):
     assert not listed.admitted and getattr(listed, which) is None
     assert all(getattr(listed, other) == getattr(found[0], other) for other in sound if other != which)
     assert ("no returns" if bad is None else f"1 of 128 {which} returns are NaN or infinite") in listed.reason
-    report = aggregates.to_json(found, 1, "greedy", seed=0)
+    report = aggregates.scores_json(found, 1, "greedy", seed=0)
     assert (report["registered"], report["admitted"]) == (3, 2)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert f"gymnax/B: {listed.reason}" in aggregates.table(report)
@@ -240,7 +240,7 @@ def test_without_noise_the_curve_is_a_count():
 def test_doing_what_the_reference_does_reaches_1_in_spite_of_rounding():
     random, reference, model = np.full((7, 3), 0.1), np.full((50, 2), 0.7), np.full((11, 3), 0.7)
     result = scores.score(scores.Measurement("gymnax/A", "", random, reference, model), seed=0)
-    found = aggregates.to_json([result], 1, "greedy", seed=0)
+    found = aggregates.scores_json([result], 1, "greedy", seed=0)
     assert found["matches"] == 1
     assert next(point for point in found["curve"] if point["tau"] == 1.0)["low"] == 1
 
@@ -265,14 +265,14 @@ def test_an_environment_whose_resamples_have_no_z_leaves_an_aggregate_without_a_
     item = dataclasses.replace(sound, id="envpool/B", z_samples=np.full(sound.z_samples.shape, np.nan))
     estimate = aggregates.aggregate(aggregates.interquartile_mean, [sound, item], seed=0)
     assert estimate.value == pytest.approx(sound.z.value) and estimate.low == -math.inf
-    assert aggregates.to_json([sound, item], 1, "greedy", seed=0)["admitted"] == 2
+    assert aggregates.scores_json([sound, item], 1, "greedy", seed=0)["admitted"] == 2
 
 
 def test_nothing_admitted_is_said_and_not_scored():
     refused = [score(1.0, reference=0.0)]
     with pytest.raises(ValueError, match="no environment is admitted"):
         aggregates.aggregate(aggregates.optimality_gap, refused, seed=0)
-    found = aggregates.to_json(refused, 1, "greedy", seed=0)
+    found = aggregates.scores_json(refused, 1, "greedy", seed=0)
     assert found["iqm"] is None and found["admitted"] == 0 and {point["count"] for point in found["curve"]} == {0}
     assert "admitted 0 of 1" in aggregates.table(found)
 
@@ -283,7 +283,7 @@ def test_nothing_admitted_is_said_and_not_scored():
 def test_json_has_the_fixed_keys_and_survives_strict_json():
     crashed = scores.Measurement("envpool/Crashed", "games", None, None, None, 3.0, "the simulator died")
     items = [*many(), *scores.score_each([crashed], seed=0)]
-    found = aggregates.to_json(items, parameters=1_000_000, decoding="greedy", seed=0)
+    found = aggregates.scores_json(items, parameters=1_000_000, decoding="greedy", seed=0)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert (found["registered"], found["admitted"], found["parameters"], found["decoding"]) == (
         6,
@@ -300,11 +300,11 @@ def test_json_has_the_fixed_keys_and_survives_strict_json():
 
 def test_an_environment_counts_once():
     with pytest.raises(ValueError, match="more than one score of gymnax/A"):
-        aggregates.to_json([score(1.0), score(2.0)], 1, "greedy", seed=0)
+        aggregates.scores_json([score(1.0), score(2.0)], 1, "greedy", seed=0)
 
 
 def test_the_table_shows_every_environment_and_always_admitted_of_registered():
-    text = aggregates.table(aggregates.to_json(many(), 1, "greedy", seed=0))
+    text = aggregates.table(aggregates.scores_json(many(), 1, "greedy", seed=0))
     lines = text.splitlines()
     assert lines[0].split()[:4] == ["environment", "random", "reference", "model"]
     assert all(any(line.lstrip().startswith(item.id) for line in lines) for item in many())

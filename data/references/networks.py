@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, ActionLayout
 from ldm_jax.encoding.observations import channels_last, channels_last_shape
-from ldm_jax.spaces import Leaf, bounds, choices, get, leaf_shape_dtype, leaves, start, text_bytes
+from ldm_jax.spaces import Leaf, bounds, choices, first_value, get, leaf_shape_dtype, leaves, text_bytes
 from ldm_jax.types import Array, PyTree
 
 from .moments import Moments, standardize
@@ -159,7 +159,7 @@ def _encode(parts: _Parts, params: PyTree, moments: Moments, observation: PyTree
     columns: list[Array] = [standardize(moments, _numbers(parts, observation))]
     embeddings = iter(params["embeddings"])
     for leaf in parts.categories:
-        value = get(observation, leaf.path) - start(leaf.space)
+        value = get(observation, leaf.path) - first_value(leaf.space)
         value = value.reshape(value.shape[0], -1)
         components = choices(leaf.space)
         if len(set(components)) == 1 and components[0] <= ONE_HOT_LIMIT:  # at once: boards have hundreds

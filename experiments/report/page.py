@@ -34,7 +34,7 @@ def write_report(
 
     Args:
       directory: the report's own folder; made if missing.
-      scores: contents of `scores.json`, from `ldm_jax.evaluation.aggregates.to_json`.
+      scores: contents of `scores.json`, from `ldm_jax.evaluation.aggregates.scores_json`.
       training: rows of the training's metrics, each with `tokens` and any of `loss` and `kl`; may be empty.
       title: heading of the page.
       details: what the reader should know of the run (seed, steps, versions), shown at the end of the page.

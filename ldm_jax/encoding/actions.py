@@ -16,7 +16,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from ldm_jax.spaces import SpaceError, bounds, choices, clip_box, get, leaf_shape_dtype, leaves, start, unflatten
+from ldm_jax.spaces import SpaceError, bounds, choices, clip_box, first_value, get, leaf_shape_dtype, leaves, unflatten
 from ldm_jax.types import Array, PyTree
 
 NOT_ALLOWED = -1e9
@@ -143,7 +143,7 @@ def to_slots(layout: ActionLayout, action: PyTree) -> Slots:
         if isinstance(leaf, spaces.Box):
             continuous.append(xp.reshape(value, (*value.shape[: value.ndim - rank], -1)).astype(np.float32))
         else:
-            index = value - start(leaf)
+            index = value - first_value(leaf)
             categorical.append(xp.reshape(index, (*value.shape[: value.ndim - rank], -1)).astype(np.int32))
     lead = (categorical or continuous)[0].shape[:-1]
     whole = xp.concatenate([*categorical, xp.zeros((*lead, 0), np.int32)], -1)
@@ -167,7 +167,7 @@ def from_slots(layout: ActionLayout, slots: Slots) -> PyTree:
             value = clip_box(leaf.space, value)
             j += size
         else:
-            value = xp.reshape(categorical[..., i : i + size], (*lead, *struct.shape)) + start(leaf.space)
+            value = xp.reshape(categorical[..., i : i + size], (*lead, *struct.shape)) + first_value(leaf.space)
             i += size
         values.append(value.astype(struct.dtype))
     return unflatten(layout.space, values)

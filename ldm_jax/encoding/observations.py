@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from ldm_jax.spaces import Leaf, choices, get, leaf_shape_dtype, leaves, start
+from ldm_jax.spaces import Leaf, choices, first_value, get, leaf_shape_dtype, leaves
 from ldm_jax.types import Array, PyTree
 
 MIN_GRID_SIDE = 5
@@ -114,6 +114,6 @@ def _concatenate(parts: tuple[Leaf, ...], observation: PyTree, dtype: type) -> A
         value = get(observation, leaf.path)
         xp = value.__array_namespace__()
         rank = len(leaf_shape_dtype(leaf.space).shape)
-        value = (value - start(leaf.space)).astype(dtype)
+        value = (value - first_value(leaf.space)).astype(dtype)
         columns.append(xp.reshape(value, (*value.shape[: value.ndim - rank], -1)))
     return columns[0] if len(columns) == 1 else xp.concatenate(columns, -1)

@@ -9,7 +9,8 @@ import typing
 
 import numpy as np
 
-from ldm_jax.evaluation.scores import ROUNDING, EnvironmentScore, Estimate, Floats, ScoreError, interval
+from ldm_jax.evaluation.bootstrap import Estimate, Floats, ScoreError, interval
+from ldm_jax.evaluation.scores import ROUNDING, EnvironmentScore
 
 MATCH = 0.95
 TAUS = tuple(hundredth / 100 for hundredth in range(121))
@@ -123,7 +124,7 @@ def aggregate(
     return Estimate(float(statistic(_estimates(admitted)[:, 0])), low, high)
 
 
-def to_json(
+def scores_json(
     scores: collections.abc.Sequence[EnvironmentScore],
     parameters: int,
     decoding: str,
@@ -184,7 +185,7 @@ def table(scores: dict[str, typing.Any]) -> str:
     """The environments of a `scores.json` as plain text, one a line, refused ones last with the reason.
 
     Args:
-      scores: what `to_json` returned.
+      scores: what `scores_json` returned.
 
     Returns:
       The lines, the last ones saying how many environments were admitted and what was reached in them.

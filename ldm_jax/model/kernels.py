@@ -43,7 +43,13 @@ def _blocks(time: int, window: int) -> list[_Block]:
     ]
 
 
-def attend(query_BTHK: Array, key_BTGK: Array, value_BTGK: Array, window: int, implementation: str = "blocks") -> Array:
+Implementation = typing.Literal["blocks", "cudnn", "xla"]
+"""What computes attention: the blocks of this file, or one of those of `jax.nn.dot_product_attention`."""
+
+
+def attend(
+    query_BTHK: Array, key_BTGK: Array, value_BTGK: Array, window: int, implementation: Implementation = "blocks"
+) -> Array:
     """Scaled dot-product attention of each step to itself and the `window - 1` steps before it.
 
     Args:
@@ -51,7 +57,7 @@ def attend(query_BTHK: Array, key_BTGK: Array, value_BTGK: Array, window: int, i
       key_BTGK: G key heads, a divisor of H; head h reads group `h // (H // G)`.
       value_BTGK: G value heads.
       window: W, in steps.
-      implementation: `"blocks"`, the one of this file; `"cudnn"` or `"xla"`, those of `jax.nn.dot_product_attention`.
+      implementation: what computes it.
 
     Returns:
       `[B, T, H, K]` in the queries' dtype.
@@ -75,7 +81,9 @@ def attend(query_BTHK: Array, key_BTGK: Array, value_BTGK: Array, window: int, i
     return attended.transpose(0, 3, 1, 2, 4).reshape(query_BTHK.shape)
 
 
-def _attend_by_jax(query: Array, key: Array, value: Array, window: int, implementation: typing.Any) -> Array:
+def _attend_by_jax(
+    query: Array, key: Array, value: Array, window: int, implementation: typing.Literal["cudnn", "xla"]
+) -> Array:
     if implementation == "cudnn" and jax.default_backend() != "gpu":
         raise ConfigError(
             f"attention is 'cudnn', which needs a CUDA GPU, and the default device is a {jax.default_backend()}: set "
@@ -87,12 +95,22 @@ def _attend_by_jax(query: Array, key: Array, value: Array, window: int, implemen
     return checkpoint_name(attended, "attended")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+class _Saved(typing.NamedTuple):
+    """What the backward pass of attention needs."""
+
+    query: Array
+    key: Array
+    value: Array
+    output: Array
+    log_sum: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("window",))
 def _attend(window: int, query_BGRTK: Array, key_BGTK: Array, value_BGTK: Array) -> Array:
     return _forward(window, query_BGRTK, key_BGTK, value_BGTK)[0]
 
 
-def _forward(window: int, query: Array, key: Array, value: Array) -> tuple[Array, typing.Any]:
+def _forward(window: int, query: Array, key: Array, value: Array) -> tuple[Array, _Saved]:
     attended, log_sums = [], []
     for block in _blocks(query.shape[3], window):
         scores = _scores(block, window, query, key)
@@ -102,10 +120,10 @@ def _forward(window: int, query: Array, key: Array, value: Array) -> tuple[Array
         log_sums.append(log_sum)
     output, log_sum = jnp.concatenate(attended, 3), jnp.concatenate(log_sums, 3)
     output, log_sum = checkpoint_name(output, "attended"), checkpoint_name(log_sum, "attended")
-    return output, (query, key, value, output, log_sum)
+    return output, _Saved(query, key, value, output, log_sum)
 
 
-def _backward(window: int, saved: typing.Any, gradient: Array) -> tuple[Array, Array, Array]:
+def _backward(window: int, saved: _Saved, gradient: Array) -> tuple[Array, Array, Array]:
     query, key, value, output, log_sum = saved
     blocks = _blocks(query.shape[3], window)
     wide = _wide(query)

@@ -17,7 +17,7 @@ import numpy as np
 from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Params, make_model
-from ldm_jax.types import Array
+from ldm_jax.types import Array, PyTree
 
 _NAMES = {
     "decoder/blocks/attention_norm/scale": "layers.{}.input_layernorm.weight",
@@ -84,7 +84,7 @@ def to_llama(cfg: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     _check(cfg)
     state = {"embed_tokens.weight": np.zeros((1, cfg.width), np.float32)}
     for path, name in _NAMES.items():
-        value = np.asarray(functools.reduce(operator.getitem, path.split("/"), params), np.float32)
+        value = np.asarray(_at(params, path), np.float32)
         for layer, weight in enumerate(value if "{}" in name else [value]):
             state[name.format(layer)] = weight.T.copy()
     return state
@@ -126,6 +126,10 @@ def from_llama(cfg: ModelConfig, state: collections.abc.Mapping[str, Array]) -> 
 
     shapes = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
     return jax.tree_util.tree_map_with_path(read, {part: shapes[part] for part in ("decoder", "norm")})
+
+
+def _at(params: Params, path: str) -> PyTree:
+    return functools.reduce(operator.getitem, path.split("/"), typing.cast(PyTree, params))
 
 
 def _check(cfg: ModelConfig) -> None:

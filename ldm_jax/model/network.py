@@ -20,8 +20,9 @@ from ldm_jax.model.decoder import Cache, Decoder, init_cache, rematerialize
 from ldm_jax.model.encoders import SignatureEncoder, StepEncoder
 from ldm_jax.model.heads import Head, Predictions
 from ldm_jax.model.layers import Norm
+from ldm_jax.types import Array
 
-Params = dict[str, typing.Any]
+Params = dict[str, "Params | Array"]
 """Parameters: nested dict of float32 arrays; those of the decoder's blocks have a leading axis of N layers."""
 
 

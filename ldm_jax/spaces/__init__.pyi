@@ -4,9 +4,9 @@ from .sampling import sample as sample
 from .structure import Leaf as Leaf
 from .structure import SpaceError as SpaceError
 from .structure import choices as choices
+from .structure import first_value as first_value
 from .structure import get as get
 from .structure import leaves as leaves
-from .structure import start as start
 from .structure import text_bytes as text_bytes
 from .structure import unflatten as unflatten
 from .values import UNBOUNDED as UNBOUNDED

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from gymnasium import spaces
 
-from ldm_jax.spaces.structure import SpaceError, choices, leaves, start, unflatten
+from ldm_jax.spaces.structure import SpaceError, choices, first_value, leaves, unflatten
 from ldm_jax.spaces.values import bounds, clip_box, leaf_shape_dtype
 from ldm_jax.types import Array, Key, PyTree
 
@@ -47,7 +47,7 @@ def sample(key: Key, space: gymnasium.Space, batch_size: int, action_mask: Array
                     columns.append(jax.random.categorical(slot_key, logits).astype(np.uint32))
                 offset += size
             index = jnp.stack(columns, -1).reshape(shape)
-            values.append((index + _as_uint32(start(leaf))).astype(struct.dtype))
+            values.append((index + _as_uint32(first_value(leaf))).astype(struct.dtype))
         else:
             raise SpaceError(f"cannot sample the part {path} of kind {type(leaf).__name__}")
     return unflatten(space, values)

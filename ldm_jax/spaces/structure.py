@@ -116,6 +116,6 @@ def choices(space: gymnasium.Space) -> tuple[int, ...]:
     return ()
 
 
-def start(space: gymnasium.Space) -> typing.Any:
+def first_value(space: gymnasium.Space) -> typing.Any:
     """The smallest value of a categorical leaf space (`Discrete.start`, `MultiDiscrete.start`, 0)."""
     return space.start if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else 0

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from gymnasium import spaces
 
-from ldm_jax.spaces.structure import SpaceError, choices, get, leaves, start, text_bytes, unflatten
+from ldm_jax.spaces.structure import SpaceError, choices, first_value, get, leaves, text_bytes, unflatten
 from ldm_jax.types import Array, PyTree
 
 UNBOUNDED = 1e30
@@ -196,7 +196,7 @@ def check(space: gymnasium.Space, tree: PyTree, batch_size: int, what: str) -> i
                 low, high = (side.astype(struct.dtype) for side in (kind.low, kind.high))
             outside |= ((value < low) | (value > high)).reshape(batch_size, -1).any(1)
         elif sizes := choices(kind):
-            index = (value - start(kind)).reshape(batch_size, -1)
+            index = (value - first_value(kind)).reshape(batch_size, -1)
             if ((index < 0) | (index >= np.array(sizes))).any():
                 raise SpaceError(f"{what}, part {name!r}, has the value {value.min()} or {value.max()}, outside {kind}")
     return int(outside.sum())
