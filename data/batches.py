@@ -8,6 +8,7 @@ import dataclasses
 
 import numpy as np
 
+from ldm_jax.encoding.buckets import join_buckets
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Inputs
@@ -16,14 +17,20 @@ from ldm_jax.training.loss import Example
 from .mixture import ALL_STREAMS, BucketRows, Mixture, MixtureError, Streams, WindowSource
 from .store import Dataset
 
+MAX_BUCKETS = 64
+"""A training step is one program for all of its buckets, so there are no more than these, however many environments."""
 
-def make_codecs(dataset: Dataset, ids: collections.abc.Sequence[str], model: ModelConfig) -> list[Codec]:
+
+def make_codecs(
+    dataset: Dataset, ids: collections.abc.Sequence[str], model: ModelConfig, max_buckets: int = MAX_BUCKETS
+) -> list[Codec]:
     """The codecs of environments, each checked to fit.
 
     Args:
       dataset: has their cards.
       ids: the environments.
       model: that they have to fit.
+      max_buckets: those that pad least when joined are, until no more are left; one of each kind of grids and texts is.
 
     Raises:
       StoreError: the dataset has no such environment.
@@ -34,7 +41,8 @@ def make_codecs(dataset: Dataset, ids: collections.abc.Sequence[str], model: Mod
     codecs = [Codec(dataset.card(id)) for id in ids]
     for codec in codecs:
         model.check_fits(codec.bucket, codec.card.id, max(codec.observation_layout.sizes, default=0))
-    return codecs
+    joined = join_buckets(collections.Counter(codec.bucket for codec in codecs), max_buckets)
+    return [Codec(codec.card, joined[codec.bucket]) for codec in codecs]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

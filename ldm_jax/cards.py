@@ -244,7 +244,7 @@ class EnvironmentCard:
             fields["reference"] = Reference(**fields["reference"])
             for name in ("random_returns", "reference_returns"):
                 fields[name] = Returns(tuple(map(tuple, fields[name]["values"])))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, spaces.SpaceError) as error:
             name = description.get("id", "an environment")
             raise CardError(f"the card of {name} is not of this version: {error}; collect its data again") from error
         return cls(**fields)

@@ -55,6 +55,25 @@ def test_sizes_of_numpy_survive_json(space):
         assert np.array_equal(back.low, space.low) and np.array_equal(back.high, space.high)
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        None,
+        {},
+        {"kind": "Sequence"},
+        {"kind": "Discrete", "n": 0, "start": 0},
+        {"kind": "Discrete", "n": "two", "start": 0},
+        {"kind": "Box", "low": 1, "high": 0, "shape": [2], "dtype": "float32"},
+        {"kind": "Box", "low": [1, 2, 3], "high": 4, "shape": [2], "dtype": "float32"},
+        {"kind": "Box", "low": 0, "high": 1e99, "shape": [2], "dtype": "uint8"},
+        {"kind": "Tuple", "spaces": [{"kind": "MultiBinary"}]},
+    ],
+)
+def test_what_describes_no_space_is_refused(damaged):
+    with pytest.raises(spaces.SpaceError, match=r"describes no space|does not know"):
+        spaces.from_json(damaged)
+
+
 @settings(max_examples=200, deadline=None)
 @given(nested(multi_binaries, st.text(max_size=4)))
 def test_names_of_leaves_are_unique_and_fit_for_files(space):

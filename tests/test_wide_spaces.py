@@ -7,12 +7,15 @@ import examples
 import jax
 import numpy as np
 import pytest
+import tiny_datasets
 from flax import nnx
 from gymnasium import spaces as gs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spaces_strategies import action_spaces, any_spaces
 
+from data import store
+from data.batches import make_codecs
 from ldm_jax import spaces
 from ldm_jax.encoding import actions, observations
 from ldm_jax.encoding.buckets import bucket_for, join_buckets
@@ -190,6 +193,20 @@ def test_joined_buckets_hold_what_they_were_joined_from(seed, most):
     assert len(set(joined.values())) <= max(most, len(kinds))
     if len(own) <= most:
         assert all(old == new for old, new in joined.items())
+
+
+def test_training_joins_buckets_that_are_too_many():
+    dataset = store.create_dataset(tiny_datasets.memory())
+    ids = [f"test/Number{i}-v0" for i in range(5)]
+    for id, choices in zip(ids, (2, 30, 100, 500, 8000), strict=True):
+        made = tiny_datasets.card(id, action_space=gs.Discrete(choices))
+        leaves = tiny_datasets.leaves(made, 8, 1, **{"action/value": 0, "reference_action/value": 0})
+        dataset = store.append_part(dataset, made, leaves, tiny_datasets.episodes(8, 1))
+    own = make_codecs(dataset, ids, LARGE)
+    assert len({codec.bucket for codec in own}) == 5 and [codec.card.id for codec in own] == ids
+    few = make_codecs(dataset, ids, LARGE, max_buckets=2)
+    assert len({codec.bucket for codec in few}) == 2
+    assert all(new.bucket.choices >= old.bucket.choices for new, old in zip(few, own, strict=True))
 
 
 def test_useful_fractions_count_what_is_real():

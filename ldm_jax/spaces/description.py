@@ -46,13 +46,23 @@ def from_json(description: dict[str, typing.Any]) -> gymnasium.Space:
     """Rebuilds a space from what `to_json` wrote.
 
     Raises:
-      SpaceError: an unknown kind.
+      SpaceError: an unknown kind, or what describes no space.
     """
+    try:
+        with np.errstate(over="raise", invalid="raise"):
+            return _from_json(description)
+    except (KeyError, TypeError, ValueError, ArithmeticError, AssertionError, AttributeError) as error:
+        if isinstance(error, SpaceError):
+            raise
+        raise SpaceError(f"got {str(description)[:200]}, which describes no space ({error!r})") from error
+
+
+def _from_json(description: dict[str, typing.Any]) -> gymnasium.Space:
     kind = description["kind"]
     if kind == "Dict":
-        return spaces.Dict({key: from_json(child) for key, child in description["spaces"].items()})
+        return spaces.Dict({key: _from_json(child) for key, child in description["spaces"].items()})
     if kind == "Tuple":
-        return spaces.Tuple([from_json(child) for child in description["spaces"]])
+        return spaces.Tuple([_from_json(child) for child in description["spaces"]])
     if kind == "Box":
         shape, dtype = tuple(description["shape"]), np.dtype(description["dtype"])
         low, high = (_bounds_from_json(description[side], shape, dtype) for side in ("low", "high"))
