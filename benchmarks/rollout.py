@@ -18,6 +18,7 @@ library's own; `table` has all the others.
 from __future__ import annotations
 
 import argparse
+import collections.abc
 import contextlib
 import functools
 import itertools
@@ -60,7 +61,7 @@ HEADLINE = {
     "worker_to_raw": "gymnasium/CartPole-v1 at 64",
 }
 
-Portion = typing.Callable[[], object]
+Portion = collections.abc.Callable[[], object]
 
 
 class Policy(typing.NamedTuple):
@@ -72,7 +73,7 @@ class Policy(typing.NamedTuple):
     """
 
     weights: typing.Any
-    act: typing.Callable
+    act: collections.abc.Callable
 
 
 def make_policy(spec: EnvironmentSpec, width: int) -> Policy:
@@ -99,7 +100,7 @@ def make_policy(spec: EnvironmentSpec, width: int) -> Policy:
 
 
 @contextlib.contextmanager
-def ours(environment: ldm_jax.Environment, width: int) -> typing.Iterator[Portion]:
+def ours(environment: ldm_jax.Environment, width: int) -> collections.abc.Iterator[Portion]:
     """T steps of our loop."""
     policy = make_policy(environment.spec, width)
 
@@ -119,7 +120,7 @@ def ours(environment: ldm_jax.Environment, width: int) -> typing.Iterator[Portio
 
 
 @contextlib.contextmanager
-def gymnax_alone(spec: EnvironmentSpec, width: int) -> typing.Iterator[Portion]:
+def gymnax_alone(spec: EnvironmentSpec, width: int) -> collections.abc.Iterator[Portion]:
     """T steps of gymnax in a scan."""
     inner, params = gymnax.make(spec.id.partition("/")[2])
     policy, rows = make_policy(spec, width), spec.batch_size
@@ -149,7 +150,7 @@ def gymnax_alone(spec: EnvironmentSpec, width: int) -> typing.Iterator[Portion]:
 
 
 @contextlib.contextmanager
-def vector_alone(spec: EnvironmentSpec, width: int, vector: typing.Any) -> typing.Iterator[Portion]:
+def vector_alone(spec: EnvironmentSpec, width: int, vector: typing.Any) -> collections.abc.Iterator[Portion]:
     """T steps of a vector environment of Gymnasium's interface in a Python loop."""
     policy, rows = make_policy(spec, width), spec.batch_size
 
@@ -220,7 +221,7 @@ def spread(name: str, rows: int, counts: list[int], width: int, repetitions: int
     return {count: rows * STEPS / times.median(count) for count in loops}
 
 
-def main(arguments: typing.Sequence[str] | None = None) -> None:
+def main(arguments: collections.abc.Sequence[str] | None = None) -> None:
     """Prints tables, and one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description="Rates of acting.")
     parser.add_argument("--repetitions", type=int, default=9, help="rounds that medians are taken over")

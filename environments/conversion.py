@@ -18,28 +18,27 @@ MAX_CATEGORIES = 4096
 
 
 def observation_space(space: typing.Any) -> gymnasium.Space:
-    """The space of observations that are offered: numbers of 32 bits at most, no bounds that mean none.
+    """The space of observations as they are carried: numbers of 32 bits at most, no bounds that mean none.
 
     Raises:
-      SpaceError: a kind that is not supported.
+      SpaceError: a kind that is not supported, or numbers that cannot be carried.
     """
     values = []
     for leaf in spaces.leaves(space):
         kind = leaf.space
         if isinstance(kind, gymnasium.spaces.Discrete) and int(kind.n) > MAX_CATEGORIES:
-            start = int(kind.start)
-            kind = _whole(gymnasium.spaces.Box(start, start + int(kind.n) - 1, (), np.int64))
-        elif isinstance(kind, gymnasium.spaces.Box):
-            kind = _real(kind) if np.issubdtype(kind.dtype, np.floating) else _whole(kind)
+            kind = gymnasium.spaces.Box(int(kind.start), int(kind.start) + int(kind.n) - 1, (), np.int64)
+        if isinstance(kind, gymnasium.spaces.Box):
+            kind = spaces.carried_box(_widened(kind), inward=False)
         values.append(kind)
-    return _rebuild(space, iter(values))
+    return _rebuilt(space, values, "the observation space")
 
 
 def action_space(space: typing.Any) -> gymnasium.Space:
-    """The space of actions that are offered; whole numbers are categories.
+    """The space of actions that are offered, within what the library takes; whole numbers are categories.
 
     Raises:
-      SpaceError: a kind that is not supported.
+      SpaceError: a kind that is not supported, or numbers that cannot be carried.
     """
     values = []
     for leaf in spaces.leaves(space):
@@ -48,14 +47,15 @@ def action_space(space: typing.Any) -> gymnasium.Space:
             raise spaces.SpaceError(f"actions have a part {leaf.name!r} of Text, which nothing here can choose")
         if isinstance(kind, gymnasium.spaces.Box):
             if np.issubdtype(kind.dtype, np.floating):
-                kind = _real(kind)
+                kind = spaces.carried_box(_widened(kind), inward=True)
             else:
-                start, high = kind.low.astype(np.int64), kind.high.astype(np.int64)
-                if ((high - start) >= MAX_CATEGORIES).any() or ((high - start) < 0).any():
+                span = kind.high.astype(np.float64) - kind.low.astype(np.float64)
+                if ((span >= MAX_CATEGORIES) | (span < 0)).any():
                     raise spaces.SpaceError(f"actions have a part {leaf.name!r}, {kind}, of too many whole numbers")
-                kind = gymnasium.spaces.MultiDiscrete(high - start + 1, start=start)
+                start = kind.low.astype(np.int64)
+                kind = gymnasium.spaces.MultiDiscrete(span.astype(np.int64) + 1, start=start)
         values.append(kind)
-    return _rebuild(space, iter(values))
+    return _rebuilt(space, values, "the action space")
 
 
 def cast(value: AnArray, dtype: np.dtype) -> AnArray:
@@ -69,24 +69,23 @@ def cast(value: AnArray, dtype: np.dtype) -> AnArray:
     return value.astype(dtype)
 
 
-def _real(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:
-    low, high = spaces.bounds(space)
-    return gymnasium.spaces.Box(low.astype(np.float32), high.astype(np.float32), space.shape, np.float32)
-
-
-def _whole(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:
-    if space.dtype == np.bool_:
-        return gymnasium.spaces.Box(0, 1, space.shape, np.uint8)
-    if np.iinfo(space.dtype).bits <= 16 or space.dtype == np.int32:
+def _widened(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:
+    """A Box of float16 as one of float32, in which nobody has to think of its overflow; others as they are."""
+    if space.dtype != np.float16:
         return space
-    limits = np.iinfo(np.int32)
-    low, high = (np.clip(side, limits.min, limits.max).astype(np.int32) for side in (space.low, space.high))
-    return gymnasium.spaces.Box(low, high, space.shape, np.int32)
+    return gymnasium.spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), space.shape, np.float32)
 
 
-def _rebuild(space: typing.Any, values: collections.abc.Iterator[gymnasium.Space]) -> gymnasium.Space:
+def _rebuilt(space: typing.Any, values: collections.abc.Iterable[gymnasium.Space], what: str) -> gymnasium.Space:
+    """The space with other leaves, in canonical order, once it is sure that they can be carried."""
+    rebuilt = _build(space, iter(values))
+    spaces.check_supported(rebuilt, what)
+    return rebuilt
+
+
+def _build(space: typing.Any, values: collections.abc.Iterator[gymnasium.Space]) -> gymnasium.Space:
     if isinstance(space, gymnasium.spaces.Dict):
-        return gymnasium.spaces.Dict({key: _rebuild(space[key], values) for key in sorted(space)})
+        return gymnasium.spaces.Dict({key: _build(space[key], values) for key in sorted(space)})
     if isinstance(space, gymnasium.spaces.Tuple):
-        return gymnasium.spaces.Tuple([_rebuild(child, values) for child in space])
+        return gymnasium.spaces.Tuple([_build(child, values) for child in space])
     return next(values)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ldm_jax import spaces
 from ldm_jax.environment import Environment
-from ldm_jax.types import PyTree
+from ldm_jax.types import PyTree, TimeStep
 
 from . import registry
 from .catalog import entries, taxonomy
@@ -149,16 +149,15 @@ def random_action(space: gymnasium.Space, generator: np.random.Generator, mask: 
             value = np.reshape(chosen, struct.shape) + spaces.first_value(leaf.space)
         else:
             assert isinstance(leaf.space, gymnasium.spaces.Box)
-            low, high = (np.clip(side, -1e6, 1e6) for side in spaces.bounds(leaf.space))
-            bounded = np.isfinite(leaf.space.low) & np.isfinite(leaf.space.high)
-            value = np.where(
-                bounded, generator.uniform(low, high), np.clip(generator.normal(size=low.shape), low, high)
-            )
+            low, high = spaces.bounds(leaf.space)
+            bounded = np.isfinite(low) & np.isfinite(high)
+            uniform = generator.uniform(np.where(bounded, low, -1), np.where(bounded, high, 1))
+            value = np.where(bounded, uniform, np.clip(generator.normal(size=low.shape), low, high))
         values.append(np.asarray(value, struct.dtype)[None])
     return spaces.unflatten(space, values)
 
 
-def _check(environment: Environment, time_step: typing.Any, first: bool) -> None:
+def _check(environment: Environment, time_step: TimeStep, *, first: bool) -> None:
     """Raises a SpaceError or ValueError where a time step is not as the spec and the contract say."""
     spaces.check(environment.spec.observation_space, time_step.observation, 1, "the observation")
     reward = np.asarray(time_step.reward)

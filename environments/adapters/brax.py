@@ -5,9 +5,9 @@ Compiling takes half a minute and more: the price of stepping thousands at once 
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import types
-import typing
 import warnings
 
 import gymnasium
@@ -88,7 +88,7 @@ def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironm
 
 
 @contextlib.contextmanager
-def _without_log() -> typing.Iterator[None]:
+def _without_log() -> collections.abc.Iterator[None]:
     # MuJoCo finds fault with the wording of the models and would write that into a file in the working directory.
     import mujoco
 

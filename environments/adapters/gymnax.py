@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import types
 import typing
 
@@ -97,7 +98,7 @@ def make(name: str, batch_size: int, time_limit: int | None) -> JittableEnvironm
 def _convert(
     space: typing.Any,
     value: jax.ShapeDtypeStruct | None = None,
-    bounds: typing.Mapping[int, tuple[float, float]] = types.MappingProxyType({}),
+    bounds: collections.abc.Mapping[int, tuple[float, float]] = types.MappingProxyType({}),
 ) -> gymnasium.Space:
     import gymnax.environments.spaces as gymnax_spaces
 
@@ -109,8 +110,5 @@ def _convert(
         low, high = (np.array(np.broadcast_to(side, space.shape), np.float64) for side in (space.low, space.high))
         for index, (index_low, index_high) in bounds.items():
             low[index], high[index] = index_low, index_high
-        if np.issubdtype(dtype, np.floating):
-            low = np.where(low < -spaces.UNBOUNDED, -np.inf, low)
-            high = np.where(high > spaces.UNBOUNDED, np.inf, high)
         return gymnasium.spaces.Box(low.astype(dtype), high.astype(dtype), space.shape, dtype)
     raise spaces.SpaceError(f"got a gymnax space of kind {type(space).__name__}, expected Discrete or Box")

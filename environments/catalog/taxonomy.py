@@ -7,10 +7,10 @@ side to err on.
 
 from __future__ import annotations
 
+import collections.abc
 import fnmatch
 import re
 import types
-import typing
 
 DOMAINS = (
     "bandits",
@@ -124,7 +124,7 @@ def family(library: str, name: str) -> str:
     return "".join(word for word in map(str.lower, words) if word not in _VARIANTS) or _squeeze(base)
 
 
-def first_match(table: typing.Mapping[str, str], name: str) -> str:
+def first_match(table: collections.abc.Mapping[str, str], name: str) -> str:
     """The value of the first pattern, as of file names, that matches a name; empty where none does."""
     return next((value for pattern, value in table.items() if fnmatch.fnmatchcase(name, pattern)), "")
 

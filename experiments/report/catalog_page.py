@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import collections.abc
 import itertools
 import re
 import statistics
@@ -28,7 +29,7 @@ without one live in this interpreter.
 """
 
 
-def render_catalog(entries: typing.Sequence[Entry]) -> str:
+def render_catalog(entries: collections.abc.Sequence[Entry]) -> str:
     """The page.
 
     Args:
@@ -91,7 +92,7 @@ def _library(library: str, entries: list[Entry]) -> tuple[str, ...]:
     )
 
 
-def _reasons(entries: typing.Sequence[Entry]) -> list[tuple[str, ...]]:
+def _reasons(entries: collections.abc.Sequence[Entry]) -> list[tuple[str, ...]]:
     """One row for each cause in each library: reasons that differ in numbers and names alone are one."""
     found: dict[tuple[str, str], list[tuple[str, str]]] = collections.defaultdict(list)
     for entry in entries:
@@ -105,7 +106,7 @@ def _reasons(entries: typing.Sequence[Entry]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _shared(reasons: typing.Sequence[str]) -> str:
+def _shared(reasons: collections.abc.Sequence[str]) -> str:
     """The words that reasons share, with dots where they differ."""
     shared: list[str] = []
     for words in itertools.zip_longest(*(reason.split() for reason in reasons)):
@@ -113,12 +114,12 @@ def _shared(reasons: typing.Sequence[str]) -> str:
     return " ".join(shared)
 
 
-def _kinds(spaces: typing.Iterable[dict[str, typing.Any] | None]) -> str:
+def _kinds(spaces: collections.abc.Iterable[dict[str, typing.Any] | None]) -> str:
     counts = collections.Counter(space["kind"] for space in spaces if space)
     return ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
 
 
-def _by(entries: typing.Iterable[Entry], field: str) -> dict[str, list[Entry]]:
+def _by(entries: collections.abc.Iterable[Entry], field: str) -> dict[str, list[Entry]]:
     found: dict[str, list[Entry]] = collections.defaultdict(list)
     for entry in entries:
         found[getattr(entry, field)].append(entry)
