@@ -16,14 +16,15 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+import spaces_strategies
 from hypothesis import strategies
 
 import environments
 import ldm_jax
-from environments import registry
+from environments import checks, conversion, laws, registry
 from environments.catalog import entries
 from ldm_jax import spaces
-from ldm_jax.types import TimeStep
+from ldm_jax.types import MAX_TIME_LIMIT, TimeStep
 
 EXAMPLE_LIBRARY = pathlib.Path(__file__).parent / "example_library"
 
@@ -452,7 +453,7 @@ def test_sizes_must_be_positive_integers(name, size):
 
 @pytest.mark.parametrize("id", ["gymnax/CartPole-v1", "envpool/Taxi-v3", "gymnasium/CartPole-v1"])
 def test_integers_of_any_type_become_plain_ones_and_the_largest_limit_works(id):
-    largest = registry.MAX_TIME_LIMIT
+    largest = MAX_TIME_LIMIT
     with contextlib.closing(environments.make(id, np.int64(2), time_limit=np.uint32(largest))) as environment:
         spec = environment.spec
         assert (type(spec.batch_size), type(spec.time_limit)) == (int, int)
@@ -676,3 +677,99 @@ def test_a_limit_that_an_adapter_does_not_keep_is_refused_when_it_is_made(monkey
     assert environments.make("gymnax/CartPole-v1", time_limit=500).spec.time_limit == 500
     with pytest.raises(ldm_jax.EnvironmentFaultError, match="time_limit 500, asked for 7"):
         environments.make("gymnax/CartPole-v1", time_limit=7)
+
+
+# How the spaces of a library are carried.
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(strategies.one_of(spaces_strategies.any_boxes(), spaces_strategies.action_spaces))
+def test_whatever_the_policy_can_emit_lies_within_the_library_s_own_space(declared):
+    try:
+        offered = conversion.action_space(declared)
+    except spaces.SpaceError as error:
+        assert "too many whole numbers" in str(error) or "expected" in str(error)
+        return
+    if any(not np.issubdtype(leaf.space.dtype, np.floating) for leaf in spaces.leaves(declared)):
+        assert all(spaces.choices(leaf.space) or leaf.space.dtype == np.float32 for leaf in spaces.leaves(offered))
+    edges = [laws.edge_actions(offered, 1, edge) for edge in ("low", "high")]
+    samples = jax.tree.map(np.asarray, spaces.sample(jax.random.key(0), offered, 8))
+    rows = [jax.tree.map(lambda leaf, row=row: leaf[row], samples) for row in range(8)]
+    for action in [*(jax.tree.map(lambda leaf: leaf[0], edge) for edge in edges), *rows]:
+        clipped = spaces.clip(offered, jax.tree.map(np.asarray, action))
+        for leaf in spaces.leaves(declared):
+            value = np.asarray(spaces.get(clipped, leaf.path)).astype(leaf.space.dtype)
+            inside = leaf.space.contains(value[()] if isinstance(leaf.space, gymnasium.spaces.Discrete) else value)
+            assert inside or _is_point(leaf.space), (leaf, value)
+
+
+def _is_point(space):
+    """Whether the Box is so narrow somewhere that no float32 lies in it: the one beside it is then the nearest."""
+    if not isinstance(space, gymnasium.spaces.Box) or space.dtype != np.float64:
+        return False
+    with np.errstate(over="ignore"):
+        low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    return bool((np.nextafter(low, np.float32(np.inf)) >= high).any())
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(strategies.one_of(spaces_strategies.any_boxes(), spaces_strategies.boxes()), strategies.data())
+def test_what_a_library_shows_arrives_unchanged_to_the_precision_of_float32(declared, data):
+    try:
+        offered = conversion.observation_space(declared)
+    except spaces.SpaceError as error:
+        assert "is bounded by NaN, by a low above its high, or to more than 1e+30" in str(error)
+        return
+    assert offered.dtype.itemsize <= 4 and offered.shape == declared.shape
+    declared.seed(data.draw(strategies.integers(0, 2**31)))
+    for value in (declared.low, declared.high, declared.sample()):
+        with np.errstate(over="ignore"):
+            arrived = conversion.cast(np.asarray(value), offered.dtype)
+            expected = np.asarray(value).astype(np.float32)
+        assert (arrived.astype(np.float32) == expected).all() or not np.isfinite(np.asarray(value, float)).all()
+        if np.isfinite(np.asarray(value, float)).all():
+            assert ((arrived >= offered.low) & (arrived <= offered.high)).all()
+
+
+def test_what_is_too_wide_for_its_type_is_outside_its_bounds_and_not_another_number():
+    space = conversion.observation_space(gymnasium.spaces.Box(0, 100, (1,), np.int64))
+    leaf = checks.CheckedLeaf(*spaces.leaves(space)[0])
+    for value in (2**32 + 5, -(2**32) + 5, 2**31):
+        arrived = conversion.cast(np.array([[value]]), space.dtype)
+        assert arrived.dtype == np.int32 and leaf.outside(arrived).all() and not leaf.validator(1)(arrived)
+    assert not leaf.outside(conversion.cast(np.array([[7]]), space.dtype)).any()
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        gymnasium.spaces.Discrete(5, start=2**33),
+        gymnasium.spaces.Discrete(2**33),
+        gymnasium.spaces.Box(0, 2**40, (1,), int),
+    ],
+)
+def test_actions_that_cannot_be_carried_are_refused_when_made(space, register):
+    class Far(Still):
+        action_space = space
+
+    with pytest.raises(spaces.SpaceError, match=r"gymnasium/Far-v0 .*(expected|too many)"):
+        environments.make(register("Far-v0", Far))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        gymnasium.spaces.Box(0, 255, (3,), np.uint8),
+        gymnasium.spaces.Box(-128, 127, (3,), np.int8),
+        gymnasium.spaces.Box(0, 2**31 - 1, (3,), np.int32),
+        gymnasium.spaces.Box(-3e8, 5e8, (2,), np.float32),
+    ],
+)
+def test_samples_are_uniform_in_boxes_that_reach_the_ends_of_their_type(box):
+    laws.check_sampling(box, seed=0)
+
+
+@hypothesis.settings(max_examples=5, deadline=None)
+@hypothesis.given(spaces_strategies.action_spaces)
+def test_samples_of_every_space_are_uniform(space):
+    laws.check_sampling(space, seed=0)
