@@ -119,7 +119,9 @@ class Policy:
           CardError: the environment is not as it was when the policy was trained.
           ConfigError: the environment's spaces do not fit the model, or an unknown decoding.
         """
-        agent = acting.make_agent(self.cfg, Codec(self._card(environment)), decoding or self.decoding)
+        agent = acting.make_agent(
+            self.cfg, Codec(self._card(environment)), self.decoding if decoding is None else decoding
+        )
         return self._agents.setdefault(agent, agent)
 
     def _card(self, environment: str | EnvironmentCard | EnvironmentSpec | Environment) -> EnvironmentCard:

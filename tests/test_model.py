@@ -271,6 +271,14 @@ def test_named_sizes_have_their_parameter_counts(size, backbone):
     assert count_parameters(shapes["decoder"]) == pytest.approx(backbone, rel=0.03)
 
 
+def test_parameters_and_caches_have_the_same_types_under_64_bits(model):
+    shapes = jax.eval_shape(lambda key: (model.init(key), model.init_cache(2)), jax.random.key(0))
+    with jax.enable_x64(True):
+        wide = jax.eval_shape(lambda key: (model.init(key), model.init_cache(2)), jax.random.key(0))
+    assert shapes == wide
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes[0])} == {np.dtype(np.float32)}
+
+
 def test_init_is_a_pure_function_of_the_key(model, params):
     init = jax.jit(model.init)
     same, other = init(jax.random.key(0)), init(jax.random.key(1))

@@ -55,6 +55,10 @@ def test_what_cannot_be_fitted_is_refused():
         scaling_law.fit(N[:5], D[:5], np.ones(5))
     with pytest.raises(scaling_law.ScalingError, match="positive"):
         scaling_law.fit(N, D, np.where(N > 1e5, np.nan, 1.0))
+    for bad in (np.nan, np.inf, 0.0, -1.0):
+        for n, d in ((np.where(N > 1e5, bad, N), D), (N, np.where(N > 1e5, bad, D))):
+            with pytest.raises(scaling_law.ScalingError, match="tokens, expected positive numbers"):
+                scaling_law.fit(n, d, np.ones(len(N)))
     with pytest.raises(ConfigError, match="'huge' is no size"):
         scaling.ScalingConfig(sizes="32x1,48x1,huge")
     with pytest.raises(ConfigError, match="3 or more of each"):

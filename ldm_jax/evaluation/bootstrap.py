@@ -47,6 +47,9 @@ class Bootstrap(typing.NamedTuple):
 def z_score(random: float, reference: float, model: float) -> float:
     """The place of a mean return between random (0) and reference (1).
 
+    >>> z_score(random=-1200.0, reference=-200.0, model=-400.0)
+    0.8
+
     Args:
       random: mean return of the random policy.
       reference: mean return of the reference policy.

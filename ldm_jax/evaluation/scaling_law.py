@@ -56,7 +56,7 @@ def fit(parameters: Array, tokens: Array, losses: Array) -> Law:
       losses: `[R]`, positive.
 
     Raises:
-      ScalingError: too few runs, sizes or budgets, or a loss that is not positive.
+      ScalingError: too few runs, sizes or budgets, or a number that is not positive and finite.
 
     Source:
       Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", approach 3.
@@ -64,6 +64,8 @@ def fit(parameters: Array, tokens: Array, losses: Array) -> Law:
     from scipy import optimize
 
     n, d, loss = (np.asarray(values, np.float64) for values in (parameters, tokens, losses))
+    if not all(np.isfinite(values).all() and (values > 0).all() for values in (n, d)):
+        raise ScalingError(f"got {n.tolist()} parameters and {d.tolist()} tokens, expected positive numbers")
     if len(loss) < 6 or len(set(n)) < 3 or len(set(d)) < 3:
         raise ScalingError(
             f"got {len(loss)} runs of {len(set(n))} sizes and {len(set(d))} budgets, expected at least 6 of 3 and 3: "

@@ -101,6 +101,12 @@ class _Network(nnx.Module):
 def make_model(cfg: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Model:
     """Builds the pure functions for a configuration; allocates nothing.
 
+    >>> from ldm_jax.model.config import SIZES
+    >>> model = make_model(SIZES["nano"])
+    >>> params = jax.eval_shape(model.init, jax.random.key(0))
+    >>> count_parameters(params["decoder"])
+    20672
+
     Args:
       cfg: shapes of the model.
       mesh: what the rows of its inputs are split over (see `ldm_jax.sharding`); None for one device.
