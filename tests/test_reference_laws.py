@@ -302,6 +302,20 @@ def test_an_environment_that_was_trained_in_is_let_go(id):
     assert len(made) == 3 and not [ref for ref in made if ref() is not None]
 
 
+# Settings of the process
+
+
+@pytest.mark.parametrize("id", ["gymnasium/Guess-v1", "gymnasium/Slippery-v0"])
+def test_a_process_set_to_64_bits_gives_the_same(id):
+    algorithm, config = ("ppo", TINY) if "Guess" in id else ("tabular", tabular.TabularConfig(budget_steps=512))
+    found = []
+    for enabled in (False, True):
+        with jax.enable_x64(enabled):
+            trained = references.train_reference(environments.make, id, references.Recipe(algorithm, config))
+            found.append(references.score_reference(environments.make, trained, num_envs=4, episodes_per_env=1))
+    assert found[0] == found[1]
+
+
 # What travels
 
 

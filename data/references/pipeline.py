@@ -68,6 +68,11 @@ def opened(make: MakeEnvironment, id: str, num_envs: int) -> collections.abc.Ite
             warnings.warn(f"{id} failed to close: {type(error).__name__}: {error}; nothing is lost", stacklevel=3)
 
 
+def _single_precision() -> contextlib.AbstractContextManager[typing.Any]:
+    """Computes in 32 bits whatever the process is set to, so that the results are the same."""
+    return jax.enable_x64(False)
+
+
 def train_reference(
     make: MakeEnvironment, id: str, how: Recipe | None = None, seed: int = 0, progress: rollout.Progress | None = None
 ) -> ReferencePolicy:
@@ -91,7 +96,7 @@ def train_reference(
         spec = environment.spec
     chosen = recipe(spec) if how is None else how
     algorithm = ALGORITHMS[chosen.algorithm]
-    with opened(make, id, chosen.config.num_envs) as environment:
+    with opened(make, id, chosen.config.num_envs) as environment, _single_precision():
         cards.check_matches(spec, environment.spec, f"what {id} said of itself when made a moment ago")
         config = algorithm.settle(environment, chosen.config, seed)
         params = algorithm.train(environment, config, seed, progress)
@@ -139,7 +144,7 @@ def score_reference(
     """
     root = jax.random.fold_in(jax.random.key(seed), _SCORING)
     each = num_envs * episodes_per_env
-    with opened(make, policy.spec.id, num_envs) as environment:
+    with opened(make, policy.spec.id, num_envs) as environment, _single_precision():
         cards.check_matches(policy.spec, environment.spec, f"the reference of {policy.spec.id}")
 
         def returns(stage: int, decoding: SlotDecoding) -> cards.Returns:

@@ -295,7 +295,7 @@ def _descend(
         change, optimizer_state = parts.optimizer.update(gradient, optimizer_state, params)
         return (optax.apply_updates(params, change), optimizer_state), value
 
-    shuffles = jnp.argsort(jax.random.bits(key, (config.epochs, data.valid.size)), -1)
+    shuffles = jnp.argsort(jax.random.bits(key, (config.epochs, data.valid.size), jnp.uint32), -1)
     shuffles = shuffles.reshape(config.epochs * config.minibatches, -1)
     (params, optimizer_state), losses = jax.lax.scan(step, (learner.params, learner.optimizer), shuffles)
     return params, optimizer_state, losses
