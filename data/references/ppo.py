@@ -114,6 +114,8 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: roll
     learner: LearnerState = _begin(parts, seed)
     loop = rollout.start(environment, explorer, reset_key)
     reports, best, top = min(config.updates, REPORTS), learner, (-np.inf, 0.0)
+    # Before, only the short episodes have ended, which may be the best or the worst.
+    unbiased_after = min(spec.time_limit, config.updates * config.rollout_length // 4)
     for report in range(reports):
         begin, end = (config.updates * i // reports for i in (report, report + 1))
         learner, loop = update_many(learner, loop, key, begin, end)
@@ -122,7 +124,8 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: roll
         # Learning may collapse late: what is clearly worse than an earlier policy does not replace it.
         if not mean < top[0] - 2 * np.hypot(error, top[1]):
             best = learner
-        top = max(top, (mean, error))
+        if begin * config.rollout_length >= unbiased_after:
+            top = max(top, (mean, error))
         learner = learner._replace(finished=init_moments(1))
         if progress is not None:
             steps = config.num_envs * config.rollout_length
@@ -273,25 +276,21 @@ def _update(
         valid=valid,
     )
     data = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), data)
+    params, optimizer, losses = _descend(parts, learner, data, key)
+    # Only now: the rollout's log-probabilities were taken under the old moments, and so is its update.
     numbers = parts.network.numbers(data.observation)
-    seen = add_moments(learner.moments, numbers, jnp.ones(numbers.shape[0], bool))
-    # A rollout's log-probabilities were taken under the old moments, and so is its update. Only the first one, which
-    # acted blindly and nearly uniformly, is learned from under its own.
-    moments = jax.tree.map(lambda old, new: jnp.where(learner.moments.seen > 0, old, new), learner.moments, seen)
-    params, optimizer, losses = _descend(parts, learner, moments, data, key)
-    return learner._replace(params=params, moments=seen, optimizer=optimizer, loss=losses.mean())
+    moments = add_moments(learner.moments, numbers, jnp.ones(numbers.shape[0], bool))
+    return learner._replace(params=params, moments=moments, optimizer=optimizer, loss=losses.mean())
 
 
-def _descend(
-    parts: _Parts, learner: LearnerState, moments: Moments, data: Batch, key: Array
-) -> tuple[PyTree, PyTree, Array]:
+def _descend(parts: _Parts, learner: LearnerState, data: Batch, key: Array) -> tuple[PyTree, PyTree, Array]:
     """Epochs of minibatches over `[N, ...]` data; the new parameters, the optimizer's state and all losses."""
     config = parts.config
 
     def step(state: tuple[PyTree, PyTree], index_N: Array) -> tuple[tuple[PyTree, PyTree], Array]:
         params, optimizer_state = state
         batch = jax.tree.map(lambda x: x[index_N], data)
-        value, gradient = jax.value_and_grad(loss)(params, config, parts.layout, parts.network, moments, batch)
+        value, gradient = jax.value_and_grad(loss)(params, config, parts.layout, parts.network, learner.moments, batch)
         change, optimizer_state = parts.optimizer.update(gradient, optimizer_state, params)
         return (optax.apply_updates(params, change), optimizer_state), value
 
