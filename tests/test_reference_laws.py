@@ -443,6 +443,23 @@ def test_what_is_kept_is_finite_and_not_the_loss_alone():
         ppo._check_finite(SPEC, learner._replace(params=spoilt), 1)
 
 
+def test_the_last_policy_is_kept_unless_it_is_clearly_worse_than_one_before():
+    begun = ppo._begin(ppo._parts(SPEC, TINY), 0)
+
+    def kept(*returns):
+        best = ppo._Best(begun)
+        for i, mean in enumerate(returns):
+            finished = moments.Moments(np.float32(0 if math.isnan(mean) else 100), np.float32([mean]), np.float32([5]))
+            best = ppo._choose(best, begun._replace(loss=np.float32(i), finished=finished), biased=i == 0)
+        return int(best.learner.loss)
+
+    assert kept(1, 5, 9) == 2
+    assert kept(1, 9, 8.5) == 2  # within what chance does
+    assert kept(1, 9, 2, 2) == 1
+    assert kept(9, 1, 2) == 2  # what ended first was short, and not typical
+    assert kept(1, 9, math.nan) == 2  # no episode ended
+
+
 def test_an_environment_that_fails_to_close_costs_nothing():
     class Stubborn:
         def __init__(self, inner):

@@ -113,24 +113,19 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: roll
     reset_key, key = jax.random.split(jax.random.key(seed))
     learner: LearnerState = _begin(parts, seed)
     loop = rollout.start(environment, explorer, reset_key)
-    reports, best, top = min(config.updates, REPORTS), learner, (-np.inf, 0.0)
+    reports, best = min(config.updates, REPORTS), _Best(learner)
     # Before, only the short episodes have ended, which may be the best or the worst.
     unbiased_after = min(spec.time_limit, config.updates * config.rollout_length // 4)
     for report in range(reports):
         begin, end = (config.updates * i // reports for i in (report, report + 1))
         learner, loop = update_many(learner, loop, key, begin, end)
         _check_finite(spec, learner, end)
-        mean, error = _mean_and_error(learner.finished)
-        # Learning may collapse late: what is clearly worse than an earlier policy does not replace it.
-        if not mean < top[0] - 2 * np.hypot(error, top[1]):
-            best = learner
-        if begin * config.rollout_length >= unbiased_after:
-            top = max(top, (mean, error))
+        best = _choose(best, learner, biased=begin * config.rollout_length < unbiased_after)
         learner = learner._replace(finished=init_moments(1))
         if progress is not None:
             steps = config.num_envs * config.rollout_length
             progress(end * steps, config.updates * steps)
-    return jax.tree.map(np.asarray, {"network": best.params, "moments": best.moments._asdict()})
+    return jax.tree.map(np.asarray, {"network": best.learner.params, "moments": best.learner.moments._asdict()})
 
 
 def agent(spec: EnvironmentSpec, config: PPOConfig) -> Agent:
@@ -317,6 +312,24 @@ def _normalize_rewards(
     finished = add_moments(learner.finished, total.reshape(-1, 1), (valid & last[1:]).ravel())
     learner = learner._replace(reward_moments=moments, discounted=ends[0], total=ends[1], finished=finished)
     return jnp.clip(reward / scale(moments), -10, 10), learner
+
+
+class _Best(typing.NamedTuple):
+    """The policy to be kept so far, and the highest mean return of any, with its standard error."""
+
+    learner: LearnerState
+    mean: float = -np.inf
+    error: float = 0.0
+
+
+def _choose(best: _Best, learner: LearnerState, *, biased: bool) -> _Best:
+    """Takes the later policy unless it is clearly worse than an earlier one: learning may collapse late."""
+    mean, error = _mean_and_error(learner.finished)
+    if mean < best.mean - 2 * np.hypot(error, best.error):
+        learner = best.learner
+    if biased or not mean > best.mean:
+        return best._replace(learner=learner)
+    return _Best(learner, mean, error)
 
 
 def _mean_and_error(finished: Moments) -> tuple[float, float]:
