@@ -16,6 +16,8 @@ AnArray = typing.TypeVar("AnArray", np.ndarray, jax.Array)
 MAX_CATEGORIES = 4096
 """A larger `Discrete` observation is a counter, so a number."""
 
+_NO_LIMIT = 1e10  # on both sides of an action; MuJoCo's mjMAXVAL
+
 
 def observation_space(space: typing.Any) -> gymnasium.Space:
     """The space of observations as they are carried: numbers of 32 bits at most, no bounds that mean none.
@@ -47,7 +49,7 @@ def action_space(space: typing.Any) -> gymnasium.Space:
             raise spaces.SpaceError(f"actions have a part {leaf.name!r} of Text, which nothing here can choose")
         if isinstance(kind, gymnasium.spaces.Box):
             if np.issubdtype(kind.dtype, np.floating):
-                kind = spaces.carried_box(_widened(kind), inward=True)
+                kind = spaces.carried_box(_unlimited(_widened(kind)), inward=True)
             else:
                 span = kind.high.astype(np.float64) - kind.low.astype(np.float64)
                 if ((span >= MAX_CATEGORIES) | (span < 0)).any():
@@ -74,6 +76,16 @@ def _widened(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:
     if space.dtype != np.float16:
         return space
     return gymnasium.spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), space.shape, np.float32)
+
+
+def _unlimited(space: gymnasium.spaces.Box) -> gymnasium.spaces.Box:
+    """A Box that is infinite where MuJoCo says that an actuator has no limit."""
+    none = (space.low == -_NO_LIMIT) & (space.high == _NO_LIMIT)
+    if not none.any():
+        return space
+    low, high = np.where(none, -np.inf, space.low), np.where(none, np.inf, space.high)
+    dtype: typing.Any = space.dtype
+    return gymnasium.spaces.Box(low.astype(dtype), high.astype(dtype), space.shape, dtype)
 
 
 def _rebuilt(space: typing.Any, values: collections.abc.Iterable[gymnasium.Space], what: str) -> gymnasium.Space:

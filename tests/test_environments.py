@@ -731,6 +731,13 @@ def test_what_a_library_shows_arrives_unchanged_to_the_precision_of_float32(decl
             assert ((arrived >= offered.low) & (arrived <= offered.high)).all()
 
 
+def test_finite_bounds_are_bounds_but_for_what_mujoco_writes_for_none():
+    low, high = np.array([-1e10, -1e10, 0, -1e9]), np.array([1e10, 5.0, 1e10, 1e9])
+    offered = conversion.action_space(gymnasium.spaces.Box(low, high, dtype=np.float64))
+    assert offered.low.tolist() == [-np.inf, -1e10, 0, -1e9] and offered.high.tolist() == [np.inf, 5.0, 1e10, 1e9]
+    assert environments.make("envpool/LqrLqr21-v1").spec == environments.spec("envpool/LqrLqr21-v1")
+
+
 def test_what_is_too_wide_for_its_type_is_outside_its_bounds_and_not_another_number():
     space = conversion.observation_space(gymnasium.spaces.Box(0, 100, (1,), np.int64))
     leaf = checks.CheckedLeaf(*spaces.leaves(space)[0])
