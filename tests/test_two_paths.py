@@ -16,12 +16,13 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from spaces_strategies import action_spaces, any_spaces
 from test_isolation import LIBRARY, OF_A_ROW, same, worker_spec
 
 import ldm_jax
 from environments.adapters import gymnasium as in_process
 from environments.isolation import IsolatedEnvironment, Isolation, WorkerSpec
-from environments.isolation.batch import Fault
+from environments.isolation.batch import Fault, read_spaces
 from environments.isolation.host import WorkerFaultError
 from environments.isolation.venvs import VenvSpec
 from environments.isolation.worker import values
@@ -161,6 +162,43 @@ def test_wide_numbers_arrive_or_are_refused_when_made(name):
             ticks = np.float32(2**32 - 2**10 * (1 + t))
             assert time_step.observation["ticks"].astype(np.float32).tolist() == [ticks] * ROWS
             assert outside == 0
+
+
+@hypothesis.given(space=any_spaces, seed=st.integers(0, 99))
+def test_what_a_library_shows_arrives_to_the_precision_of_float32(space, seed):
+    """Or the space is refused when an environment is made."""
+    try:
+        carried, _ = read_spaces(values.describe(space), values.describe(gymnasium.spaces.Discrete(2)))
+    except spaces.SpaceError:
+        return
+    space.seed(seed)
+    shown = space.sample()
+    places = zip(values.find_leaves(space), spaces.leaves(carried), strict=True)
+    for (path, leaf), offered in places:
+        struct = spaces.leaf_shape_dtype(offered.space)
+        slot = np.zeros(struct.shape, struct.dtype)
+        assert not values.write(slot, path, values.kind_of(leaf), leaf, shown)
+        value = spaces.get(shown, path)
+        if isinstance(value, str):
+            assert bytes(slot).rstrip(b"\0") == value.encode()
+        else:
+            np.testing.assert_allclose(slot.astype(np.float64), np.asarray(value, np.float64), rtol=1e-7, atol=1e-38)
+
+
+@hypothesis.given(space=action_spaces, seed=st.integers(0, 99))
+def test_whatever_is_chosen_here_is_in_the_library_s_own_space(space, seed):
+    try:
+        _, carried = read_spaces(values.describe(gymnasium.spaces.Discrete(2)), values.describe(space))
+    except spaces.SpaceError:
+        return
+    chosen = spaces.sample(jax.random.key(seed), carried, 1)
+    given = []
+    for (_, leaf), offered in zip(values.find_leaves(space), spaces.leaves(carried), strict=True):
+        slot = np.asarray(spaces.get(chosen, offered.path))[0]
+        given.append(values.make_reader(leaf, plain_integers=False)(slot))
+    action = values.build(space, iter(given))
+    assert space.contains(action), action
+    assert jax.tree.map(type, action) == jax.tree.map(type, space.sample())
 
 
 @pytest.mark.parametrize("limit", [5, 50, 2**31 - 1])

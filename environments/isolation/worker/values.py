@@ -5,6 +5,7 @@ library, numpy, and Python 3.7 or later are all it needs.
 """
 
 import copy
+import typing
 
 import numpy as np
 
@@ -198,7 +199,7 @@ def make_reader(space, plain_integers):
 
 def scalar_type(space):
     """The type of what a Discrete space samples: Python's integers in old Gym, numpy's since."""
-    kind = next(each for each in type(space).__mro__ if each.__name__ == "Discrete")
+    kind: typing.Any = next(each for each in type(space).__mro__ if each.__name__ == "Discrete")
     if type(space).sample is kind.sample:
         return int if type(kind(2).sample()) is int else np.dtype(space.dtype).type
     try:
