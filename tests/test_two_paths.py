@@ -50,7 +50,7 @@ FAILS = {
     "SequenceSpace": "kind Sequence is not supported",
     "IntegerKeys": "keys that are not strings",
 }
-EXACT_OR_REFUSED = ()
+EXACT_OR_REFUSED = ("WideIntegers", "FarDiscrete")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -185,6 +185,7 @@ def test_what_a_library_shows_arrives_to_the_precision_of_float32(space, seed):
             np.testing.assert_allclose(slot.astype(np.float64), np.asarray(value, np.float64), rtol=1e-7, atol=1e-38)
 
 
+@hypothesis.settings(deadline=None)  # the first of a shape compiles
 @hypothesis.given(space=action_spaces, seed=st.integers(0, 99))
 def test_whatever_is_chosen_here_is_in_the_library_s_own_space(space, seed):
     try:

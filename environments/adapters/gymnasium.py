@@ -186,6 +186,7 @@ def _read_spaces(id: str, environment: gymnasium.Env) -> Spaces:
         declared = [values.describe(space) for space in (environment.observation_space, environment.action_space)]
         return read_spaces(*declared)
     except (values.RefusedError, SpaceError) as error:
+        gym_api.close(environment)
         raise SpaceError(f"{id} declares spaces that are not supported: {error}") from error
 
 

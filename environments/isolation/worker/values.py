@@ -194,6 +194,8 @@ def make_reader(space, plain_integers):
         number = int if plain_integers else scalar_type(space)
         return lambda slot: slot.item() if number is int else number(slot.item())
     dtype, shape = space.dtype, space.shape
+    if kind_of(space) == "Box" and shape == () and np.dtype(dtype).kind in "biu":
+        return np.dtype(dtype).type  # rounding made a scalar of the sample
     return lambda slot: np.array(slot, slot.dtype if dtype is None else dtype).reshape(shape)
 
 
