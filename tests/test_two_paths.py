@@ -195,8 +195,8 @@ def test_whatever_is_chosen_here_is_in_the_library_s_own_space(space, seed):
     chosen = spaces.sample(jax.random.key(seed), carried, 1)
     given = []
     for (_, leaf), offered in zip(values.find_leaves(space), spaces.leaves(carried), strict=True):
-        slot = np.asarray(spaces.get(chosen, offered.path))[0]
-        given.append(values.make_reader(leaf, plain_integers=False)(slot))
+        slots = np.asarray(spaces.get(chosen, offered.path))
+        given.append(values.make_reader(leaf, plain_integers=False)(slots)[0])
     action = values.build(space, iter(given))
     assert space.contains(action), action
     assert jax.tree.map(type, action) == jax.tree.map(type, space.sample())

@@ -23,6 +23,8 @@ IDLE, STEP, RESET, SEED, REMAKE = range(5)
 """Commands of a row; SEED resets under the row's seed, REMAKE makes the environment anew before that."""
 
 MAX_ERROR_CHARS = 4000
+ARRAYS = ("Box", "MultiDiscrete", "MultiBinary")
+"""Kinds of spaces whose values are arrays."""
 LARGEST = float(np.finfo(np.float32).max)
 
 FAILURES = (Exception, SystemExit)
@@ -119,9 +121,8 @@ class Library:
             f"reset returned {summary(result)}, expected a pair of the observation and a dict: `return obs, {{}}`",
         )
 
-    def step(self, environment, action):
-        """Observation, reward, terminated, truncated, and what is known beside them."""
-        result = environment.step(action)
+    def read_step(self, result):
+        """Observation, reward, terminated, truncated, and what is known beside them, of what `step` returned."""
         if not isinstance(result, tuple) or len(result) not in (4, 5):
             raise WrongError("shape", f"step returned {summary(result)}, expected a tuple of 4 or 5")
         if len(result) == 5:
@@ -151,6 +152,16 @@ class Library:
         except FAILURES:  # a reset that fails is seen again when it counts; another thing of that name is no mask
             return 0
         return masks.size
+
+
+def read_reward(reward):
+    """A reward as a float."""
+    if isinstance(reward, (float, int)):
+        return float(reward)
+    reward = np.asarray(reward, np.float64)
+    if reward.size != 1:
+        raise WrongError("shape", f"the reward has shape {list(reward.shape)}, expected one number")
+    return reward.item()
 
 
 def summary(value):
@@ -215,17 +226,21 @@ class Rows:
         )
         self.mask_slots, self.masks = arrays.get("mask"), Masks(self.action_space)
         seen, chosen = find_leaves(environment.observation_space), find_leaves(self.action_space)
-        self.observation_places = self.find_places("observation", [(path, kind_of(leaf), leaf) for path, leaf in seen])
-        self.action_places = self.find_places(
-            "action", [(make_reader(leaf, library.plain_integers),) for _, leaf in chosen]
-        )
+        self.observation_places = self.find_places([(path, kind_of(leaf), leaf) for path, leaf in seen])
+        self.is_array = [path for path, _ in seen] == [()] and kind_of(seen[0][1]) in ARRAYS
+        if self.is_array:
+            self.dtype, self.shape = arrays["observation/0"].dtype, arrays["observation/0"].shape[1:]
+        self.readers = [
+            (arrays[f"action/{i}"][rows.start : rows.stop], make_reader(leaf, library.plain_integers))
+            for i, (_, leaf) in enumerate(chosen)
+        ]
         self.action_is_nested = kind_of(self.action_space) in ("Dict", "Tuple")
         # Rows that share a generator would depend on how rows are split among workers.
         self.states: typing.Any = {} if owns_process and global_randomness else None
 
-    def find_places(self, prefix, leaves):
-        """For each row, the place of each leaf in the arrays and what goes with the leaf."""
-        arrays = [self.arrays[f"{prefix}/{i}"] for i in range(len(leaves))]
+    def find_places(self, leaves):
+        """For each row, the place of each leaf of its observation in the arrays and what goes with the leaf."""
+        arrays = [self.arrays[f"observation/{i}"] for i in range(len(leaves))]
         return {
             row: [(slots[row : row + 1].reshape(slots.shape[1:]), *leaf) for slots, leaf in zip(arrays, leaves)]
             for row in self.rows
@@ -238,38 +253,43 @@ class Rows:
           Row, kind and error of each that failed; its environment is gone.
         """
         commands, faults = self.arrays["command"][self.rows.start : self.rows.stop].tolist(), []
-        for row, command in zip(self.rows, commands):
+        step, reset, calls, heartbeat = self.step, self.reset, self.calls, self.heartbeat
+        actions = self.read_actions() if STEP in commands else commands
+        for row, command, action in zip(self.rows, commands, actions):
             if command == IDLE:
                 continue
-            self.count()
+            if self.owns_process:
+                calls += 1
+                heartbeat[0] = calls
             try:
-                obey = self.step if command == STEP else self.reset
-                if self.states is None:
-                    obey(row, command)
-                else:
+                if self.states is not None:
                     with own_randomness(self.states, row):
-                        obey(row, command)
+                        step(row, action) if command == STEP else reset(row, command)
+                elif command == STEP:
+                    step(row, action)
+                else:
+                    reset(row, command)
             except FAILURES as error:
                 faults.append((row, error.kind if isinstance(error, WrongError) else "exception", error))
                 self.drop(row)
-        self.count()
+        self.calls = heartbeat[0] = calls + 1
         return faults
 
-    def count(self):
-        """Counts a call to the library, for a host to see."""
-        self.calls += 1
-        self.heartbeat[0] = self.calls
+    def read_actions(self):
+        """The action of each row."""
+        values = [read(slots) for slots, read in self.readers]
+        if not self.action_is_nested:
+            return values[0]
+        return [build(self.action_space, iter(row)) for _, *row in zip(self.rows, *values)]
 
-    def step(self, row, command):
+    def step(self, row, action):
         """Steps one row."""
-        values = [read(slot) for slot, read in self.action_places[row]]
-        action = build(self.action_space, iter(values)) if self.action_is_nested else values[0]
-        observation, reward, terminated, truncated, info = self.library.step(self.environments[row], action)
-        if not isinstance(reward, (float, int)):
-            reward = np.asarray(reward, np.float64)
-            if reward.size != 1:
-                raise WrongError("shape", f"the reward has shape {list(reward.shape)}, expected one number")
-            reward = reward.item()
+        result = self.environments[row].step(action)
+        if type(result) is not tuple or len(result) != 5:
+            result = self.library.read_step(result)
+        observation, reward, terminated, truncated, info = result
+        if type(reward) is not float:
+            reward = read_reward(reward)
         if not -LARGEST <= reward <= LARGEST:
             reward = math.copysign(math.inf, reward) if reward == reward else reward
         self.put(row, observation, reward, bool(terminated), bool(truncated), info)
@@ -282,7 +302,8 @@ class Rows:
             if self.owns_process:
                 random.seed(seed)
                 np.random.seed(seed)
-            self.generators[row] = random.Random(seed)
+            if library.seed_every_reset:
+                self.generators[row] = random.Random(seed)
             if command == REMAKE or library.made_of_seed:
                 self.drop(row)
         elif library.seed_every_reset:
@@ -296,7 +317,12 @@ class Rows:
 
     def put(self, row, observation, reward, terminated, truncated, info):
         """Writes what came of one row into the arrays."""
-        for slot, path, kind, space in self.observation_places[row]:
+        places = self.observation_places[row]
+        is_array = self.is_array and type(observation) is np.ndarray
+        if is_array and observation.dtype == self.dtype and observation.shape == self.shape:  # as most are
+            places[0][0][...] = observation
+            places = ()
+        for slot, path, kind, space in places:
             if write(slot, path, kind, space, observation):
                 self.cuts[row] = True
         self.rewards[row], self.terminateds[row], self.truncateds[row] = reward, terminated, truncated
