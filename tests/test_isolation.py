@@ -415,7 +415,15 @@ def test_a_worker_of_another_version_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kind": "jail"}, {"workers": -1}, {"max_faults": -1}, {"call_timeout_s": 0}, {"memory_limit_bytes": 0}]
+    "wrong",
+    [
+        {"kind": "jail"},
+        {"workers": -1},
+        {"max_faults": -1},
+        {"call_timeout_s": 0},
+        {"memory_limit_bytes": 0},
+        {"start_timeout_s": float("nan")},
+    ],
 )
 def test_wrong_limits_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
