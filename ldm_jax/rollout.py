@@ -16,6 +16,7 @@ import numpy as np
 
 from ldm_jax import spaces
 from ldm_jax.environment import Environment, EnvironmentFaultError
+from ldm_jax.errors import ConfigError
 from ldm_jax.types import Agent, Array, Key, PyTree, TimeStep
 
 Progress = collections.abc.Callable[[int, int], None]
@@ -102,11 +103,13 @@ def rollout(
     Returns:
       The state to go on from, and the trajectory, whose first time step is the one given. Arrays are
       NumPy's where the environment is not jittable.
+
+    Raises:
+      ConfigError: fewer than one step.
     """
+    _check_count("steps", steps)
     if environment.spec.jittable:
         return _programs(environment).rollout(agent=agent, params=params, loop=loop, key=key, steps=steps)
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
     act = _programs(environment).act
     carry, state, timestep = loop
     seen: list[np.ndarray] = []
@@ -151,8 +154,10 @@ def evaluate(
       The episodes, `[B, E]`.
 
     Raises:
+      ConfigError: fewer than one episode.
       EnvironmentFaultError: a return that is not finite, or episodes that outlast the time limit.
     """
+    _check_count("episodes_per_row", episodes_per_row)
     spec = environment.spec
     rows, total = spec.batch_size, spec.batch_size * episodes_per_row
     reset_key, act_key = jax.random.split(key)
@@ -176,6 +181,11 @@ def evaluate(
     if odd := int((~np.isfinite(episodes.returns)).sum()):
         raise EnvironmentFaultError(f"{spec.id}: {odd} of {total} returns are NaN or infinite; look at its rewards")
     return episodes
+
+
+def _check_count(name: str, count: int) -> None:
+    if not count >= 1:
+        raise ConfigError(f"{name} is {count}, expected a whole number, at least 1")
 
 
 def _host_chunk(environment: Environment) -> collections.abc.Callable[..., _Counted]:

@@ -12,6 +12,7 @@ import ldm_jax
 from data.references import random_agent
 from ldm_jax import rollout, spaces
 from ldm_jax.environment import EnvironmentFaultError
+from ldm_jax.errors import ConfigError
 from ldm_jax.types import Agent
 
 JITTABLE, HOST = "gymnax/Catch-bsuite", "envpool/FrozenLake-v1"
@@ -161,6 +162,15 @@ def test_progress_ends_at_the_total(environment, agent):
     rollout.evaluate(environment, agent, 0.0, jax.random.key(2), 2, lambda *report: reports.append(report))
     assert reports[-1] == (10, 10)
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
+
+
+@pytest.mark.parametrize("count", [0, -1, np.nan])
+def test_less_than_one_is_refused(environment, agent, count):
+    loop = rollout.start(environment, agent, jax.random.key(5))
+    with pytest.raises(ConfigError, match=f"steps is {count}, expected a whole number"):
+        rollout.rollout(environment, agent, 0.0, loop, jax.random.key(6), count)
+    with pytest.raises(ConfigError, match=f"episodes_per_row is {count}, expected a whole number"):
+        rollout.evaluate(environment, agent, 0.0, jax.random.key(2), count)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

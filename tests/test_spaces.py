@@ -1,6 +1,9 @@
 """Laws of spaces and action slots."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 
 import gymnasium
@@ -324,6 +327,41 @@ def test_samples_are_uniform_and_honour_the_mask():
     masked = spaces.sample(jax.random.key(0), space, 6000, mask)
     assert set(np.unique(masked["a"][:, 0])) == {1, 2} and set(np.unique(masked["c"])) == {9}
     assert set(np.unique(masked["a"][:, 1])) == {0}
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 0), (0, 1e-44), (5, 5 + 1e-12), (-1e29, 1e29), (-3e38, 3e38), (0, 1e-30)]
+)
+def test_slots_of_any_width_are_finite_there_and_back(low, high):
+    space = gs.Box(-np.inf, np.inf, (2,)) if high > 1e30 else gs.Box(low, high, (2,), np.float64)
+    layout = actions.action_layout(space, low=low, high=high)
+    edges = np.array([[low] * 2, [high] * 2], np.float32)
+    for xp in (np, jnp):
+        slots = actions.to_slots(layout, xp.asarray(edges))
+        back = np.asarray(actions.from_slots(layout, slots))
+        assert np.isfinite(slots.continuous).all() and np.isfinite(back).all()
+        np.testing.assert_allclose(back.clip(-1e30, 1e30), edges.clip(-1e30, 1e30), rtol=1e-6, atol=1e-12)
+
+
+SAME_DRAWS = """
+import jax, numpy as np
+from gymnasium import spaces as gs
+from ldm_jax import spaces
+ends = np.array([[-1, 0, -np.inf], [1, np.inf, np.inf]], np.float32)
+space = gs.Dict(a=gs.Box(*ends), b=gs.Discrete(5), c=gs.Box(-9, 99, (3,), np.int32), d=gs.MultiDiscrete([3, 4]))
+for mask in (None, np.arange(12)[None].repeat(4, 0) % 2 == 0):
+    batch = spaces.sample(jax.random.key(0), space, 4, mask)
+    print({name: (str(leaf.dtype), np.asarray(leaf).tolist()) for name, leaf in batch.items()})
+"""
+
+
+def test_samples_are_the_same_under_64_bits():
+    found = []
+    for wide in ("0", "1"):
+        variables = os.environ | {"JAX_ENABLE_X64": wide, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-c", SAME_DRAWS]
+        found.append(subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout)
+    assert found[0] == found[1] and found[0].count("\n") == 2
 
 
 def test_flat_choices_are_cut_into_slots():

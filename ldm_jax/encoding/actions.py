@@ -16,13 +16,27 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from ldm_jax.spaces import SpaceError, bounds, choices, clip_box, first_value, get, leaf_shape_dtype, leaves, unflatten
+from ldm_jax.spaces import (
+    UNBOUNDED,
+    SpaceError,
+    bounds,
+    choices,
+    clip_box,
+    first_value,
+    get,
+    leaf_shape_dtype,
+    leaves,
+    unflatten,
+)
 from ldm_jax.types import Array, PyTree
 
 NOT_ALLOWED = -1e9
 """The logit of a choice that does not exist or is not allowed: finite, so that no gradient turns NaN."""
 NOT_ALLOWED_FLOAT16 = -3e4
 """The same where logits are stored in float16; about half of the lowest that it holds."""
+
+
+_NARROWEST = 4 * float(np.finfo(np.float32).tiny)
 
 
 class Slots(typing.NamedTuple):
@@ -125,8 +139,9 @@ def action_layout(
         raise SpaceError(f"the action space has no bounds in its continuous slots {assumed}: say the range to act in")
     low = np.where(np.isfinite(space_low), space_low, 0.0 if low is None else low)
     high = np.where(np.isfinite(space_high), space_high, 0.0 if high is None else high)
-    # A slot of no width holds one value; the range around it only has to be a range.
-    flat = high <= low
+    low, high = (np.clip(side, -UNBOUNDED, UNBOUNDED) for side in (low, high))
+    # A slot of no width, to float32, holds one value; the range around it only has to be a range.
+    flat = ~(high - low > _NARROWEST)
     layout = ActionLayout(space, np.where(flat, low - 0.5, low), np.where(flat, low + 0.5, high), tuple(assumed))
     if layout.categorical + layout.continuous == 0:
         raise SpaceError(f"the action space {space} has no component to choose")

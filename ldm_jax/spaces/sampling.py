@@ -43,7 +43,7 @@ def sample(key: Key, space: gymnasium.Space, batch_size: int, action_mask: Array
                 if action_mask is None:
                     columns.append(jax.random.randint(slot_key, (batch_size,), 0, np.uint32(size), np.uint32))
                 else:
-                    logits = jnp.where(action_mask[:, offset : offset + size], 0.0, -jnp.inf)
+                    logits = jnp.where(action_mask[:, offset : offset + size], np.float32(0), np.float32(-np.inf))
                     columns.append(jax.random.categorical(slot_key, logits).astype(np.uint32))
                 offset += size
             index = jnp.stack(columns, -1).reshape(shape)
@@ -74,11 +74,11 @@ def _sample_reals(key: Key, space: spaces.Box, shape: tuple[int, ...]) -> Array:
     bounded_low, bounded_high = np.isfinite(low), np.isfinite(high)
     finite_low, finite_high = np.where(bounded_low, low, 0.0), np.where(bounded_high, high, 0.0)
     uniform_key, normal_key, exponential_key = jax.random.split(key, 3)
-    exponential = jax.random.exponential(exponential_key, shape)
-    value = jax.random.normal(normal_key, shape)
+    exponential = jax.random.exponential(exponential_key, shape, np.float32)
+    value = jax.random.normal(normal_key, shape, np.float32)
     value = jnp.where(bounded_low, finite_low.astype(np.float32) + exponential, value)
     value = jnp.where(bounded_high & ~bounded_low, finite_high.astype(np.float32) - exponential, value)
     width = (finite_high - finite_low).astype(np.float32)
-    uniform = finite_low.astype(np.float32) + jax.random.uniform(uniform_key, shape) * width
+    uniform = finite_low.astype(np.float32) + jax.random.uniform(uniform_key, shape, np.float32) * width
     value = jnp.where(bounded_low & bounded_high, uniform, value)
     return clip_box(space, value if np.issubdtype(space.dtype, np.floating) else jnp.round(value))
