@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import typing
 
-import jax
-
 from ldm_jax.errors import LdmError
-from ldm_jax.types import EnvironmentSpec, PyTree, TimeStep
+from ldm_jax.types import EnvironmentSpec, Key, PyTree, TimeStep
 
 
 class StaleStateError(LdmError, RuntimeError):
@@ -36,7 +34,7 @@ class Environment(typing.Protocol):
     def spec(self) -> EnvironmentSpec:
         """What is known before stepping."""
 
-    def reset(self, key: jax.Array) -> tuple[PyTree, TimeStep]:
+    def reset(self, key: Key) -> tuple[PyTree, TimeStep]:
         """Starts B new episodes.
 
         Args:
