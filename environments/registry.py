@@ -97,10 +97,10 @@ def make(
       EnvironmentFaultError: the library cannot make it, or not with this time limit.
       SpaceError: it has a space that is not supported.
     """
-    batch_size = _check_count("batch_size", batch_size, _MAX_BATCH_SIZE)
-    if time_limit is not None:
-        time_limit = _check_count("time_limit", time_limit, MAX_TIME_LIMIT)
     library, name = split(id)
+    batch_size = _check_count(f"batch_size of {id}", batch_size, _MAX_BATCH_SIZE)
+    if time_limit is not None:
+        time_limit = _check_count(f"time_limit of {id}", time_limit, MAX_TIME_LIMIT)
     adapter = _adapter(library)
     _check_known(library, name, adapter)
     environment = _make(library, name, adapter, batch_size, time_limit, isolation)
@@ -205,7 +205,9 @@ def _make(
 ) -> Environment:
     if not isinstance(adapter, groups.IsolatedLibrary):
         if isolation != "auto":
-            raise ConfigError(f"isolation is {isolation!r}, but {library} runs in this interpreter: leave it at 'auto'")
+            raise ConfigError(
+                f"isolation of {library}/{name} is {isolation!r}, but it runs in this interpreter: leave it at 'auto'"
+            )
         with _naming(library, name):
             return adapter.make(name, batch_size, time_limit)
     if isinstance(isolation, str):
@@ -225,7 +227,7 @@ def _naming(library: str, name: str) -> collections.abc.Iterator[None]:
     except ModuleNotFoundError as error:
         if isinstance(error, LibraryMissingError):
             raise
-        raise _missing(library, error) from error
+        raise LibraryMissingError(f"{id} cannot be made: {_missing(library, error)}") from error
     except LdmError as error:
         if id in str(error):
             raise

@@ -447,7 +447,9 @@ def test_unknown_ids_are_answered_with_a_way_out(id, text):
 @pytest.mark.parametrize("size", [0, -1, 2.0, "2", True, np.True_, np.array([2]), 2**31 - 1 + True, sys.maxsize])
 def test_sizes_must_be_positive_integers(name, size):
     for id in ("gymnax/CartPole-v1", "envpool/CartPole-v1", "gymnasium/CartPole-v1"):
-        with pytest.raises(ldm_jax.errors.ConfigError, match=f"{name} is .*, expected an integer of at least 1 and at"):
+        with pytest.raises(
+            ldm_jax.errors.ConfigError, match=f"{name} of {id} is .*, expected an integer of at least 1 and at"
+        ):
             environments.make(id, **{name: size})
 
 
@@ -656,7 +658,8 @@ def _raise(error):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("no display"), SystemExit(3), KeyError("x"), spaces.SpaceError("a Graph"), ImportError("libx")]
+    "error",
+    [ValueError("no display"), SystemExit(3), KeyError("x"), spaces.SpaceError("a Graph"), ModuleNotFoundError("x")],
 )
 def test_whatever_goes_wrong_while_an_environment_is_made_comes_with_its_id(error, register, monkeypatch):
     id = register("Odd-v0", lambda: _raise(error))
