@@ -1,4 +1,4 @@
-"""Lists of environment ids, as flags and programs give them: one parser and one check for all stages."""
+"""Lists of environment ids, as flags and programs give them: one parser for all stages."""
 
 from __future__ import annotations
 
@@ -30,21 +30,6 @@ def parse_ids(ids: str | collections.abc.Iterable[str]) -> tuple[str, ...]:
     if twice := sorted({id for id in found if found.count(id) > 1}):
         raise WorkdirError(f"the list of environments holds {', '.join(twice)} twice; give each one once")
     return found
-
-
-def check_ids(ids: collections.abc.Iterable[str]) -> None:
-    """Checks that all environments can be made, before anything is done with the first.
-
-    Raises:
-      UnknownEnvironmentError: an id that is not known; says the nearest ones.
-      LibraryMissingError: its library is not installed; says the extra to install.
-    """
-    known: dict[str, set[str]] = {}
-    for id in ids:
-        library = id.partition("/")[0]
-        if library not in known or id not in known[library]:
-            environments.make(id).close()  # says what is wrong with the id, or what its library needs
-            known[library] = set(environments.list_ids(library))
 
 
 def find_unfit(ids: collections.abc.Iterable[str], model: ModelConfig | None = None) -> dict[str, str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import logging
+import os
 import signal
+import sys
 import threading
 import typing
 
@@ -66,6 +68,16 @@ def ending() -> collections.abc.Iterator[None]:
         raise Interrupted(number)
 
     _CALLBACKS.addFilter(_is_error)
+    before = sys.unraisablehook
+
+    def ignored(unraisable: typing.Any) -> None:
+        # It came where Python ignores what is raised, in a finalizer or the garbage collection: it is sent again.
+        if isinstance(unraisable.exc_value, Interrupted):
+            threading.Timer(0.1, os.kill, (os.getpid(), unraisable.exc_value.number)).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = ignored
     try:
         with _handled(interrupt):
             yield
@@ -78,6 +90,7 @@ def ending() -> collections.abc.Iterator[None]:
         raise error from None
     finally:
         _CALLBACKS.removeFilter(_is_error)
+        sys.unraisablehook = before
 
 
 def _is_error(record: logging.LogRecord) -> bool:
