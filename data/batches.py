@@ -42,7 +42,9 @@ def make_codecs(
     for codec in codecs:
         model.check_fits(codec.bucket, codec.card.id, max(codec.observation_layout.sizes, default=0))
     joined = join_buckets(collections.Counter(codec.bucket for codec in codecs), max_buckets)
-    return [Codec(codec.card, joined[codec.bucket]) for codec in codecs]
+    return [
+        codec if joined[codec.bucket] == codec.bucket else Codec(codec.card, joined[codec.bucket]) for codec in codecs
+    ]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
