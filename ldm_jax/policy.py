@@ -181,6 +181,13 @@ class Policy:
 def load(directory: str | os.PathLike[str]) -> Policy:
     """Reads a policy that was saved.
 
+    >>> import jax, ldm_jax
+    >>> cfg = ldm_jax.SIZES["nano"]
+    >>> params = ldm_jax.make_model(cfg).init(jax.random.key(0))
+    >>> ldm_jax.Policy(cfg, params, cards={}).save("policy")
+    >>> ldm_jax.load("policy")  # doctest: +ELLIPSIS
+    Policy(...M parameters, 0 environments, greedy)
+
     Args:
       directory: the folder that `Policy.save` wrote.
 

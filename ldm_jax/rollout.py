@@ -139,6 +139,13 @@ def evaluate(
 ) -> EpisodeReturns:
     """Runs a fixed number of episodes in every row.
 
+    >>> import data, environments, jax, ldm_jax
+    >>> environment = environments.make("gymnax/Catch-bsuite", batch_size=4)
+    >>> agent = data.references.random_agent(environment.spec.action_space)
+    >>> episodes = ldm_jax.rollout.evaluate(environment, agent, params=(), key=jax.random.key(0), episodes_per_row=2)
+    >>> episodes.returns.shape, episodes.lengths.tolist()
+    ((4, 2), [[9, 9], [9, 9], [9, 9], [9, 9]])
+
     Taking the first episodes to finish instead would favour short ones. A row that has run its own is ignored from then
     on, though it goes on acting until all have.
 

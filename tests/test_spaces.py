@@ -367,7 +367,7 @@ def test_samples_are_the_same_under_64_bits():
 def test_flat_choices_are_cut_into_slots():
     layout = actions.action_layout(gs.MultiDiscrete([2, 3]))
     flat = np.arange(10, dtype=np.float32).reshape(2, 5)
-    cut = actions.split_choices(layout, flat, 3, 4, -1.0)
+    cut = actions.split_choices(layout, flat, 3, 4, fill=-1.0)
     np.testing.assert_array_equal(cut[0], [[0, 1, -1, -1], [2, 3, 4, -1], [-1, -1, -1, -1]])
 
 

@@ -156,7 +156,7 @@ def _act(
 def choice_logits(layout: ActionLayout, logits: Array) -> Array:
     """Flat logits `[..., M]` as one row of log-probabilities per categorical slot, `[..., K, widest]`."""
     width = max(layout.sizes, default=1)
-    return jax.nn.log_softmax(split_choices(layout, logits, layout.categorical, width, NOT_ALLOWED), -1)
+    return jax.nn.log_softmax(split_choices(layout, logits, layout.categorical, width, fill=NOT_ALLOWED), -1)
 
 
 def best_choices(layout: ActionLayout, logits: Array) -> Array:

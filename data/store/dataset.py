@@ -239,10 +239,11 @@ def open_dataset(url: str | os.PathLike[str]) -> Dataset:
     Raises:
       StoreError: there is no dataset, something else is there, it has another schema version, or it cannot be read.
 
+    >>> import data
     >>> from data.store import create_dataset
     >>> create_dataset("memory://example")
     Dataset(memory://example, 0 environments, 0 steps)
-    >>> open_dataset("memory://example").ids
+    >>> data.open_dataset("memory://example").ids
     ()
     """
     storage = Storage(os.fspath(url))

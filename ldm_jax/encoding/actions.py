@@ -114,6 +114,12 @@ def action_layout(
 ) -> ActionLayout:
     """Lays an action space out in slots.
 
+    >>> from gymnasium.spaces import Box, MultiDiscrete, Tuple
+    >>> from ldm_jax.encoding import action_layout
+    >>> layout = action_layout(Tuple([MultiDiscrete([3, 2]), Box(-1, 1, (4,))]))
+    >>> layout.sizes, layout.flat_choices, layout.continuous
+    ((3, 2), 5, 4)
+
     Args:
       space: the action space.
       low: `[C]` or one number, used where the space has no lower bound: the range seen in the data, or to be tried.
@@ -200,7 +206,7 @@ def denormalize(layout: ActionLayout, value: Array) -> Array:
     return value * half.astype(np.float32) + middle.astype(np.float32)
 
 
-def split_choices(layout: ActionLayout, flat: Array, slots: int, width: int, fill: float | bool) -> Array:
+def split_choices(layout: ActionLayout, flat: Array, slots: int, width: int, *, fill: float | bool) -> Array:
     """Cuts flat choices `[..., M]` into one padded row per categorical slot.
 
     Args:

@@ -101,10 +101,10 @@ class _Network(nnx.Module):
 def make_model(cfg: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Model:
     """Builds the pure functions for a configuration; allocates nothing.
 
-    >>> from ldm_jax.model.config import SIZES
-    >>> model = make_model(SIZES["nano"])
+    >>> import jax, ldm_jax
+    >>> model = ldm_jax.make_model(ldm_jax.SIZES["nano"])
     >>> params = jax.eval_shape(model.init, jax.random.key(0))
-    >>> count_parameters(params["decoder"])
+    >>> ldm_jax.model.count_parameters(params["decoder"])
     20672
 
     Args:

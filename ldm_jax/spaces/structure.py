@@ -53,6 +53,12 @@ def _word(key: str | int) -> str:
 def leaves(space: gymnasium.Space) -> tuple[Leaf, ...]:
     """The leaves of a space in canonical order.
 
+    >>> import ldm_jax
+    >>> from gymnasium.spaces import Box, Dict, Discrete, Tuple
+    >>> space = Dict(speed=Box(-1, 1, (2,)), hand=Tuple([Discrete(4), Discrete(13)]))
+    >>> [leaf.name for leaf in ldm_jax.spaces.leaves(space)]
+    ['hand/0', 'hand/1', 'speed']
+
     Raises:
       SpaceError: a kind of space that is not supported.
     """
