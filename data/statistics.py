@@ -48,6 +48,7 @@ def measure(spec: EnvironmentSpec, leaves: dict[str, np.ndarray], outside: int =
         action_high=tuple(executed.max(0).tolist()),
         steps=steps,
         outside=outside,
+        masked="action_mask" in leaves,
     )
 
 

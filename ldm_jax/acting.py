@@ -216,6 +216,12 @@ def _check(codec: Codec, timestep: TimeStep, rows: int) -> None:
                 f"the {name} given to the agent of {card.id} is {value.dtype}{list(value.shape)}, expected "
                 f"{want.dtype}{[rows, *want.shape]}: each leaf of a time step has the agent's {rows} rows in front"
             )
+    if (timestep.action_mask is not None) != card.statistics.masked:
+        now, then = ("no", "an") if card.statistics.masked else ("an", "no")
+        raise ActingError(
+            f"a time step given to the agent of {card.id} has {now} action_mask, and had {then} action_mask when the "
+            "data of its card were collected: act in the environment as it was, or collect and train anew"
+        )
 
 
 def forget(state: AgentState, rows: Array) -> AgentState:

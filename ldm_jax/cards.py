@@ -90,6 +90,7 @@ class Statistics:
       action_high: the same.
       steps: the number of steps that this was measured on.
       outside: the number of observations with a part outside the declared bounds.
+      masked: whether time steps had an action mask.
     """
 
     observation_mean: tuple[float, ...]
@@ -99,6 +100,7 @@ class Statistics:
     action_high: tuple[float, ...]
     steps: int
     outside: int = 0
+    masked: bool = False
 
     def __post_init__(self) -> None:
         for name in ("observation_mean", "observation_std", "action_low", "action_high"):

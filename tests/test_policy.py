@@ -240,6 +240,18 @@ def test_a_time_step_that_is_not_the_agent_s_is_refused(change, message):
         jax.eval_shape(agent.step, PARAMS, agent.init(2), change(timestep(card, 2, 0)), jax.random.key(0))
 
 
+def test_a_mask_that_comes_or_goes_is_refused():
+    card = CARDS["test/vector"]
+    masked = dataclasses.replace(card, statistics=dataclasses.replace(card.statistics, masked=True))
+    plain = timestep(card, 2, 0)
+    step = plain._replace(action_mask=np.ones((2, 3), bool))
+    for known, right, wrong, now in ((card, plain, step, "an"), (masked, step, plain, "no")):
+        agent = make_policy().agent(known)
+        jax.eval_shape(agent.step, PARAMS, agent.init(2), right, jax.random.key(0))
+        with pytest.raises(acting.ActingError, match=rf"has {now} action_mask, and had"):
+            jax.eval_shape(agent.step, PARAMS, agent.init(2), wrong, jax.random.key(0))
+
+
 @pytest.mark.parametrize("observation", [{}, np.zeros(2, np.float32)])
 def test_an_observation_without_a_part_is_refused(observation):
     card = CARDS["test/mixed"]
