@@ -11,13 +11,14 @@ import math
 import os
 import pathlib
 import pkgutil
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import gymnasium
+import numpy as np
 import pytest
 from absl import flags as absl_flags
 
@@ -177,23 +178,66 @@ def test_a_stage_without_what_it_needs_says_what_is_missing_and_leaves_nothing(n
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", list(STAGES))
+def test_a_stage_that_is_started_beside_another_says_who_is_at_work_and_touches_nothing(name, workdir):
+    hold = "import pathlib, sys\nfrom experiments.harness.workdir import lock\n"
+    hold += "with lock(pathlib.Path(sys.argv[1]), 'collect'): print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(workdir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        before = files(workdir)
+        code = run(name, workdir)
+        assert "experiments.collect is at work there" in code and str(other.pid) in code
+        assert files(workdir) == before
+        other.kill()
+
+
+class Wide(gymnasium.Env):
+    """More numbers than any bucket holds."""
+
+    action_space, observation_space = gymnasium.spaces.Discrete(2), gymnasium.spaces.Box(0, 1, (9000,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(9000, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(9000, np.float32), float(action), False, False, {}
+
+
+@pytest.fixture
+def wide():
+    gymnasium.register("Wide-v0", Wide, max_episode_steps=5)
+    yield "gymnasium/Wide-v0"
+    del gymnasium.registry["Wide-v0"]
+
+
+def test_an_environment_too_wide_for_the_model_is_said_first_and_the_others_go_on(wide, tmp_path, caplog):
+    stages = {name: STAGES[name][1] for name in WRITES}
+    config = quickstart.QuickstartConfig(**stages, environments=(wide, IDS[1]))
+    with caplog.at_level("INFO", logger="ldm_jax"):
+        found = quickstart.run(config, tmp_path / "run")
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0].startswith(f"refused id={wide}") and "9000" in said[0], said
+    by_id = {item["id"]: item for item in found["environments"]}
+    assert by_id[wide]["z"] is None and "9000" in by_id[wide]["reason"]
+    assert by_id[IDS[1]]["z"] is not None
+    assert not (tmp_path / "run" / "references" / wide).exists()
+
+
 # Whatever goes wrong later is said in one line, too.
 
 
-def start(name, workdir, *arguments, limit=None):
-    """Starts the script; `limit` is the size that no file may pass, as on a disk that is full."""
-
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+def start(name, workdir, *arguments, room=""):
+    """Starts the script; no file may be larger than `room`, in blocks, as on a disk that is full."""
     _, config = STAGES[name]
+    command = [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir}", *overrides(config), *arguments]
     return subprocess.Popen(
-        [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir}", *overrides(config), *arguments],
+        ["sh", "-c", f'ulimit -f {room} && exec "$@"', "sh", *command] if room else command,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=limited if limit else None,
     )
 
 
@@ -215,7 +259,7 @@ def is_litter(path):
 def test_a_disk_without_room_ends_a_stage_in_one_line_and_it_can_go_on(name, workdir):
     remove(workdir, *(set(WRITES[name]) - {f"{name}.json"}))
     arguments = [f"--environments={LISTED if name == 'references' else IDS[1]}"]
-    process = start(name, workdir, *arguments, limit=1024)
+    process = start(name, workdir, *arguments, room="2")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in err, err
     assert "error: " in err.splitlines()[-1], err
