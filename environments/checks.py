@@ -94,7 +94,7 @@ class Observations:
     """The leaves of a batch of observations, in canonical order, and what is checked of them at every step.
 
     Attributes:
-      leaves: of the space that is offered.
+      leaves: the leaves of the observation space, in canonical order.
     """
 
     def __init__(self, space: gymnasium.Space, batch_size: int):
