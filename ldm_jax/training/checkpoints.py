@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
+import logging
 import pathlib
 import shutil
+import sys
+import types
 import typing
 
 import jax
@@ -54,6 +57,7 @@ class Checkpoints:
           keep_period: those of steps that this divides stay too; 0 for none.
         """
         self.directory = pathlib.Path(directory).absolute()
+        self._quiet = contextlib.ExitStack()
         self.configuration = {**configuration, "settings": settings()}
         kept: list[typing.Any] = [checkpoint_managers.LatestN(max_to_keep)]
         if keep_period:
@@ -71,15 +75,18 @@ class Checkpoints:
         )
 
     def __enter__(self) -> Checkpoints:
+        self._quiet.enter_context(_said_once())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            with self._writing():
-                self._manager.close()
-        except CheckpointError:
-            if kind is None:  # what is under way already says more
-                raise
+        failed = kind is not None and issubclass(kind, CheckpointError)
+        with contextlib.ExitStack() if failed else self._quiet:  # threads that failed print until the process ends
+            try:
+                with self._writing():
+                    self._manager.close()
+            except CheckpointError:
+                if kind is None:  # what is under way already says more
+                    raise
 
     @property
     def steps(self) -> list[int]:
@@ -216,6 +223,27 @@ class Checkpoints:
         return f"{_unreadable(self._path(step), error)}. If it is damaged, move that folder away to {go_on}"
 
 
+@contextlib.contextmanager
+def _said_once() -> collections.abc.Iterator[None]:
+    """Keeps threads of Orbax and TensorStore from printing errors that are raised, too, where one waits for them."""
+    log, hook = logging.getLogger("absl"), sys.excepthook
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+    def printed(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        if str(error) != "Event loop is closed":
+            hook(kind, error, trace)
+
+    log.addFilter(is_news)
+    sys.excepthook = printed
+    try:
+        yield
+    finally:
+        sys.excepthook = hook
+        log.removeFilter(is_news)
+
+
 def save_params(directory: pathlib.Path, params: PyTree) -> None:
     """Writes parameters alone; the folder must not exist."""
     with _alone() as checkpointer:
@@ -285,8 +313,9 @@ def _unreadable(path: pathlib.Path, error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     """The one line of an error that says what is wrong; those of file systems have many."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:400].rstrip(".")
+    lines = [line.strip() for line in str(error).split(" [source locations")[0].splitlines() if line.strip()]
+    line = lines[0] if lines else type(error).__name__
+    return line.rstrip(".") if len(line) < 300 else f"{line[:100]} ... {line[-150:]}"
 
 
 def _without_key_type(state: TrainState) -> dict[str, typing.Any]:
