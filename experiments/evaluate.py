@@ -22,9 +22,10 @@ import numpy as np
 import environments as registry
 from data.references import ReferencePolicyError, load_reference
 from experiments.harness import progress
+from experiments.harness.metrics_log import read_rows
 from experiments.harness.stage import stage
 from experiments.harness.workdir import key_of, listed, pin_config
-from experiments.report.page import read_metrics, write_report
+from experiments.report.page import write_report
 from experiments.report.targets import PUBLIC_TARGETS
 from ldm_jax import files
 from ldm_jax import policy as policies
@@ -99,7 +100,7 @@ def run(
     results = scores.score_each(measured.values(), config.seed)
     found = aggregates.scores_json(results, count_parameters(policy.params), policy.decoding, config.seed)
     details = {"Evaluation seed": config.seed, "Policy": digest, "ldm_jax": importlib.metadata.version("ldm_jax")}
-    training = read_metrics(workdir / "metrics.jsonl")
+    training = read_rows(workdir / "metrics.jsonl")
     page = write_report(workdir / "report", found, training, "One policy, many environments", details)
     print(f"{aggregates.table(found)}\n\nreport: {page}")
     return found

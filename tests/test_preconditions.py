@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import importlib
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import pkgutil
 import shutil
 import signal
@@ -30,6 +32,7 @@ from data.collect import CollectConfig
 from data.store import open_dataset
 from experiments import collect, diagnose, evaluate, pretrain, quickstart, references, scaling
 from experiments.harness import flags
+from experiments.harness.stage import UnitsFailedError
 from experiments.harness.workdir import pin_config
 from ldm_jax.errors import LdmError
 from ldm_jax.model.config import SIZES
@@ -412,6 +415,15 @@ def test_no_configuration_takes_a_number_that_is_not_finite(config, name, value)
 
 def example(config):
     return SIZES["nano"] if config is ldm_jax.ModelConfig else config()
+
+
+def test_configurations_and_failures_travel():
+    whole = [each for each in configurations() if each.__name__ not in ("DescribeConfig", "ModelConfig")]
+    for value in (SIZES["nano"], *(each() for each in whole)):
+        assert pickle.loads(pickle.dumps(value)) == copy.deepcopy(value) == value
+        assert hash(pickle.loads(pickle.dumps(value))) == hash(value)
+    failed = pickle.loads(pickle.dumps(UnitsFailedError({"a/A": "broken"})))
+    assert failed.reasons == {"a/A": "broken"} and "a/A: broken" in str(failed)
 
 
 # What is in the way of our packages.

@@ -30,7 +30,7 @@ class UnitsFailedError(LdmError):
 
     def __str__(self) -> str:
         said = "; ".join(f"{id}: {reason}" for id, reason in self.reasons.items())
-        return f"{len(self.reasons)} environments failed, the others are done. Start again to try once more. {said}"
+        return f"{len(self.reasons)} failed, the others are done. Put right what can be and start again. {said}"
 
 
 F = typing.TypeVar("F", bound=collections.abc.Callable[..., typing.Any])

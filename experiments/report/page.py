@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections.abc
-import contextlib
 import html
 import importlib.resources
 import json
@@ -55,15 +54,6 @@ def write_report(
     for name, content in contents.items():
         files.write(directory / name, content)
     return directory / "index.html"
-
-
-def read_metrics(path: pathlib.Path) -> list[dict[str, typing.Any]]:
-    """The rows of a training's metrics that are whole; none where there is no such file."""
-    rows = []
-    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):  # the last one may be half written
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
 
 
 def render_report(
