@@ -271,10 +271,12 @@ def _update(
         valid=valid,
     )
     data = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), data)
-    params, optimizer, losses = _descend(parts, learner, data, key)
-    # Only now: the rollout's log-probabilities were taken under the old moments, and so is its update.
     numbers = parts.network.numbers(data.observation)
     moments = add_moments(learner.moments, numbers, jnp.ones(numbers.shape[0], bool))
+    # A rollout's log-probabilities were taken under the old moments, and so is its update. Only the first one, which
+    # acted blindly and nearly uniformly, is learned from under its own: learning blindly was seen to do lasting harm.
+    used = jax.tree.map(lambda old, new: jnp.where(learner.moments.seen > 0, old, new), learner.moments, moments)
+    params, optimizer, losses = _descend(parts, learner._replace(moments=used), data, key)
     return learner._replace(params=params, moments=moments, optimizer=optimizer, loss=losses.mean())
 
 
