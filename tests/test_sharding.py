@@ -20,6 +20,7 @@ from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import SIZES
 from ldm_jax.model.network import make_model
 from ldm_jax.training import checkpoints
+from ldm_jax.training.metrics import summarize
 
 # Every set of axes that rows and parameters can be split over.
 _MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (1, 4, 2), (2, 2, 2)]
@@ -64,7 +65,7 @@ def compare_meshes():
         state = training.init_state(model, cfg, mesh)
         function = functools.partial(training.loss_and_gradients, model, SMALL, cfg, mesh=mesh)
         (loss, rows), found = jax.jit(function)(state, placed)
-        return jax.device_get((loss, training.summarize(jax.device_get(rows)), found))
+        return jax.device_get((loss, summarize(jax.device_get(rows)), found))
 
     alone = gradients(None)
     for shape in _MESHES:
