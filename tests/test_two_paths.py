@@ -23,7 +23,7 @@ import ldm_jax
 from environments.adapters import gymnasium as in_process
 from environments.isolation import IsolatedEnvironment, Isolation, WorkerSpec, groups
 from environments.isolation.batch import Fault, read_spaces
-from environments.isolation.host import WorkerFaultError
+from environments.isolation.program import WorkerFaultError
 from environments.isolation.venvs import VenvSpec
 from environments.isolation.worker import values
 from ldm_jax import spaces

@@ -26,7 +26,7 @@ import uuid
 from ldm_jax.environment import LibraryMissingError
 
 from . import venvs
-from .host import QUIET, SERVER, WorkerFaultError
+from .program import QUIET, SERVER, WorkerFaultError
 
 PYTHON = "/venv/bin/python"
 """The interpreter inside an image."""

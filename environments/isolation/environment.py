@@ -27,8 +27,8 @@ from .. import checks
 from ..cores import available_cores
 from ..tokens import Token, check_newest
 from .batch import EnvironmentBatch, Fault, find_limit, read_spaces
-from .host import Sent, Worker, WorkerFaultError, start_worker
-from .program import Isolation, WorkerSpec
+from .host import Sent, Worker, start_worker
+from .program import Isolation, WorkerFaultError, WorkerSpec
 from .scratch import NoRoomError, make_scratch, make_shared_file
 from .venvs import normalize_name
 from .worker.gym_api import IDLE, REMAKE, STEP

@@ -7,7 +7,6 @@ import collections.abc
 import contextlib
 import json
 import os
-import pathlib
 import select
 import signal
 import socket
@@ -21,11 +20,9 @@ import numpy as np
 
 from ldm_jax.environment import EnvironmentFaultError
 
-from .program import Isolation, WorkerSpec
+from .program import QUIET, SERVER, Isolation, WorkerFaultError, WorkerSpec
 from .scratch import make_scratch
 
-SERVER = pathlib.Path(__file__).parent / "worker" / "server.py"
-"""It runs beside the other files of its folder, and needs nothing else of this package."""
 PROTOCOL = 3
 HEAD = struct.Struct("<cII")
 """Of a message: its kind, the length of what follows in bytes, and the number of the question."""
@@ -34,31 +31,6 @@ MAX_LOG_CHARS = 2000
 GOODBYE_S = 2.0
 
 _PROTOCOL_FAULT = "the worker is of another version than the host; remove the cache of virtual environments"
-# Each row is one process' work: thread pools of many workers would fight for the cores. No displays, no sound.
-QUIET = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "SDL_VIDEODRIVER": "dummy",
-    "SDL_AUDIODRIVER": "dummy",
-    "MPLBACKEND": "Agg",
-    "PYTHONUNBUFFERED": "1",
-}
-
-
-class WorkerFaultError(Exception):
-    """A worker broke off, hung or talked nonsense.
-
-    Attributes:
-      kind: `crash`, `hang`, `garbage`, `start` or `refused`.
-    """
-
-    def __init__(self, kind: str, text: str):
-        super().__init__(kind, text)
-        self.kind, self.text = kind, text
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Sent(typing.NamedTuple):

@@ -1,9 +1,10 @@
-"""What a worker runs, and what it may cost."""
+"""What a worker runs, what it may cost, and how it fails."""
 
 from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import pathlib
 import typing
 
 from ldm_jax.errors import ConfigError, check_finite
@@ -11,6 +12,18 @@ from ldm_jax.errors import ConfigError, check_finite
 from .worker import values
 
 KINDS = ("auto", "container", "venv")
+SERVER = pathlib.Path(__file__).parent / "worker" / "server.py"
+"""It runs beside the other files of its folder, and needs nothing else of this package."""
+# Each row is one process' work: thread pools of many workers would fight for the cores. No displays, no sound.
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "SDL_VIDEODRIVER": "dummy",
+    "SDL_AUDIODRIVER": "dummy",
+    "MPLBACKEND": "Agg",
+    "PYTHONUNBUFFERED": "1",
+}
 
 Options = collections.abc.Mapping[str, typing.Any]
 """Options of a library's own `make`, by name."""
@@ -145,3 +158,18 @@ class WorkerSpec:
             "time_limit": int(time_limit or self.time_limit),
             "memory_limit": int(memory_limit_bytes),
         }
+
+
+class WorkerFaultError(Exception):
+    """A worker broke off, hung or talked nonsense.
+
+    Attributes:
+      kind: `crash`, `hang`, `garbage`, `start` or `refused`.
+    """
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(kind, text)
+        self.kind, self.text = kind, text
+
+    def __str__(self) -> str:
+        return self.text

@@ -127,7 +127,8 @@ def describe(space):
     kind = kind_of(space)
     if kind == "Dict":
         if not all(isinstance(key, str) for key in space.spaces):
-            raise RefusedError(f"its Dict space has keys that are not strings: {sorted(map(repr, space.spaces))}")
+            keys = ", ".join(sorted(map(repr, space.spaces)))
+            raise RefusedError(f"its Dict space has keys that are not strings: {keys}; rename them in a wrapper")
         return {"kind": "Dict", "spaces": {key: describe(space.spaces[key]) for key in sorted(space.spaces)}}
     if kind == "Tuple":
         return {"kind": "Tuple", "spaces": [describe(child) for child in space.spaces]}
