@@ -32,6 +32,20 @@ def init_moments(size: int) -> Moments:
     return Moments(np.zeros((), np.float32), np.zeros(size, np.float32), np.zeros(size, np.float32))
 
 
+def first_moments(value_ND: Array) -> Moments:
+    """Moments to begin with: all numbers in the unit of the largest of a first look, as good as forgotten at the next.
+
+    Acting on nothing instead, until something was seen, was seen to do lasting harm (to LunarLander and Breakout).
+    """
+    unit = jnp.abs(value_ND).max(initial=0.0)
+    size = value_ND.shape[-1]
+    return Moments(
+        np.full((), 1e-4, np.float32),
+        np.zeros(size, np.float32),
+        np.full(size, np.where(unit == 0, 1.0, unit), np.float32),
+    )
+
+
 def add_moments(moments: Moments, value_ND: Array, valid_N: Array) -> Moments:
     """Takes in the valid rows, `float32 [N, D]`; the others may hold anything.
 

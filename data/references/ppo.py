@@ -24,7 +24,7 @@ from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from . import action_range
-from .moments import Moments, add_moments, init_moments, scale
+from .moments import Moments, add_moments, first_moments, init_moments, scale
 from .networks import Network, network
 from .policy import SlotPolicy, sample_slots, slot_agent
 from .ppo_loss import Batch, PPOConfig, advantages, log_prob_and_entropy, loss
@@ -111,8 +111,9 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: roll
     explorer = _explorer(parts)
     update_many = _driver(environment, parts, explorer)
     reset_key, key = jax.random.split(jax.random.key(seed))
-    learner: LearnerState = _begin(parts, seed)
     loop = rollout.start(environment, explorer, reset_key)
+    learner: LearnerState = _begin(parts, seed)
+    learner = learner._replace(moments=first_moments(parts.network.numbers(loop.timestep.observation)))
     reports, best = min(config.updates, REPORTS), _Best(learner)
     # Before, only the short episodes have ended, which may be the best or the worst.
     unbiased_after = min(spec.time_limit, config.updates * config.rollout_length // 4)
@@ -273,10 +274,8 @@ def _update(
     data = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), data)
     numbers = parts.network.numbers(data.observation)
     moments = add_moments(learner.moments, numbers, jnp.ones(numbers.shape[0], bool))
-    # A rollout's log-probabilities were taken under the old moments, and so is its update. Only the first one, which
-    # acted blindly and nearly uniformly, is learned from under its own: learning blindly was seen to do lasting harm.
-    used = jax.tree.map(lambda old, new: jnp.where(learner.moments.seen > 0, old, new), learner.moments, moments)
-    params, optimizer, losses = _descend(parts, learner._replace(moments=used), data, key)
+    # Only now: the rollout's log-probabilities were taken under the old moments, and so is its update.
+    params, optimizer, losses = _descend(parts, learner, data, key)
     return learner._replace(params=params, moments=moments, optimizer=optimizer, loss=losses.mean())
 
 
