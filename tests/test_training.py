@@ -400,7 +400,7 @@ def test_agents_act_within_the_space_and_forget(name):
     observation = examples.random_tree(codec.card.observation_space, (3,), np.random.default_rng(0))
     no = np.zeros(3, bool)
     timestep = TimeStep(observation=observation, reward=np.zeros(3, np.float32), terminated=no, truncated=no, first=no)
-    step = jax.jit(chex.assert_max_traces(agent.step, 1))
+    step = jax.jit(chex.assert_max_traces(lambda *arguments: agent.step(*arguments), n=1))
     for t in range(3):
         memory, action, _ = step(params, memory, timestep, jax.random.key(t))
         assert ldm_jax.spaces.check(codec.card.action_space, jax.tree.map(np.asarray, action), 3, "the action") == 0
