@@ -19,7 +19,7 @@ from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.decoder import Cache, init_cache
 from ldm_jax.model.heads import Predictions, bin_centers
 from ldm_jax.model.network import Inputs, Model, Params, make_model
-from ldm_jax.spaces import choices, get, leaf_shape_dtype, leaves, zeros
+from ldm_jax.spaces import get, leaf_shape_dtype, leaves, zeros
 from ldm_jax.types import Agent, Array, PyTree, TimeStep
 
 Decoding = typing.Literal["greedy", "mode", "sample"]
@@ -206,8 +206,7 @@ def _check(codec: Codec, timestep: TimeStep, rows: int) -> None:
         expected[field] = jax.ShapeDtypeStruct((), np.float32 if field == "reward" else np.bool_)
         found[field] = getattr(timestep, field)
     if timestep.action_mask is not None:
-        allowed = sum(size for leaf in leaves(card.action_space) for size in choices(leaf.space))
-        expected["action_mask"] = jax.ShapeDtypeStruct((allowed,), np.bool_)
+        expected["action_mask"] = jax.ShapeDtypeStruct((codec.action_layout.flat_choices,), np.bool_)
         found["action_mask"] = timestep.action_mask
     for name, want in expected.items():
         value = found[name]
