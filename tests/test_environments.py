@@ -630,16 +630,15 @@ class Still(gymnasium.Env):
 @pytest.fixture
 def register():
     """Puts an environment into Gymnasium's registry for the time of a test."""
-    names = []
+    before = dict(gymnasium.registry)
 
     def put(name, point, **options):
-        names.append(name)
         gymnasium.register(name, point, max_episode_steps=9, **options)
         return f"gymnasium/{name}"
 
     yield put
-    for name in names:
-        del gymnasium.registry[name]
+    gymnasium.registry.clear()
+    gymnasium.registry.update(before)
 
 
 def test_an_id_that_is_registered_after_a_failed_try_is_found(register):

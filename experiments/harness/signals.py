@@ -25,8 +25,8 @@ _CALLBACKS = logging.getLogger("jax._src.callback")
 """Logs what is raised in a callback, with its traceback, before JAX turns it into an error of its own."""
 
 
-class Interrupted(SystemExit):
-    """The run was asked to end.
+class Interrupted(BaseException):
+    """The run was asked to end; no error, and no SystemExit, which is what a library raises that gives up.
 
     Attributes:
       number: of the signal.
@@ -34,7 +34,7 @@ class Interrupted(SystemExit):
     """
 
     def __init__(self, number: int, **facts: typing.Any):
-        super().__init__(128 + number)
+        super().__init__(number)
         self.number, self.facts = number, facts
 
 
@@ -56,10 +56,9 @@ class Deferred:
 
 @contextlib.contextmanager
 def ending() -> collections.abc.Iterator[None]:
-    """Turns SIGTERM and SIGINT into `Interrupted`, and says so in one line of the log; a script runs inside.
+    """Turns SIGTERM and SIGINT into `Interrupted`, which unwinds all that runs inside, and ends the script with it.
 
-    Raises:
-      Interrupted: a signal came. It is a `SystemExit`, so that nothing more is printed.
+    The script says so in one line of the log, and exits with 128 plus the number.
     """
     numbers: list[int] = []
 
@@ -87,10 +86,21 @@ def ending() -> collections.abc.Iterator[None]:
                 raise
             error = Interrupted(numbers[0])  # raised in a callback
         progress.log("interrupted", **error.facts, signal=error.number, next="start it again with the same flags")
-        raise error from None
+        _exit(128 + error.number)
     finally:
         _CALLBACKS.removeFilter(_is_error)
         sys.unraisablehook = before
+
+
+def _exit(status: int) -> typing.NoReturn:
+    """Exits without tearing the devices down: what they still compute, for nobody, would crash them."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # the other processes wait for it
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
 
 
 def _is_error(record: logging.LogRecord) -> bool:

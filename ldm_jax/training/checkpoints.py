@@ -8,7 +8,6 @@ import logging
 import pathlib
 import shutil
 import sys
-import types
 import typing
 
 import jax
@@ -75,7 +74,7 @@ class Checkpoints:
         )
 
     def __enter__(self) -> Checkpoints:
-        self._quiet.enter_context(_said_once())
+        _say_once(self._quiet)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -223,25 +222,25 @@ class Checkpoints:
         return f"{_unreadable(self._path(step), error)}. If it is damaged, move that folder away to {go_on}"
 
 
-@contextlib.contextmanager
-def _said_once() -> collections.abc.Iterator[None]:
+def _say_once(until: contextlib.ExitStack) -> None:
     """Keeps threads of Orbax and TensorStore from printing errors that are raised, too, where one waits for them."""
-    log, hook = logging.getLogger("absl"), sys.excepthook
+    hook = sys.unraisablehook
 
     def is_news(record: logging.LogRecord) -> bool:
         return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
-    def printed(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-        if str(error) != "Event loop is closed":
-            hook(kind, error, trace)
+    def was_awaited(record: logging.LogRecord) -> bool:
+        return "never retrieved" not in record.getMessage()  # of writes beside the one that failed first
 
-    log.addFilter(is_news)
-    sys.excepthook = printed
-    try:
-        yield
-    finally:
-        sys.excepthook = hook
-        log.removeFilter(is_news)
+    def ignored(unraisable: typing.Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # a write ended after the one that failed
+            hook(unraisable)
+
+    for name, told in (("absl", is_news), ("asyncio", was_awaited)):
+        logging.getLogger(name).addFilter(told)
+        until.callback(logging.getLogger(name).removeFilter, told)
+    sys.unraisablehook = ignored
+    until.callback(setattr, sys, "unraisablehook", hook)
 
 
 def save_params(directory: pathlib.Path, params: PyTree) -> None:
