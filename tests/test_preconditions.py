@@ -295,18 +295,6 @@ def test_a_signal_ends_a_stage_in_one_line_with_the_status_of_a_shell(name, argu
     assert not [path for path in workdir.rglob("*") if is_litter(path)]
 
 
-def test_a_signal_that_comes_where_errors_are_ignored_is_not_lost():
-    class Finalized:
-        def __del__(self):
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(0)  # where Python looks for signals
-
-    with pytest.raises(SystemExit) as caught, flags.one_line():
-        Finalized()
-        time.sleep(10)
-    assert caught.value.code == 143
-
-
 # What is optional is optional.
 
 

@@ -35,3 +35,22 @@ def test_a_script_that_is_asked_to_end_says_so_in_one_line(work, number, code):
         out, _ = process.communicate()
     assert process.returncode == code, out
     assert out.splitlines() == [f"interrupted signal={number} next=start it again with the same flags"]
+
+
+_FINALIZER = """
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0)  # where Python looks for signals
+
+import signal
+Finalized()
+time.sleep(10)
+"""
+
+
+def test_a_signal_that_comes_where_errors_are_ignored_is_not_lost():
+    script = _SCRIPT.format(work=_FINALIZER.replace("\n", "\n    "))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines() == ["interrupted signal=15 next=start it again with the same flags"]
