@@ -24,7 +24,7 @@ from spaces_strategies import action_spaces, any_spaces
 from tiny_datasets import ID, append, card, episodes, leaves, memory
 
 from data import store
-from data.store import manifest, storage
+from data.store import layout, manifest, records, storage
 from ldm_jax.cards import CardError
 from ldm_jax.errors import LdmError
 
@@ -77,14 +77,14 @@ def test_a_leaf_of_any_name_stays_in_its_folder(tmp_path, name):
     store.append_part(dataset, made, leaves(made, 5, 2), episodes(5, 2))
     store.verify_dataset(store.open_dataset(tmp_path / "inside"))
     assert [path.name for path in tmp_path.iterdir()] == ["inside"]
-    assert sorted(path.name for path in (tmp_path / "inside").iterdir()) == ["gymnax", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "inside").iterdir()) == ["gymnax", "manifest", "manifest.json"]
 
 
 @pytest.mark.parametrize("leaf", [((300, 50), np.float32), ((40, 7, 84, 84, 4), np.uint8), ((3000, 5, 6), np.float16)])
 def test_chunks_hold_one_stream_and_shards_divide_into_them(leaf):
     shape, dtype = leaf
     value = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
-    metadata = manifest.array_metadata(value)
+    metadata = layout.layout_of(value).metadata
     chunk = metadata["codecs"][0]["configuration"]["chunk_shape"]
     shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
     assert chunk[1] == 1 and chunk[2:] == list(shape[2:])
@@ -99,13 +99,13 @@ def test_chunks_hold_one_stream_and_shards_divide_into_them(leaf):
 
 
 def test_the_files_of_an_array_are_those_it_is_looked_for_in_when_it_cannot_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "SHARD_BYTES", 4096)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 4096)
     dataset = append(store.create_dataset(tmp_path), steps=900, streams=5)
     (part,) = dataset.parts(ID)
     for name, record in part.record.leaves.items():
         folder = tmp_path / ID / part.name / name
         written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"zarr.json"}
-        assert written == {*manifest.shard_keys(record.metadata)} and len(written) > 1
+        assert written == {*layout.shard_keys(record.layout)} and len(written) > 1
 
 
 def test_windows_of_many_parts_are_read_together():
@@ -196,15 +196,15 @@ def test_a_killed_writer_loses_at_most_the_part_in_flight(tmp_path):
 
 def test_what_a_dead_writer_left_is_no_end_of_another_file(tmp_path):
     dataset = append(store.create_dataset(tmp_path))
-    manifest_file, (card_file,) = tmp_path / store.MANIFEST, (tmp_path / ID).glob("card-*")
+    record, (card_file,) = tmp_path / records.record_key(ID), (tmp_path / ID).glob("card-*")
     newer = dataclasses.replace(card(), split="test")
     content = json.dumps(newer.to_json(), sort_keys=True).encode()
     card_file = card_file.with_name(manifest.card_name(content))
-    for path in (manifest_file, card_file, tmp_path / ID / "part-00002.claim"):
+    for path in (record, card_file, tmp_path / ID / "part-00002.claim"):
         path.with_name(f"{path.name}.__lock").write_bytes(b"x" * 100_000)
     store.append_part(dataset, newer, leaves(newer), episodes(70, 3))
     store.verify_dataset(store.open_dataset(tmp_path))
-    assert card_file.read_bytes() == content and b"xx" not in manifest_file.read_bytes()
+    assert card_file.read_bytes() == content and b"xx" not in record.read_bytes()
 
 
 def test_leftovers_of_a_dead_writer_do_no_harm(tmp_path):
@@ -232,7 +232,7 @@ def test_a_failed_append_leaves_nothing(tmp_path):
     dataset = append(store.create_dataset(tmp_path))
     before = sorted(tmp_path.rglob("*"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifest, "leaf_folder", lambda name: "x" * 300 + "/" if name == "reward" else f"{name}/")
+        patch.setattr(layout, "leaf_folder", lambda name: "x" * 300 + "/" if name == "reward" else f"{name}/")
         with pytest.raises(store.StoreError, match="cannot write"):
             store.append_part(dataset, card(), leaves(card()), episodes(70, 3))
     assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [p for p in before if p.is_file()]
@@ -342,10 +342,10 @@ def test_no_dataset(tmp_path):
 def test_another_schema_version(tmp_path):
     append(store.create_dataset(tmp_path))
     path = tmp_path / "manifest.json"
-    for version in (1, 99):
+    for version in (2, 99):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": version}))
         for use in (store.open_dataset, store.create_dataset):
-            message = f"schema version {version}, this program reads and writes 2: collect anew"
+            message = f"schema version {version}, this program reads and writes 3: collect anew"
             with pytest.raises(store.StoreError, match=message):
                 use(tmp_path)
 
@@ -443,7 +443,10 @@ def test_episodes_outside_the_part_are_refused():
             store.append_part(dataset, card(), made, episodes(70, 3)._replace(**{field: np.array(values)}))
 
 
-@pytest.mark.parametrize("id", ["x/../../up", "x//y", "/x", "x/", "x/.", "x\\y", "x/\n", ""])
+@pytest.mark.parametrize(
+    "id",
+    ["x/../../up", "x//y", "/x", "x/", "x/.", "x\\y", "x/\n", "", "manifest/x", "manifest.json/x", "x/" + "ü" * 40],
+)
 def test_ids_that_leave_the_folder_are_refused(tmp_path, id):
     dataset = store.create_dataset(tmp_path / "inside")
     with pytest.raises(store.StoreError, match="cannot name a folder"):
@@ -509,8 +512,8 @@ def test_a_dataset_made_while_its_folder_is_looked_at_is_no_stranger(tmp_path):
             append(store.create_dataset(tmp_path))  # the other writer, between the two looks
             return super().is_empty()
 
-    groups, _ = store.dataset.read_manifest(Slow(str(tmp_path)))
-    assert {*groups} == {ID}
+    found = store.dataset.read_manifest(Slow(str(tmp_path)))
+    assert found.content == (tmp_path / store.MANIFEST).read_bytes()
 
 
 # A place without room, or that cannot be read
@@ -620,12 +623,70 @@ def test_what_was_removed_meanwhile_is_not_said_to_be_damaged(tmp_path):
 def test_a_manifest_that_another_program_changed(tmp_path):
     append(store.create_dataset(tmp_path))
     path = tmp_path / "manifest.json"
-    for change in ({"groups": 3}, {"metadata": {}}, {"groups": {"x": {}}}):
-        text = path.read_text()
-        path.write_text(json.dumps(json.loads(text) | change))
-        with pytest.raises(store.StoreError, match=r"the manifest\.json of .* was changed by another program"):
-            store.open_dataset(tmp_path)
-        path.write_text(text)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"configuration": 3}))
+    with pytest.raises(store.StoreError, match=r"the manifest\.json of .* was changed by another program"):
+        store.open_dataset(tmp_path)
+
+
+def test_a_flipped_byte_anywhere_in_a_record_is_found(tmp_path):
+    append(append(store.create_dataset(tmp_path)), "x/other")
+    path = tmp_path / records.record_key(ID)
+    whole = path.read_bytes()
+    group = records.decode_group("here", ID, whole)
+    assert records.encode_group(ID, group) == whole
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1
+        with pytest.raises(store.StoreError, match=r"manifest/gymnax%2FCartPole-v1.json of here .*collect .* again"):
+            records.decode_group("here", ID, bytes(data))
+    with pytest.raises(store.StoreError, match=f"it is that of {ID}"):
+        records.decode_group("here", "x/other", whole)
+    path.write_bytes(whole[:-40])
+    dataset = store.open_dataset(tmp_path)  # lazily, as with parts
+    assert dataset.ids == (ID, "x/other") and dataset.parts("x/other")
+    for use in (lambda: dataset.card(ID), lambda: append(dataset), lambda: store.verify_dataset(dataset)):
+        with pytest.raises(store.StoreError, match=f"delete that file and collect {ID} again"):
+            use()
+
+
+def test_the_configuration_of_a_dataset_is_kept_and_another_is_refused(tmp_path):
+    made = {"seed": 0, "data": {"steps": 64}, "levels": (0, 1)}
+    assert store.create_dataset(tmp_path, made).configuration == {**made, "levels": [0, 1]}
+    dataset = append(store.create_dataset(tmp_path, made))
+    for opened in (store.create_dataset(tmp_path), store.open_dataset(tmp_path)):
+        assert opened == dataset
+    message = (
+        r"made with another configuration: data is \{'steps': 64\}, not 'missing'; seed is 0, not 1\. Give the same"
+    )
+    with pytest.raises(store.StoreError, match=message):
+        store.create_dataset(tmp_path, {"seed": 1, "levels": [0, 1]})
+    assert store.open_dataset(tmp_path) == dataset
+
+
+def test_appending_reads_and_writes_the_same_files_whatever_the_number_of_environments(monkeypatch):
+    """So that it costs the part, not the dataset."""
+    asked = []
+
+    def note(name):
+        method = getattr(storage.Storage, name)
+
+        def noted(self, key, *rest):
+            asked.append((name, str(key)))
+            return method(self, key, *rest)
+
+        monkeypatch.setattr(storage.Storage, name, noted)
+
+    for name in ("read", "write", "list", "read_all"):
+        note(name)
+    traffic = []
+    for others in (0, 7):
+        dataset = store.create_dataset(memory())
+        for number in range(others):
+            dataset = append(dataset, f"x/{number}", steps=2, streams=1)
+        asked.clear()
+        append(dataset, steps=2, streams=1)
+        traffic.append(list(asked))
+    assert traffic[0] == traffic[1]
 
 
 # Paths, and what travels

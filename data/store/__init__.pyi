@@ -1,5 +1,7 @@
 from . import dataset as dataset
+from . import layout as layout
 from . import manifest as manifest
+from . import records as records
 from . import storage as storage
 from . import writing as writing
 from .dataset import Dataset as Dataset

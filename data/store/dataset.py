@@ -14,9 +14,10 @@ import numpy as np
 
 from ldm_jax.cards import EnvironmentCard
 
-from . import manifest
-from .manifest import EPISODES, MANIFEST, ArrayRecord, EpisodeIndex, GroupRecord, Groups, PartRecord, StoreError
-from .storage import READ_ERRORS, PendingRead, Storage, StoredArray, reason
+from . import layout, manifest, records
+from .manifest import EPISODES, MANIFEST, RECORDS, EpisodeIndex, Json, StoreError
+from .records import ArrayRecord, GroupRecord, Groups, PartRecord
+from .storage import READ_ERRORS, File, PendingRead, Storage, StoredArray, reason
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -68,8 +69,8 @@ class Part:
 
     def leaf(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
         """Shape, without `[T, B]`, and dtype of a leaf; raises StoreError where there is none."""
-        metadata = self._leaf_record(name).metadata
-        return tuple(metadata["shape"][2:]), np.dtype(metadata["data_type"])
+        found = self._leaf_record(name).layout
+        return found.shape[2:], np.dtype(found.dtype)
 
     def read(self, names: collections.abc.Sequence[str], start: int, stop: int, stream: int) -> dict[str, np.ndarray]:
         """Reads steps `start` to `stop` of one stream; see `read_many`."""
@@ -93,8 +94,8 @@ class Part:
 
     def _array(self, name: str) -> StoredArray:
         if name not in self._arrays:
-            folder = f"{self._folder}{manifest.leaf_folder(name)}"
-            self._arrays[name] = self.storage.open_array(folder, self._leaf_record(name).metadata)
+            folder = f"{self._folder}{layout.leaf_folder(name)}"
+            self._arrays[name] = self.storage.open_array(folder, self._leaf_record(name).layout.metadata)
         return self._arrays[name]
 
     def _leaf_record(self, name: str) -> ArrayRecord:
@@ -110,7 +111,7 @@ class Part:
 
     def _leaf_failure(self, name: str, why: str) -> StoreError:
         record = self.record.leaves[name]
-        files = [f"{manifest.leaf_folder(name)}{key}" for key in manifest.shard_keys(record.metadata)]
+        files = [f"{layout.leaf_folder(name)}{key}" for key in layout.shard_keys(record.layout)]
 
         def is_sound() -> bool:
             try:
@@ -131,7 +132,8 @@ class Part:
             self.storage,
             f"{self.name} of {self.id}, leaf {leaf!r}, cannot be read: {why}",
             [f"{self._folder}{file}" for file in files],
-            is_listed=lambda groups: self.id in groups and self.record in groups[self.id].parts,
+            self.id,
+            is_listed=lambda group: self.record in group.parts,
             is_sound=is_sound,
             remedy=_remedy(self.id),
         )
@@ -176,6 +178,7 @@ class Dataset:
 
     storage: Storage
     groups: Groups = dataclasses.field(hash=False)
+    configuration: Json = dataclasses.field(hash=False)
 
     def __repr__(self) -> str:
         steps = sum(part.steps * part.streams for group in self.groups.values() for part in group.parts)
@@ -197,18 +200,7 @@ class Dataset:
         Raises:
           StoreError: the dataset has no such id, or its card is damaged or cannot be read.
         """
-        name = self.group(id).card
-        data = self.storage.read(f"{id}/{name}").content
-        if data is None or name != manifest.card_name(data):
-            raise _diagnose(
-                self.storage,
-                f"the card {name} of {id} in {self.url} is {'missing' if data is None else 'damaged'}",
-                [f"{id}/{name}"],
-                is_listed=lambda groups: id in groups and groups[id].card == name,
-                is_sound=lambda: False,
-                remedy=_remedy(id),
-            )
-        return EnvironmentCard.from_json(json.loads(data))
+        return read_card(self.storage, id, self.group(id).card)
 
     def parts(self, id: str) -> tuple[Part, ...]:
         """The parts of an environment, in the order of their names.
@@ -219,7 +211,7 @@ class Dataset:
         return tuple(Part(self.storage, id, record) for record in self.group(id).parts)
 
     def group(self, id: str) -> GroupRecord:
-        """What the manifest says of an environment; raises StoreError where the dataset has no such id."""
+        """What the record of an environment says; raises StoreError where the dataset has no such id."""
         if id not in self.groups:
             near = difflib.get_close_matches(id, self.ids)
             hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(self.ids)} environments, see `ids`"
@@ -247,10 +239,10 @@ def open_dataset(url: str | os.PathLike[str]) -> Dataset:
     ()
     """
     storage = Storage(os.fspath(url))
-    groups, _ = read_manifest(storage)
-    if groups is None:
+    content = read_manifest(storage).content
+    if content is None:
         raise StoreError(f"there is no dataset at {url}: make one with create_dataset, or check the path")
-    return Dataset(storage, groups)
+    return Dataset(storage, read_groups(storage), manifest.decode_manifest(storage.url, content))
 
 
 def verify_dataset(dataset: Dataset) -> None:
@@ -268,15 +260,8 @@ def verify_dataset(dataset: Dataset) -> None:
             part.verify()
 
 
-class Shown(typing.NamedTuple):
-    """What a manifest shows: the groups, None where the place is empty, and the generation that it was read at."""
-
-    groups: Groups | None
-    generation: bytes
-
-
-def read_manifest(storage: Storage) -> Shown:
-    """Reads what is there now.
+def read_manifest(storage: Storage) -> File:
+    """Reads the manifest that is there now; its content is None where the place is empty.
 
     Raises:
       StoreError: something else is there, it has another schema version, or it cannot be read.
@@ -287,16 +272,65 @@ def read_manifest(storage: Storage) -> Shown:
         found = storage.read(MANIFEST)
         if found.content is None:
             raise manifest.foreign(storage.url, f"it has files but no {MANIFEST}")
-    groups = None if found.content is None else manifest.decode_manifest(storage.url, found.content)
-    return Shown(groups, found.generation)
+    if found.content is not None:
+        manifest.decode_manifest(storage.url, found.content)
+    return found
+
+
+def read_groups(storage: Storage) -> Groups:
+    """Reads the records of all groups that are there now.
+
+    Raises:
+      StoreError: they cannot be read.
+    """
+    keys = {id: key for key in storage.list(RECORDS) if (id := records.id_of_record(key)) is not None}
+    ids = sorted(keys)
+    contents = storage.read_all([keys[id] for id in ids])
+    # None where it was removed since it was listed.
+    return Groups(storage.url, {id: data for id, data in zip(ids, contents, strict=True) if data is not None})
+
+
+class ShownGroup(typing.NamedTuple):
+    """A group as it is shown now, None where there is none, and the generation that a write can insist on."""
+
+    group: GroupRecord | None
+    generation: bytes
+
+
+def read_group(storage: Storage, id: str) -> ShownGroup:
+    """Reads the record of one group, whatever the number of groups.
+
+    Raises:
+      StoreError: it is damaged or cannot be read.
+    """
+    found = storage.read(records.record_key(id))
+    group = None if found.content is None else records.decode_group(storage.url, id, found.content)
+    return ShownGroup(group, found.generation)
+
+
+def read_card(storage: Storage, id: str, name: str) -> EnvironmentCard:
+    """Reads the card of an environment by the name of its file; raises StoreError where it is damaged or missing."""
+    data = storage.read(f"{id}/{name}").content
+    if data is None or name != manifest.card_name(data):
+        raise _diagnose(
+            storage,
+            f"the card {name} of {id} in {storage.url} is {'missing' if data is None else 'damaged'}",
+            [f"{id}/{name}"],
+            id,
+            is_listed=lambda group: group.card == name,
+            is_sound=lambda: False,
+            remedy=_remedy(id),
+        )
+    return EnvironmentCard.from_json(json.loads(data))
 
 
 def _diagnose(
     storage: Storage,
     what: str,
     keys: collections.abc.Sequence[str],
+    id: str,
     *,
-    is_listed: collections.abc.Callable[[Groups], bool],
+    is_listed: collections.abc.Callable[[GroupRecord], bool],
     is_sound: collections.abc.Callable[[], bool],
     remedy: str,
 ) -> StoreError:
@@ -306,15 +340,16 @@ def _diagnose(
       storage: where it is.
       what: what cannot be read and how that showed.
       keys: the files that hold it.
-      is_listed: whether a manifest still says that it is there.
+      id: of its environment.
+      is_listed: whether the record of its environment still says that it is there.
       is_sound: whether it can be read now and is what it was.
       remedy: what to do if it is damaged.
     """
     try:
-        groups, _ = read_manifest(storage)
-        if groups is None:
+        if read_manifest(storage).content is None:
             return StoreError(f"{what}. The dataset is gone from {storage.url}: was its disk unmounted, or it removed?")
-        if not is_listed(groups):
+        group, _ = read_group(storage, id)
+        if group is None or not is_listed(group):
             return StoreError(f"{what}. It was removed or replaced since the dataset was opened: open it again")
         missing = [key for key in keys if storage.read(key).content is None]
     except StoreError as error:

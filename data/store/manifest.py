@@ -1,16 +1,16 @@
-"""What a dataset says of itself: the manifest as values, how an array is laid out on disk, and what a part may hold.
+"""What a dataset says of itself: its manifest, what a part may hold, and the episode index.
 
 Nothing here reads or writes.
 """
 
 from __future__ import annotations
 
+import collections.abc
 import hashlib
 import io
-import itertools
 import json
-import math
 import typing
+import urllib.parse
 
 import numpy as np
 
@@ -20,16 +20,15 @@ from ldm_jax.errors import LdmError
 from ldm_jax.spaces import SpaceError
 
 MANIFEST_FORMAT = "ldm_jax trajectories"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+RECORDS = "manifest/"
+"""The folder of the records of environments."""
+ID_BYTES = 240
+"""File systems end names at 255 bytes, and a record is named by its id, with three bytes for a slash."""
 EPISODES = "episodes.npy"
-CHUNK_BYTES = 128 << 10
-CHUNK_STEP_RANGE = (16, 1024)
-"""A chunk is what one read decodes: about CHUNK_BYTES of one stream, since windows are 64 to 1,024 steps of one."""
 SHARD_BYTES = 64 << 20
 """A shard is one file, held in memory while it is written."""
-WORD_BYTES = 200
-"""A longer part of a leaf's name is cut in its folder's: file systems end names at 255 bytes, and locks add to them."""
 DTYPES = (
     "bool",
     *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
@@ -74,66 +73,13 @@ class EpisodeIndex(typing.NamedTuple):
 EPISODE_DTYPE = np.dtype(list(zip(EpisodeIndex._fields, ("<i8", "<i8", "<f8", "<i8", "<f4", "<i4"), strict=True)))
 
 
-class ArrayRecord(typing.NamedTuple):
-    """A leaf: its zarr.json, so that it opens without a read, and the checksum of its values."""
-
-    metadata: Json
-    checksum: str
-
-
-class PartRecord(typing.NamedTuple):
-    """A part: its folder's name, its leaves by name, and the checksum of its episode index."""
-
-    name: str
-    leaves: dict[str, ArrayRecord]
-    episodes: str
-
-    @property
-    def steps(self) -> int:
-        """T, the steps of every stream."""
-        return next(iter(self.leaves.values())).metadata["shape"][0]
-
-    @property
-    def streams(self) -> int:
-        """B, the number of streams."""
-        return next(iter(self.leaves.values())).metadata["shape"][1]
+def encode_manifest(configuration: collections.abc.Mapping[str, typing.Any]) -> bytes:
+    """The manifest of a dataset as JSON bytes; `decode_manifest` is the inverse."""
+    manifest = {"format": MANIFEST_FORMAT, "schema_version": SCHEMA_VERSION, "configuration": dict(configuration)}
+    return json.dumps(manifest, separators=(",", ":"), sort_keys=True).encode()
 
 
-class GroupRecord(typing.NamedTuple):
-    """An environment: the name of its card's file and its parts, in the order of their names."""
-
-    card: str
-    parts: tuple[PartRecord, ...]
-
-
-Groups = dict[str, GroupRecord]
-
-
-def encode_manifest(groups: Groups) -> bytes:
-    """The manifest as JSON bytes; `decode_manifest` is the inverse."""
-    # Leaves of one shape and dtype share their metadata, or it would be nearly all of the manifest.
-    table: dict[str, Json] = {}
-
-    def leaf(record: ArrayRecord) -> list[str]:
-        digest = checksum(json.dumps(record.metadata, sort_keys=True).encode())[:12]
-        table[digest] = record.metadata
-        return [digest, record.checksum]
-
-    described = {}
-    for id, group in sorted(groups.items()):
-        parts = {
-            part.name: {
-                "leaves": {name: leaf(record) for name, record in sorted(part.leaves.items())},
-                "episodes": part.episodes,
-            }
-            for part in group.parts
-        }
-        described[id] = {"card": group.card, "parts": parts}
-    manifest = {"format": MANIFEST_FORMAT, "schema_version": SCHEMA_VERSION, "groups": described, "metadata": table}
-    return json.dumps(manifest, separators=(",", ":")).encode()
-
-
-def decode_manifest(url: str, data: bytes) -> Groups:
+def decode_manifest(url: str, data: bytes) -> Json:
     """Reads a manifest.
 
     Args:
@@ -141,7 +87,7 @@ def decode_manifest(url: str, data: bytes) -> Groups:
       data: what `encode_manifest` wrote.
 
     Returns:
-      The groups.
+      The configuration that the dataset was made with.
 
     Raises:
       StoreError: it is something else, or of another schema version.
@@ -157,19 +103,25 @@ def decode_manifest(url: str, data: bytes) -> Groups:
             f"the dataset {url} has the schema version {version}, this program reads and writes {SCHEMA_VERSION}: "
             "collect anew into another folder, or use the program that wrote it"
         )
-    try:
-        table = manifest["metadata"]
-        return {
-            id: GroupRecord(group["card"], tuple(_part(table, *item) for item in group["parts"].items()))
-            for id, group in manifest["groups"].items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"the {MANIFEST} of {url} was changed by another program: {error!r}; restore it") from error
+    if not isinstance(configuration := manifest.get("configuration"), dict):
+        raise StoreError(f"the {MANIFEST} of {url} was changed by another program: it has no configuration; restore it")
+    return configuration
 
 
-def _part(table: Json, name: str, description: Json) -> PartRecord:
-    leaves = {leaf: ArrayRecord(table[digest], value) for leaf, (digest, value) in description["leaves"].items()}
-    return PartRecord(name, leaves, description["episodes"])
+def check_same_configuration(
+    url: str, made: collections.abc.Mapping[str, typing.Any], wanted: collections.abc.Mapping[str, typing.Any]
+) -> None:
+    """Raises StoreError, naming what differs, where a dataset was made with another configuration than is wanted."""
+    differing = [
+        f"{name} is {made.get(name, 'missing')!r}, not {wanted.get(name, 'missing')!r}"
+        for name in sorted(made.keys() | wanted.keys())
+        if name not in made or name not in wanted or made[name] != wanted[name]
+    ]
+    if differing:
+        raise StoreError(
+            f"the dataset {url} was made with another configuration: {'; '.join(differing)}. Give the same one, or "
+            "write to another folder"
+        )
 
 
 def foreign(url: str, reason: str) -> StoreError:
@@ -188,64 +140,16 @@ def card_name(data: bytes) -> str:
     return f"card-{checksum(data)[:16]}.json"
 
 
-def leaf_folder(name: str) -> str:
-    """The folder of a leaf inside its part's, with a slash at its end; names of a schema suit files."""
-    return "".join(f"{_short_word(word)}/" for word in name.split("/"))
-
-
-def _short_word(word: str) -> str:
-    # "%~" is in no name of a leaf: there, two digits follow a percent sign.
-    return word if len(word) <= WORD_BYTES else f"{word[: WORD_BYTES - 40]}%~{checksum(word.encode())}"
-
-
-def array_metadata(value: np.ndarray) -> Json:
-    """The zarr.json of an array.
-
-    Args:
-      value: `[T, B, ...]`.
-
-    Returns:
-      zarr3 metadata: compressed chunks of one stream, gathered in shards of many, each with its CRC.
-    """
-    (steps, streams, *inner), size = value.shape, value.dtype.itemsize
-    step_bytes = max(1, size * math.prod(inner))
-    chunk_steps = min(steps, max(CHUNK_STEP_RANGE[0], min(CHUNK_STEP_RANGE[1], CHUNK_BYTES // step_bytes)))
-    chunks = max(1, SHARD_BYTES // (chunk_steps * step_bytes))
-    shard_streams = min(streams, chunks)
-    shard_steps = chunk_steps * min(math.ceil(steps / chunk_steps), max(1, chunks // shard_streams))
-    whole = [max(1, length) for length in inner]
-    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
-    shuffle = {"shuffle": "shuffle", "typesize": size} if size > 1 else {"shuffle": "noshuffle"}
-    blosc = {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 3, "blocksize": 0, **shuffle}}
-    sharding = {
-        "chunk_shape": [chunk_steps, 1, *whole],
-        "codecs": [little_endian if size > 1 else {"name": "bytes"}, blosc, {"name": "crc32c"}],
-        "index_codecs": [little_endian, {"name": "crc32c"}],
-        "index_location": "end",
-    }
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(value.shape),
-        "data_type": value.dtype.name,
-        "fill_value": False if value.dtype == bool else 0,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_steps, shard_streams, *whole]}},
-        "chunk_key_encoding": {"name": "default"},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
-
-
-def shard_keys(metadata: Json) -> list[str]:
-    """The files of an array, without its zarr.json, inside its folder."""
-    shard = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    counts = [math.ceil(length / size) for length, size in zip(metadata["shape"], shard, strict=True)]
-    return ["/".join(map(str, ("c", *index))) for index in itertools.product(*map(range, counts))]
-
-
 def check_folder_name(id: str) -> None:
-    """Raises StoreError for an id that cannot name a folder."""
-    if any(character < " " or character == "\\" for character in id) or {"", ".", ".."} & {*id.split("/")}:
+    """Raises StoreError for an id that cannot name a folder, or whose folder or record would not be its own."""
+    first, *_ = words = id.split("/")
+    if any(character < " " or character == "\\" for character in id) or {"", ".", ".."} & {*words}:
         raise StoreError(f"got the id {id!r}, which cannot name a folder")
+    if first in {RECORDS.rstrip("/"), MANIFEST} or len(urllib.parse.quote(id, safe="")) > ID_BYTES:
+        raise StoreError(
+            f"got the id {id!r}, which cannot name a folder: expected at most {ID_BYTES} bytes, and another "
+            f"library than {first!r}"
+        )
 
 
 def check_part(card: EnvironmentCard, leaves: dict[str, np.ndarray]) -> None:
@@ -291,25 +195,6 @@ def _check_finite(id: str, name: str, value: np.ndarray) -> None:
             raise StoreError(
                 f"leaf {name!r} of {id} is {value[(begin + step, stream, *inner)]} at step {begin + step} of stream "
                 f"{stream}, expected finite numbers: a model would learn from it; nothing was stored"
-            )
-
-
-def check_fits_group(id: str, leaves: dict[str, np.ndarray], group: GroupRecord) -> None:
-    """Checks that a new part has the leaves of its group's other parts: a mask, say, is in all of them or in none.
-
-    Raises:
-      StoreError: names the first leaf that differs.
-    """
-    first = group.parts[0]
-    expected = {
-        name: (tuple(metadata["shape"][2:]), metadata["data_type"]) for name, (metadata, _) in first.leaves.items()
-    }
-    got = {name: (value.shape[2:], value.dtype.name) for name, value in leaves.items()}
-    for name in sorted(expected.keys() | got.keys()):
-        if expected.get(name) != got.get(name):
-            raise StoreError(
-                f"leaf {name!r} of {id} is {got.get(name, 'missing')}, but {expected.get(name, 'missing')} in "
-                f"{first.name}: all parts of a group have the same leaves; write to another dataset"
             )
 
 

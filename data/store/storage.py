@@ -17,6 +17,8 @@ from .manifest import MANIFEST, Json, StoreError
 
 CACHE_BYTES = 1 << 30
 """Bound on the decoded chunks that one process keeps in memory."""
+READS_AT_ONCE = 256
+"""Bound on the small files that are asked for before the first of them has come."""
 READ_ERRORS = (ValueError, OSError, RuntimeError)
 """What TensorStore raises where a file or a place is at fault."""
 StoredArray = ts.TensorStore
@@ -80,12 +82,29 @@ class Storage:
             raise StoreError(f"cannot read {key} at {self.url}: {reason(error)}") from error
         return File(found.value if found.state == "value" else None, found.stamp.generation)
 
-    def write(self, key: str, content: bytes, generation: bytes | None = None) -> bool:
+    def read_all(self, keys: collections.abc.Sequence[str]) -> list[bytes | None]:
+        """Reads files whole, many at a time; None where there is none.
+
+        Raises:
+          StoreError: one of them cannot be read.
+        """
+        contents: list[bytes | None] = []
+        for begin in range(0, len(keys), READS_AT_ONCE):
+            pending = [(key, self._kvstore.read(key)) for key in keys[begin : begin + READS_AT_ONCE]]
+            for key, future in pending:
+                try:
+                    found = future.result()
+                except READ_ERRORS as error:
+                    raise StoreError(f"cannot read {key} at {self.url}: {reason(error)}") from error
+                contents.append(found.value if found.state == "value" else None)
+        return contents
+
+    def write(self, key: str, content: bytes | None, generation: bytes | None = None) -> bool:
         """Writes a file whole or not at all.
 
         Args:
           key: its name.
-          content: what to write.
+          content: what to write; None to delete it.
           generation: only write if the file is still the one that was read so.
 
         Returns:

@@ -20,49 +20,61 @@ import numpy as np
 from ldm_jax.cards import EnvironmentCard, check_matches
 from ldm_jax.types import EnvironmentSpec
 
-from . import manifest
-from .dataset import Dataset, open_dataset, read_manifest
-from .manifest import EPISODES, MANIFEST, ArrayRecord, EpisodeIndex, GroupRecord, Groups, PartRecord, StoreError
+from . import layout, manifest, records
+from .dataset import Dataset, open_dataset, read_card, read_group, read_manifest
+from .manifest import EPISODES, MANIFEST, EpisodeIndex, StoreError
+from .records import ArrayRecord, GroupRecord, PartRecord
 from .storage import Storage
 
 CLAIM_AGE_S = 24 * 3600.0
 """A claim from another machine counts as abandoned after this."""
 
 
-def create_dataset(url: str | os.PathLike[str]) -> Dataset:
+def create_dataset(
+    url: str | os.PathLike[str], configuration: collections.abc.Mapping[str, typing.Any] | None = None
+) -> Dataset:
     """Makes an empty dataset, or opens the one that is there.
 
     Args:
       url: a path, or a `file://`, `memory://`, `s3://` or `gs://` URL.
+      configuration: what its data follow, as JSON can hold it; kept in the manifest. Where the dataset is there, it
+        must be the one that it was made with; None for any.
 
     Returns:
       The dataset as it is now.
 
     Raises:
-      StoreError: something else is there, it has another schema version, or the place cannot be written.
+      StoreError: something else is there, it has another schema version, it was made with another configuration, or
+        the place cannot be written.
     """
     storage = Storage(os.fspath(url))
-    groups, generation = read_manifest(storage)
-    if groups is None:
+    found = read_manifest(storage)
+    if found.content is None:
         # Conditional: of two that create at once, one does and the other opens.
-        storage.write(MANIFEST, manifest.encode_manifest({}), generation)
-    return open_dataset(storage.url)
+        storage.write(MANIFEST, manifest.encode_manifest(configuration or {}), found.generation)
+    dataset = open_dataset(storage.url)
+    if configuration is not None:
+        # As it is read back: a tuple is a list there.
+        wanted = manifest.decode_manifest(storage.url, manifest.encode_manifest(configuration))
+        manifest.check_same_configuration(storage.url, dataset.configuration, wanted)
+    return dataset
 
 
 def append_part(
     dataset: Dataset, card: EnvironmentCard, leaves: collections.abc.Mapping[str, np.ndarray], episodes: EpisodeIndex
 ) -> Dataset:
-    """Writes a new part of the group of `card.id`, made if need be, and then shows it in the manifest.
+    """Writes a new part of the group of `card.id`, made if need be, and then shows it in the record of that group.
 
     Args:
-      dataset: where to write; parts that others have written since it was opened are kept.
+      dataset: where to write; parts that others have written since it was opened are kept. What it takes to append
+        does not grow with the number of its environments.
       card: the environment's card; it replaces the group's, which must be of the same environment.
       leaves: arrays `[T, B, ...]` by the names of `ldm_jax.encoding.transition`, all with the same T and B and, but
         for these, shaped as in the group's other parts; all numbers finite.
       episodes: the episode index.
 
     Returns:
-      The dataset with the new part, and with what others have written.
+      The dataset with the new part, and with what others have written of this environment.
 
     Raises:
       CardError: the group is of another version of the library, of other spaces or of another time limit.
@@ -73,49 +85,58 @@ def append_part(
     arrays = {name: np.asarray(value) for name, value in leaves.items()}
     manifest.check_part(card, arrays)
     index = manifest.encode_episodes(id, episodes, *next(iter(arrays.values())).shape[:2])
-    _check_fits_group(open_dataset(dataset.url), card, arrays)
+    _check_is_there(storage)
+    _check_fits_group(storage, read_group(storage, id).group, card, arrays)
     card_data = json.dumps(card.to_json(), sort_keys=True).encode()
     card_name = manifest.card_name(card_data)
-    records = {
-        name: ArrayRecord(manifest.array_metadata(value), manifest.checksum(value)) for name, value in arrays.items()
+    leaf_records = {
+        name: ArrayRecord(layout.layout_of(value), manifest.checksum(value)) for name, value in arrays.items()
     }
     with _claimed(storage, id) as claim:
         storage.write_arrays(
             {
-                f"{claim.folder}{manifest.leaf_folder(name)}": (records[name].metadata, value)
+                f"{claim.folder}{layout.leaf_folder(name)}": (leaf_records[name].layout.metadata, value)
                 for name, value in arrays.items()
             }
         )
         storage.write(f"{claim.folder}{EPISODES}", index)
         if storage.read(f"{id}/{card_name}").content != card_data:
             storage.write(f"{id}/{card_name}", card_data)
-        part = PartRecord(claim.name, records, manifest.checksum(index))
+        part = PartRecord(claim.name, leaf_records, manifest.checksum(index))
 
-        def add(groups: Groups) -> Groups:
+        def add(group: GroupRecord | None) -> GroupRecord:
             # Again: another writer may have made the group meanwhile.
-            _check_fits_group(Dataset(storage, groups), card, arrays)
+            _check_fits_group(storage, group, card, arrays)
             if not claim.stands():
                 raise StoreError(
                     f"{claim.name} of {id} in {storage.url} was removed while it was being written: collect {id} again"
                 )
             # By name: a write whose answer was lost is tried again.
-            parts = {other.name: other for other in groups[id].parts} if id in groups else {}
-            parts = dict(sorted((parts | {claim.name: part}).items()))
-            return groups | {id: GroupRecord(card_name, tuple(parts.values()))}
+            parts = {other.name: other for other in group.parts} if group else {}
+            return GroupRecord(card_name, tuple(dict(sorted((parts | {claim.name: part}).items())).values()))
 
-        return Dataset(storage, _commit(storage, add))
+        return _commit(dataset, id, add)
 
 
-def _check_fits_group(dataset: Dataset, card: EnvironmentCard, arrays: dict[str, np.ndarray]) -> None:
-    if card.id in dataset.groups:
+def _check_is_there(storage: Storage) -> None:
+    if read_manifest(storage).content is None:
+        raise StoreError(
+            f"the {MANIFEST} of {storage.url} disappeared: was the dataset deleted while it was written to?"
+        )
+
+
+def _check_fits_group(
+    storage: Storage, group: GroupRecord | None, card: EnvironmentCard, arrays: dict[str, np.ndarray]
+) -> None:
+    if group is not None:
         # A card says of its environment what a spec does.
         live = typing.cast(EnvironmentSpec, card)
-        check_matches(dataset.card(card.id), live, f"the group of {card.id} in {dataset.url}")
-        manifest.check_fits_group(card.id, arrays, dataset.group(card.id))
+        check_matches(read_card(storage, card.id, group.card), live, f"the group of {card.id} in {storage.url}")
+        records.check_fits_group(card.id, arrays, group)
 
 
 def remove_group(dataset: Dataset, id: str) -> Dataset:
-    """Removes an environment: from the manifest first, then its files.
+    """Removes an environment: its record first, then its files.
 
     Args:
       dataset: where it is.
@@ -129,16 +150,16 @@ def remove_group(dataset: Dataset, id: str) -> Dataset:
     """
     storage = dataset.storage
 
-    def remove(groups: Groups) -> Groups:
-        Dataset(storage, groups).group(id)
-        return {other: group for other, group in groups.items() if other != id}
+    def remove(group: GroupRecord | None) -> None:
+        if group is None:
+            open_dataset(dataset.url).group(id)  # says which there are
 
-    groups = _commit(storage, remove)
+    removed = _commit(dataset, id, remove)
     # Only what is this group's: the id `a/b/c` has its folder inside that of `a/b`.
     own = re.compile(re.escape(f"{id}/") + r"(part-\d{5,}/|part-\d{5,}\.claim$|card-[0-9a-f]+\.json$)")
     for key in {match[0] for match in map(own.match, storage.list(f"{id}/")) if match}:
         storage.delete(key)
-    return Dataset(storage, groups)
+    return removed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +186,7 @@ class _Claim:
         return self.storage.read(self.key).content == self.content
 
     def is_shown(self) -> bool:
-        """Whether the manifest has a part of this name."""
+        """Whether the group's record has a part of this name."""
         return self.name in _shown_names(self.storage, self.id)
 
     def take(self) -> bool:
@@ -206,8 +227,8 @@ def _claimed(storage: Storage, id: str) -> collections.abc.Iterator[_Claim]:
 
 
 def _shown_names(storage: Storage, id: str) -> set[str]:
-    groups, _ = read_manifest(storage)
-    return {part.name for part in groups[id].parts} if groups and id in groups else set()
+    group, _ = read_group(storage, id)
+    return {part.name for part in group.parts} if group else set()
 
 
 def _is_abandoned(claim: bytes) -> bool:
@@ -223,18 +244,19 @@ def _is_abandoned(claim: bytes) -> bool:
     return False
 
 
-def _commit(storage: Storage, change: collections.abc.Callable[[Groups], Groups]) -> Groups:
-    """Replaces the manifest by a changed one; where another writer was faster, changes what that one wrote."""
+def _commit(
+    dataset: Dataset, id: str, change: collections.abc.Callable[[GroupRecord | None], GroupRecord | None]
+) -> Dataset:
+    """Replaces the record of a group by a changed one; where another writer was faster, changes what that one wrote."""
+    storage = dataset.storage
     for attempt in range(200):
-        groups, generation = read_manifest(storage)
-        if groups is None:
-            raise StoreError(
-                f"the {MANIFEST} of {storage.url} disappeared: was the dataset deleted while it was written to?"
-            )
-        groups = change(groups)
-        if storage.write(MANIFEST, manifest.encode_manifest(groups), generation):
-            return groups
+        _check_is_there(storage)
+        group, generation = read_group(storage, id)
+        changed = change(group)
+        record = None if changed is None else records.encode_group(id, changed)
+        if storage.write(records.record_key(id), record, generation):
+            return dataclasses.replace(dataset, groups=dataset.groups.replace(id, record))
         time.sleep(random.uniform(0, min(1.0, 0.002 * 2**attempt)))
     raise StoreError(
-        f"the {MANIFEST} of {storage.url} changed at each of 200 attempts to write it: too many writers, try later"
+        f"the record of {id} in {storage.url} changed at each of 200 attempts to write it: too many writers, try later"
     )
