@@ -6,6 +6,7 @@ import collections
 import collections.abc
 import dataclasses
 
+import jax
 import numpy as np
 
 from ldm_jax.encoding.buckets import join_buckets
@@ -68,10 +69,11 @@ class _Encode:
     def _described(self) -> list[tuple[object, ...]]:
         return [(index, codec.card, codec.bucket) for index, codec in zip(self.indices, self.codecs, strict=True)]
 
-    def __call__(self, environment_index: int, leaves: dict[str, np.ndarray], seed: int) -> Example:
-        codec, index = self.codecs[environment_index], self.indices[environment_index]
+    def __call__(self, environment_index: int, leaves: dict[str, np.ndarray], seeds: np.ndarray) -> Example:
+        codec, rows = self.codecs[environment_index], len(seeds)
         features, targets = codec.window(leaves)
-        return Example(Inputs(features, codec.signature), targets, np.array(index, np.int32))
+        signature = jax.tree.map(lambda value: np.broadcast_to(value, (rows, *value.shape)), codec.signature)
+        return Example(Inputs(features, signature), targets, np.full(rows, self.indices[environment_index], np.int32))
 
 
 def mix(

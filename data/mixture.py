@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import collections.abc
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -18,7 +20,7 @@ import numpy as np
 from ldm_jax.errors import LdmError
 from ldm_jax.types import PyTree
 
-from .store import Dataset, Part, Request, read_many
+from .store import Dataset, Part, Request, read_stacked
 
 LENGTH = 1 << 62
 """What a source without an end says its length is."""
@@ -40,18 +42,18 @@ def _whole(name: str, value: typing.Any, least: int) -> int:
 
 
 class Transform(typing.Protocol):
-    """Turns a window into a row of a batch; the shapes must be equal within a bucket."""
+    """Turns windows of one environment into rows of a batch; the shapes must be equal within a bucket."""
 
-    def __call__(self, environment_index: int, leaves: dict[str, np.ndarray], seed: int) -> PyTree:
-        """Makes the row.
+    def __call__(self, environment_index: int, leaves: dict[str, np.ndarray], seeds: np.ndarray) -> PyTree:
+        """Makes the rows.
 
         Args:
           environment_index: position of the environment in the source's `ids`.
-          leaves: one array `[L, ...]` per leaf of the store, in its own dtype.
-          seed: 64 bits that belong to this window, for what is random in the transform.
+          leaves: one array `[N, L, ...]` per leaf of the store, in its own dtype.
+          seeds: `uint64 [N]`, 64 bits that belong to each window, for what is random in the transform.
 
         Returns:
-          A pytree of NumPy arrays.
+          A pytree of NumPy arrays `[N, ...]`; a row depends on its own window alone.
         """
 
 
@@ -153,7 +155,7 @@ class WindowSource:
         self._parts = [self._long_enough(dataset, id) for id in self.ids]
         # The last window of each part, plus one, in the numbering of all windows of the environment.
         self._ends = [
-            np.cumsum([(part.steps - window_length + 1) * streams.count(part.streams) for part in parts])
+            list(itertools.accumulate((part.steps - window_length + 1) * streams.count(part.streams) for part in parts))
             for parts in self._parts
         ]
         digest = hashlib.blake2b(json.dumps([self.seed, self.ids]).encode(), digest_size=24).digest()
@@ -205,33 +207,76 @@ class WindowSource:
             environments.tolist(), _unit(window_draw).tolist(), seeds.tolist(), strict=True
         ):
             ends = self._ends[environment]
-            window = min(int(unit * ends[-1]), int(ends[-1]) - 1)
-            position = int(np.searchsorted(ends, window, side="right"))
+            window = min(int(unit * ends[-1]), ends[-1] - 1)
+            position = bisect.bisect_right(ends, window)
             part = self._parts[environment][position]
-            first = int(ends[position - 1]) if position else 0
+            first = ends[position - 1] if position else 0
             stream, start = divmod(window - first, part.steps - self.window_length + 1)
             windows.append(Window(environment, part, self._streams.locate(stream), start, seed))
         return windows
 
-    def read(self, indices: collections.abc.Sequence[int]) -> list[PyTree]:
-        """The given items; they are read from the store together."""
+    def read(self, indices: collections.abc.Sequence[int]) -> PyTree:
+        """The given items, stacked; the windows of one environment are read and transformed together.
+
+        Args:
+          indices: of the items, at least one.
+
+        Returns:
+          What the transform makes of each, in arrays `[N, ...]`.
+
+        Raises:
+          StoreError: a part is damaged.
+          MixtureError: the transform makes rows of different structure, shape or dtype.
+        """
         windows, length = self.locate(indices), self.window_length
-        values = read_many(
-            [Request(part, part.leaf_names, start, start + length, stream) for _, part, stream, start, _ in windows]
-        )
-        return [
-            self._transform(window.environment_index, leaves, window.seed)
-            for window, leaves in zip(windows, values, strict=True)
-        ]
+        places = collections.defaultdict[int, list[int]](list)
+        for place, window in enumerate(windows):
+            places[window.environment_index].append(place)
+        rows = _Rows(len(windows))
+        for environment, own in places.items():
+            drawn = [windows[place] for place in own]
+            leaves = read_stacked(
+                [Request(part, part.leaf_names, start, start + length, stream) for _, part, stream, start, _ in drawn]
+            )
+            seeds = np.array([window.seed for window in drawn], np.uint64)
+            rows.put(own, self._transform(environment, leaves, seeds))
+        return rows.stacked()
 
     def __len__(self) -> int:
         return LENGTH
 
     def __getitem__(self, index: int) -> PyTree:
-        return self.read([index])[0]
+        return jax.tree.map(operator.itemgetter(0), self.read([index]))
 
     def __repr__(self) -> str:
         return f"WindowSource({len(self.ids)} environments, {self.window_length} steps, {self.fingerprint})"
+
+
+class _Rows:
+    """The rows of a batch, which come in groups and are written to their places once."""
+
+    def __init__(self, count: int):
+        self._count = count
+        self._structure: typing.Any = None
+        self._arrays = list[np.ndarray]()
+
+    def put(self, places: list[int], rows: PyTree) -> None:
+        """Writes rows, a pytree of arrays `[N, ...]`, to N places."""
+        values, structure = jax.tree.flatten(rows)
+        if self._structure is None:
+            self._structure = structure
+            self._arrays = [np.empty((self._count, *value.shape[1:]), value.dtype) for value in values]
+        if structure != self._structure:
+            raise MixtureError(f"one has the structure {structure}, another {self._structure}")
+        for array, value in zip(self._arrays, values, strict=True):
+            if (value.shape[1:], value.dtype) != (array.shape[1:], array.dtype):
+                got, other = (f"{one.dtype}{list(one.shape[1:])}" for one in (value, array))
+                raise MixtureError(f"one has an array {got} where another has {other}")
+            array[places] = value
+
+    def stacked(self) -> PyTree:
+        """All of them."""
+        return jax.tree.unflatten(self._structure, self._arrays)
 
 
 class BucketRows(typing.NamedTuple):
@@ -292,10 +337,9 @@ class Mixture:
     def _rows(self, name: str, source: WindowSource, rows: int, step: int) -> PyTree:
         share = rows // self.process_count
         first = step * rows + self.process_index * share
-        values = source.read(range(first, first + share))
         try:
-            return jax.tree.map(lambda *leaves: np.stack(leaves), *values)
-        except ValueError as error:
+            return source.read(range(first, first + share))
+        except MixtureError as error:
             raise MixtureError(f"the rows of bucket {name!r} differ in structure or shape: {error}") from error
 
     def batches(self, start: int = 0, prefetch: int = 4) -> collections.abc.Iterator[dict[str, PyTree]]:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 
 import examples
@@ -129,3 +130,19 @@ def test_a_codec_travels_before_and_after_it_was_used(name):
         for other in (pickle.loads(pickle.dumps(codec)), copy.deepcopy(codec)):
             assert other.card == codec.card and other.bucket == codec.bucket
             jax.tree.map(np.testing.assert_array_equal, other.window(arrays), codec.window(arrays))
+
+
+@pytest.mark.parametrize("name", examples.SPACES)
+@pytest.mark.parametrize("lead", [(3,), (2, 1)])
+def test_a_window_is_encoded_alike_alone_and_beside_others(name, lead):
+    codec = examples.make_codec(name)
+    for distribution in (True, False):
+        streams = [examples.random_stream(codec, 7, seed) for seed in range(math.prod(lead))]
+        for stream in [] if distribution else streams:
+            for leaf in [leaf for leaf in stream if leaf.startswith("reference/")]:
+                del stream[leaf]
+        alone = examples.stack([codec.window(stream) for stream in streams])
+        stacked = examples.stack(streams)
+        together = codec.window({leaf: value.reshape(*lead, *value.shape[1:]) for leaf, value in stacked.items()})
+        flat = jax.tree.map(lambda value: value.reshape(math.prod(lead), *value.shape[len(lead) :]), together)
+        jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other, strict=True), flat, alone)

@@ -42,8 +42,8 @@ def dataset() -> store.Dataset:
     return write(f"memory://{uuid.uuid4()}")
 
 
-def row(environment_index, leaves, seed):
-    return {"environment": np.int32(environment_index), "seed": np.uint64(seed), **leaves}
+def row(environment_index, leaves, seeds):
+    return {"environment": np.full(len(seeds), environment_index, np.int32), "seed": seeds, **leaves}
 
 
 def source(dataset, ids=("x/a", "x/b", "x/c"), weights=(1, 2, 3), length=LENGTH, seed=0, transform=row):
@@ -141,9 +141,9 @@ def test_the_seeds_of_windows_differ(dataset):
 
 def test_items_do_not_depend_on_what_is_read_with_them(dataset):
     windows = source(dataset)
-    together = windows.read([5, 3, 10**12, 3])
-    for item, index in zip(together, [5, 3, 10**12, 3], strict=True):
-        assert_equal(item, windows[index])
+    indices = [5, 3, 10**12, 3, *range(40)]
+    together = windows.read(indices)
+    assert_equal(together, jax.tree.map(lambda *rows: np.stack(rows), *(windows[index] for index in indices)))
 
 
 def test_the_batches_replay_from_every_state(dataset):
@@ -224,9 +224,13 @@ def test_what_cannot_be_drawn_is_refused(dataset):
 
 
 def test_rows_that_do_not_stack_are_named(dataset):
-    ragged = source(dataset, transform=lambda index, leaves, seed: leaves[WHERE][: 1 + index])
-    with pytest.raises(MixtureError, match="the rows of bucket 'b' differ in structure or shape"):
-        next(Mixture({"b": BucketRows(ragged, 8)}).batches())
+    for transform in (
+        lambda index, leaves, seeds: leaves[WHERE][:, : 1 + index],
+        lambda index, leaves, seeds: leaves[WHERE].astype(np.float32 if index else np.float64),
+        lambda index, leaves, seeds: {index: seeds},
+    ):
+        with pytest.raises(MixtureError, match="the rows of bucket 'b' differ in structure or shape: one has"):
+            next(Mixture({"b": BucketRows(source(dataset, transform=transform), 8)}).batches())
 
 
 def test_a_damaged_part_stops_the_iterator_with_its_name(tmp_path):

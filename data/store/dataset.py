@@ -15,9 +15,11 @@ import numpy as np
 from ldm_jax.cards import EnvironmentCard
 
 from . import layout, manifest, records
+from .chunks import ChunkReader
 from .manifest import EPISODES, MANIFEST, RECORDS, EpisodeIndex, Json, StoreError
+from .reading import Request, read_many
 from .records import ArrayRecord, GroupRecord, Groups, PartRecord
-from .storage import READ_ERRORS, File, PendingRead, Storage, StoredArray, reason
+from .storage import READ_ERRORS, File, PendingRead, Storage, reason
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -40,17 +42,17 @@ class Part:
         """The name of its folder."""
         return self.record.name
 
-    @property
+    @functools.cached_property
     def leaf_names(self) -> tuple[str, ...]:
         """The names of the leaves, sorted."""
         return tuple(sorted(self.record.leaves))
 
-    @property
+    @functools.cached_property
     def steps(self) -> int:
         """T, the steps of every stream."""
         return self.record.steps
 
-    @property
+    @functools.cached_property
     def streams(self) -> int:
         """B, the number of streams."""
         return self.record.streams
@@ -80,7 +82,7 @@ class Part:
         """Reads everything again and compares it with the checksums; raises StoreError naming the first at fault."""
         _ = self.episodes
         for name in self.leaf_names:
-            value = self._result(name, self._array(name).read())
+            value = self._result(name, self._reader(name).array.read())
             if manifest.checksum(value) != self.record.leaves[name].checksum:
                 raise self._leaf_failure(name, "its checksum differs from the manifest's")
 
@@ -89,14 +91,14 @@ class Part:
         return f"{self.id}/{self.name}/"
 
     @functools.cached_property
-    def _arrays(self) -> dict[str, StoredArray]:
+    def _readers(self) -> dict[str, ChunkReader]:
         return {}
 
-    def _array(self, name: str) -> StoredArray:
-        if name not in self._arrays:
+    def _reader(self, name: str) -> ChunkReader:
+        if name not in self._readers:
             folder = f"{self._folder}{layout.leaf_folder(name)}"
-            self._arrays[name] = self.storage.open_array(folder, self._leaf_record(name).layout.metadata)
-        return self._arrays[name]
+            self._readers[name] = ChunkReader(self.storage.open_array(folder, self._leaf_record(name).layout.metadata))
+        return self._readers[name]
 
     def _leaf_record(self, name: str) -> ArrayRecord:
         if name not in self.record.leaves:
@@ -115,7 +117,7 @@ class Part:
 
         def is_sound() -> bool:
             try:
-                return manifest.checksum(np.asarray(self._array(name).read().result())) == record.checksum
+                return manifest.checksum(np.asarray(self._reader(name).array.read().result())) == record.checksum
             except READ_ERRORS:
                 return False
 
@@ -137,39 +139,6 @@ class Part:
             is_sound=is_sound,
             remedy=_remedy(self.id),
         )
-
-
-class Request(typing.NamedTuple):
-    """A window to read: steps `start` to `stop` of stream `stream` of a part."""
-
-    part: Part
-    names: tuple[str, ...]
-    start: int
-    stop: int
-    stream: int
-
-
-def read_many(requests: collections.abc.Sequence[Request]) -> list[dict[str, np.ndarray]]:
-    """Reads many windows at once, of one part or of many.
-
-    Args:
-      requests: the windows; steps in [0, T], streams in [0, B).
-
-    Returns:
-      For each window, one array `[stop - start, ...]` per leaf, in its own dtype.
-
-    Raises:
-      StoreError: there is no such leaf, step or stream, or a part is damaged or cannot be read.
-    """
-    pending = []
-    for part, names, start, stop, stream in requests:
-        if not (0 <= start < stop <= part.steps and 0 <= stream < part.streams):
-            raise StoreError(
-                f"got steps {start} to {stop} of stream {stream}, but {part.name} of {part.id} has {part.steps} steps "
-                f"and {part.streams} streams"
-            )
-        pending.append((part, [(name, part._array(name)[start:stop, stream].read()) for name in names]))
-    return [{name: part._result(name, future) for name, future in futures} for part, futures in pending]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

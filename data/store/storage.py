@@ -15,8 +15,8 @@ import tensorstore as ts
 
 from .manifest import MANIFEST, Json, StoreError
 
-CACHE_BYTES = 1 << 30
-"""Bound on the decoded chunks that one process keeps in memory."""
+INDEX_CACHE_BYTES = 64 << 20
+"""Bound on what TensorStore keeps of a process's reads, for the indices of shards; chunks are kept by `chunks`."""
 READS_AT_ONCE = 256
 """Bound on the small files that are asked for before the first of them has come."""
 READ_ERRORS = (ValueError, OSError, RuntimeError)
@@ -225,7 +225,7 @@ def reason(error: BaseException) -> str:
 @functools.cache
 def _context() -> ts.Context:
     # One for the process: the cache is then bounded as a whole, and `memory://` names one place.
-    return ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+    return ts.Context({"cache_pool": {"total_bytes_limit": INDEX_CACHE_BYTES}})
 
 
 def _under(folder: str) -> ts.KvStore.KeyRange:

@@ -199,23 +199,25 @@ class Codec:
         return actions.split_choices(self.action_layout, flat, bucket.choice_slots, bucket.choices, fill=False)
 
     def window(self, arrays: dict[str, np.ndarray]) -> tuple[Features, Targets]:
-        """Encodes a window of a stream as the trajectory store holds it.
+        """Encodes windows of streams as the trajectory store holds them.
 
         Args:
-          arrays: by leaf name, each `[T, ...]` (see `ldm_jax.encoding.transition`).
+          arrays: by leaf name, each `[..., T, leaf shape]` (see `ldm_jax.encoding.transition`); a window is encoded
+            alike alone and beside others.
 
         Returns:
-          Features and targets, each leaf `[T, ...]`.
+          Features and targets, each leaf `[..., T, ...]`.
         """
         card = self.card
         transition = from_leaves(card.observation_space, card.action_space, arrays)
         timestep, action = transition.timestep, transition.action
         # The action before the window is not read, so the first token has none.
+        axis = timestep.reward.ndim - 1
         previous = unflatten(
             card.action_space,
-            [_shift(get(action, leaf.path)) for leaf in leaves(card.action_space)],
+            [_shift(get(action, leaf.path), axis) for leaf in leaves(card.action_space)],
         )
-        has_previous = np.arange(len(timestep.reward)) > 0
+        has_previous = np.arange(timestep.reward.shape[-1]) > 0
         features = self.features(timestep, previous, has_previous)
         return features, self._targets(features, transition)
 
@@ -238,16 +240,15 @@ class Codec:
             mean, scale = actions.normalize(layout, distribution.mean), distribution.scale / half
         else:
             mean, scale = label.continuous, np.zeros_like(label.continuous)
-        first = transition.timestep.first
-        differs = np.zeros(len(first), bool)
+        differs = np.zeros(transition.timestep.first.shape, bool)
         for slots in label:
-            differs[1:] |= (slots[1:] != slots[:-1]).any(-1)
+            differs[..., 1:] |= (slots[..., 1:, :] != slots[..., :-1, :]).any(-1)
         return Targets(
             probabilities=probabilities * self.signature.choice_slots[:, None],
             mean=_pad(np.clip(mean, -1.0, 1.0), bucket.continuous_slots, -1),
             scale=_pad(scale.astype(np.float32), bucket.continuous_slots, -1),
             weight=transition.label_mask.astype(np.float32),
-            changed=(differs & ~first & (np.arange(len(differs)) > 0)).astype(np.float32),
+            changed=(differs & ~transition.timestep.first).astype(np.float32),
         )
 
     def action(self, slots: Slots) -> PyTree:
@@ -263,14 +264,20 @@ def _finite(value: Array) -> Array:
     return value.__array_namespace__().clip(value, -_FLOAT32.max, _FLOAT32.max)
 
 
-def _shift(value: np.ndarray) -> np.ndarray:
-    return np.concatenate([value[:1], value[:-1]])
+def _shift(value: np.ndarray, axis: int) -> np.ndarray:
+    step = (slice(None),) * axis
+    return np.concatenate([value[(*step, slice(1))], value[(*step, slice(-1))]], axis)
 
 
 def _pad(value: Array, width: int, axis: int) -> Array:
     missing = width - value.shape[axis]
     if missing == 0:
         return value
+    axis %= value.ndim
+    if isinstance(value, np.ndarray):  # NumPy's own pad takes ten times as long for what is small
+        padded = np.zeros((*value.shape[:axis], width, *value.shape[axis + 1 :]), value.dtype)
+        padded[(slice(None),) * axis + (slice(value.shape[axis]),)] = value
+        return padded
     padding = [(0, 0)] * value.ndim
     padding[axis] = (0, missing)
     return value.__array_namespace__().pad(value, padding)

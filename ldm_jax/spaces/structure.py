@@ -7,6 +7,7 @@ observation or action does so in this order.
 from __future__ import annotations
 
 import collections.abc
+import functools
 import hashlib
 import math
 import typing
@@ -41,6 +42,7 @@ class Leaf(typing.NamedTuple):
         return "/".join(map(_word, self.path)) if self.path else "value"
 
 
+@functools.cache
 def _word(key: str | int) -> str:
     word = urllib.parse.quote(str(key), safe="", errors="surrogatepass")
     if not word.strip("."):  # a key without characters, and folders' own names
