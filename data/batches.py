@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import collections.abc
 import dataclasses
+import typing
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from ldm_jax.model.network import Inputs
 from ldm_jax.training.loss import Example
 
 from .mixture import ALL_STREAMS, BucketRows, Mixture, MixtureError, Streams, WindowSource
+from .shares import Draws, allot, environment_shares
 from .store import Dataset
 
 MAX_BUCKETS = 64
@@ -76,12 +78,28 @@ class _Encode:
         return Example(Inputs(features, signature), targets, np.full(rows, self.indices[environment_index], np.int32))
 
 
+class Shape(typing.NamedTuple):
+    """What batches are like, whatever they are drawn from.
+
+    Attributes:
+      window: T, steps of a window.
+      rows: windows of a batch.
+      seed: of the draws.
+      draws: how often each environment is drawn.
+      multiple: that the rows of each bucket are.
+    """
+
+    window: int
+    rows: int
+    seed: int
+    draws: Draws = Draws()
+    multiple: int = 1
+
+
 def mix(
     dataset: Dataset,
     codecs: collections.abc.Sequence[Codec],
-    window: int,
-    rows: int,
-    seed: int,
+    shape: Shape,
     streams: Streams = ALL_STREAMS,
     share: tuple[int, int] = (0, 1),
 ) -> Mixture:
@@ -90,14 +108,13 @@ def mix(
     Args:
       dataset: where the windows lie.
       codecs: of all environments; a row's `environment` is the position in this list.
-      window: T, steps of a window.
-      rows: windows per environment in a batch, on average.
-      seed: of the draws.
+      shape: of the batches.
       streams: which streams are drawn from; environments that have none of them are left out.
       share: which of how many shares of the rows this process brings.
 
     Raises:
       MixtureError: no window can be drawn, or the rows cannot be shared.
+      ConfigError: the draws or the rows contradict themselves.
     """
     members = collections.defaultdict(list)
     for index, codec in enumerate(codecs):
@@ -109,12 +126,21 @@ def mix(
             "hold out more of them (a smaller number), or none (0)"
         )
 
-    def source(indices: list[int]) -> WindowSource:
+    def source(indices: list[int], weights: np.ndarray) -> WindowSource:
         encode = _Encode(tuple(codecs[index] for index in indices), tuple(indices))
         ids = [codec.card.id for codec in encode.codecs]
-        return WindowSource(dataset, ids, [1.0] * len(ids), window, seed, encode, streams)
+        return WindowSource(dataset, ids, weights.tolist(), shape.window, shape.seed, encode, streams)
 
+    ids = [codec.card.id for codec in codecs]
+    steps = [sum(part.steps * part.streams for part in dataset.parts(id)) for id in ids]
+    wanted = environment_shares(shape.draws, ids, steps)
+    wanted /= wanted[[index for indices in members.values() for index in indices]].sum()
+    buckets = sorted(members)
+    parts = allot([wanted[members[bucket]] for bucket in buckets], shape.rows, shape.draws.floor, shape.multiple)
     return Mixture(
-        {bucket.name: BucketRows(source(indices), rows * len(indices)) for bucket, indices in sorted(members.items())},
+        {
+            bucket.name: BucketRows(source(members[bucket], part.shares), part.rows)
+            for bucket, part in zip(buckets, parts, strict=True)
+        },
         *share,
     )

@@ -197,14 +197,20 @@ class WindowSource:
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
+    def environments(self, indices: collections.abc.Sequence[int]) -> np.ndarray:
+        """`int64 [I]`, the position in `ids` of the environment of each of the given items."""
+        return self._choose(_draws(self._keys[:1], np.asarray(indices, np.uint64))[0])
+
+    def _choose(self, draws: np.ndarray) -> np.ndarray:
+        chosen = np.searchsorted(self._cumulative, _unit(draws), side="right")
+        return np.minimum(chosen, len(self.ids) - 1)  # the cumulative sum may end below 1
+
     def locate(self, indices: collections.abc.Sequence[int]) -> list[Window]:
         """The windows of the given items, without reading them."""
         environment_draw, window_draw, seeds = _draws(self._keys, np.asarray(indices, np.uint64))
-        environments = np.searchsorted(self._cumulative, _unit(environment_draw), side="right")
-        environments = np.minimum(environments, len(self.ids) - 1)  # the cumulative sum may end below 1
         windows = []
         for environment, unit, seed in zip(
-            environments.tolist(), _unit(window_draw).tolist(), seeds.tolist(), strict=True
+            self._choose(environment_draw).tolist(), _unit(window_draw).tolist(), seeds.tolist(), strict=True
         ):
             ends = self._ends[environment]
             window = min(int(unit * ends[-1]), ends[-1] - 1)

@@ -107,7 +107,7 @@ def run(config: ScalingConfig, workdir: pathlib.Path, environments: tuple[str, .
     folder, dataset = workdir / "scaling", open_dataset(workdir / "dataset")
     ids = _fitting(config, dataset, environments)
     # All of them before the first: one that contradicts itself is found now.
-    runs = {(name, budget): _one(config, name, budget, len(ids)) for budget in config.budgets for name in config.names}
+    runs = {(name, budget): _one(config, name, budget) for budget in config.budgets for name in config.names}
     pin_config(folder, "scaling_config", config, owns=("*",))
     points = []
     for (name, budget), own in runs.items():
@@ -132,7 +132,7 @@ def run(config: ScalingConfig, workdir: pathlib.Path, environments: tuple[str, .
 def _fitting(config: ScalingConfig, dataset: Dataset, ids: tuple[str, ...]) -> tuple[str, ...]:
     """The environments that every size can be trained on: a law compares what was trained on the same data."""
     for name in config.names:
-        batches = pretrain.prepare(_one(config, name, config.budgets[0], 1), dataset, ids).batches
+        batches = pretrain.prepare(_one(config, name, config.budgets[0]), dataset, ids).batches
         ids = tuple(codec.card.id for codec in batches.codecs)
     return ids
 
@@ -144,11 +144,11 @@ def _last_row(path: pathlib.Path, steps: int) -> dict[str, typing.Any]:
     return rows[-1]
 
 
-def _one(config: ScalingConfig, name: str, budget: float, environments: int) -> pretrain.PretrainConfig:
+def _one(config: ScalingConfig, name: str, budget: float) -> pretrain.PretrainConfig:
     model = shape(name, config.pretrain.model)
     base = config.pretrain
     window = max(base.window, 2 * model.window)
-    steps = max(2, math.ceil(budget / (base.rows * environments * window)))
+    steps = max(2, math.ceil(budget / (base.rows * window)))
     cfg = dataclasses.replace(base.training, steps=steps, warmup=min(base.training.warmup, steps // 5))
     evaluated = validation.ValidationConfig(steps=steps, batches=config.batches)
     return dataclasses.replace(base, model=model, window=window, training=cfg, evaluation=evaluated)

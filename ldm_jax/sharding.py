@@ -213,5 +213,5 @@ def check_rows(mesh: AnyMesh | None, rows: collections.abc.Mapping[str, int], ac
         if count % ways:
             raise ConfigError(
                 f"the {count} rows of bucket {name} do not divide by data x fsdp x accumulation = {ways}: "
-                f"choose a number of rows per environment that is a multiple of {ways}"
+                f"choose rows that are a multiple of {ways}, in pretraining by rows_multiple={ways}"
             )

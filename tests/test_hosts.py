@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import runs
 
-from data.batches import make_codecs, mix
+from data.batches import Shape, make_codecs, mix
 from data.mixture import Streams
 from data.store import open_dataset
 from ldm_jax import policy
@@ -76,7 +76,8 @@ def test_the_shares_of_the_hosts_are_the_batch(folder):
     model = dataclasses.replace(SIZES["nano"], values=64)
     codecs = make_codecs(dataset, runs.IDS, model)
     whole, *shares = (
-        mix(dataset, codecs, 16, 2, 0, Streams(16), share)[5] for share in ((0, 1), *((i, 2) for i in range(2)))
+        mix(dataset, codecs, Shape(16, 4, 0, multiple=2), Streams(16), share)[5]
+        for share in ((0, 1), *((i, 2) for i in range(2)))
     )
     joined = jax.tree.map(lambda *parts: np.concatenate(parts), *shares)
     jax.tree.map(np.testing.assert_array_equal, joined, whole)

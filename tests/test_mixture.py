@@ -278,8 +278,8 @@ def test_a_mixture_travels_before_and_after_use(dataset, travel):
 def test_what_a_model_is_trained_on_travels(travel):
     url, model = f"memory://{uuid.uuid4()}", dataclasses.replace(SIZES["nano"], values=64)
     dataset = append(append(store.create_dataset(url)), "x/other", streams=8)
-    batches = data.mix(dataset, make_codecs(dataset, dataset.ids, model), 16, 2, 0)
+    batches = data.mix(dataset, make_codecs(dataset, dataset.ids, model), data.Shape(16, 4, 0))
     copied = travel(batches)
-    assert copied == batches != data.mix(dataset, make_codecs(dataset, dataset.ids, model), 16, 2, 1)
+    assert copied == batches != data.mix(dataset, make_codecs(dataset, dataset.ids, model), data.Shape(16, 4, 1))
     assert_equal(copied[5], batches[5])
     assert_equal(travel(batches)[5], batches[5])

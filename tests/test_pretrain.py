@@ -32,7 +32,7 @@ CONFIG = pretrain.PretrainConfig(
     model=dataclasses.replace(SIZES["nano"], layers=1, values=64),
     training=TrainingConfig(steps=12, warmup=2, optimizer="adamw"),
     window=16,
-    rows=2,
+    rows=4,
     checkpoint_steps=4,
     log_steps=3,
     evaluation=validation.ValidationConfig(steps=5, batches=2, environments=runs.IDS[0], rows=2),
@@ -102,6 +102,7 @@ def test_metrics_say_how_well_and_how_fast(trained):
     rates = [row["learning_rate"] for row in rows]
     assert rates == sorted(rates, reverse=True) and rates[0] < TrainingConfig().learning_rate
     last = rows[-1]
+    assert last["share_by_environment"] == pytest.approx(dict.fromkeys(runs.IDS, 0.5))
     assert set(last["held_out"]["kl_by_environment"]) == set(runs.IDS)
     assert last["held_out"]["loss"] > last["held_out"]["kl"] > 0
     assert last["held_out"]["loss"] < rows[0]["loss"], "nothing was learned"
@@ -157,7 +158,7 @@ def test_signals_save_and_exit_and_the_run_goes_on_as_if_nothing_had_been(folder
 
 def test_what_is_not_finite_stops_the_run_and_can_be_repeated(tmp_path, capsys):
     runs.make_dataset(tmp_path / "dataset", poison=True)
-    config = dataclasses.replace(CONFIG, rows=4, training=dataclasses.replace(CONFIG.training, steps=50))
+    config = dataclasses.replace(CONFIG, rows=8, training=dataclasses.replace(CONFIG.training, steps=50))
     with pytest.raises(training.TrainingError, match=r"not finite at step \d+: .* experiments\.diagnose") as caught:
         pretrain.run(config, tmp_path)
     step = int(re.search(r"at step (\d+)", str(caught.value))[1])
@@ -197,7 +198,7 @@ def test_what_does_not_fit_is_left_out_and_the_rest_is_trained(data, tmp_path, c
     assert [r.message for r in caplog.records if "left out" in r.message and runs.IDS[1] in r.message]
     assert tuple(policy.load(tmp_path / "run" / "policy").cards) == (runs.IDS[0],)
     (row,) = runs.rows(tmp_path / "run")
-    assert set(row["kl_by_environment"]) == {runs.IDS[0]} and row["tokens"] == 3 * 16 * 2
+    assert set(row["kl_by_environment"]) == {runs.IDS[0]} and row["tokens"] == 3 * 16 * 4
 
 
 def test_a_full_disk_ends_in_one_line_and_costs_no_checkpoint(folder, data):

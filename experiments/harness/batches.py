@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections.abc
 import typing
 
-from data.batches import make_codecs, mix
+import numpy as np
+
+from data.batches import Shape, make_codecs, mix
 from data.mixture import Mixture, MixtureError, Streams
 from data.store import Dataset
 from experiments.harness import progress
@@ -17,31 +19,18 @@ from ldm_jax.model.config import ModelConfig
 from ldm_jax.spaces import SpaceError
 from ldm_jax.training import padding
 
-
-class Shape(typing.NamedTuple):
-    """How windows are drawn.
-
-    Attributes:
-      window: T, steps of a window.
-      rows: windows per environment in a batch, on average.
-      seed: of the draws.
-      held_out: each so-many-th stream is kept from training; 0 for none.
-    """
-
-    window: int
-    rows: int
-    seed: int
-    held_out: int
+_SHARES_OVER = 100
+"""Batches that realised shares are counted in."""
 
 
 def _fitting_codecs(
-    dataset: Dataset, ids: collections.abc.Sequence[str], model: ModelConfig, shape: Shape
+    dataset: Dataset, ids: collections.abc.Sequence[str], model: ModelConfig, shape: Shape, held_out: int
 ) -> list[Codec]:
     codecs, reasons = list[Codec](), list[str]()
     for id in ids:
         try:
             (codec,) = make_codecs(dataset, [id], model)
-            mix(dataset, [codec], shape.window, 1, shape.seed, Streams(shape.held_out))
+            mix(dataset, [codec], Shape(shape.window, 1, shape.seed), Streams(held_out))
         except (CardError, ConfigError, MixtureError, SpaceError) as error:
             reasons.append(str(error) if id in str(error) else f"{id}: {error}")
         else:
@@ -71,12 +60,23 @@ class Batches(typing.NamedTuple):
         """The rows of each bucket, over all processes."""
         return {name: bucket.rows for name, bucket in self.train.buckets.items()}
 
+    def shares(self, step: int) -> dict[str, float]:
+        """The share that each environment had of the rows of the last hundred batches, up to that of a step."""
+        counts = dict.fromkeys((codec.card.id for codec in self.codecs), 0)
+        first = max(step - _SHARES_OVER, 0)
+        for source, rows in self.train.buckets.values():
+            drawn = np.bincount(source.environments(range(first * rows, step * rows)), minlength=len(source.ids))
+            counts |= dict(zip(source.ids, drawn.tolist(), strict=True))
+        total = sum(counts.values())
+        return {id: count / total for id, count in counts.items()}
+
 
 def make_batches(
     dataset: Dataset,
     ids: collections.abc.Sequence[str],
     model: ModelConfig,
     shape: Shape,
+    held_out: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> Batches:
     """The batches of the environments that a model can be trained on; the log says which are left out, and why.
@@ -85,7 +85,8 @@ def make_batches(
       dataset: has the data.
       ids: the environments; empty for all.
       model: that they have to fit.
-      shape: of the windows.
+      shape: of the batches.
+      held_out: each so-many-th stream is kept from training; 0 for none.
       share: which of how many shares of the rows this process brings.
 
     Raises:
@@ -95,13 +96,12 @@ def make_batches(
     """
     if not (ids := ids or dataset.ids):
         raise WorkdirError(f"the dataset {dataset.url} has no environment: collect first, or see why all were refused")
-    codecs = _fitting_codecs(dataset, ids, model, shape)
+    codecs = _fitting_codecs(dataset, ids, model, shape, held_out)
 
     def drawn(streams: Streams) -> Mixture:
-        return mix(dataset, codecs, shape.window, shape.rows, shape.seed, streams, share)
+        return mix(dataset, codecs, shape, streams, share)
 
-    held_out = drawn(Streams(shape.held_out, held_out=True)) if shape.held_out else None
-    return Batches(codecs, drawn(Streams(shape.held_out)), held_out)
+    return Batches(codecs, drawn(Streams(held_out)), drawn(Streams(held_out, held_out=True)) if held_out else None)
 
 
 def log_padding(mixture: Mixture, step: int) -> None:

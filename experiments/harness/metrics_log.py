@@ -179,6 +179,7 @@ class Meter:
           batches: whose metrics they are.
           peak_flops: floating-point operations per second of one device; 0 to measure a matrix product's.
         """
+        self._batches = batches
         self._environments = [codec.card.id for codec in batches.codecs]
         self._domains = [codec.card.domain for codec in batches.codecs]
         self._tokens = window * sum(batches.rows.values())
@@ -194,6 +195,7 @@ class Meter:
         row["useful_fraction"] = metrics.useful_tokens / self._tokens
         row["kl_by_environment"] = {self._environments[i]: value for i, value in kl.items()}
         row["kl_by_domain"] = mean_by(self._domains, kl, labelled)
+        row["share_by_environment"] = self._batches.shares(step)
         last, then = self._last
         if last and now > then:
             row["tokens_per_s"] = (step - last) * self._tokens / (now - then)

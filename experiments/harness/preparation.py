@@ -7,8 +7,10 @@ import typing
 
 import jax
 
+from data.batches import Shape
+from data.shares import Draws
 from data.store import Dataset
-from experiments.harness.batches import Batches, Shape, make_batches
+from experiments.harness.batches import Batches, make_batches
 from experiments.harness.mesh import HostsConfig, MeshConfig, device_bytes, make_mesh
 from experiments.harness.validation import ValidationConfig
 from experiments.harness.workdir import FREE
@@ -31,7 +33,9 @@ class PretrainConfig:
       model: shapes of the model.
       training: how it is trained.
       window: T, steps of a training window; at least twice the model's attention window.
-      rows: windows per environment in a batch, on average.
+      rows: windows of a batch, however many environments there are; each bucket has its share, at least one.
+      rows_multiple: that the rows of each bucket are, so that they divide over data x fsdp x accumulation.
+      draws: how often each environment is drawn.
       held_out: each so-many-th stream of the data is kept from training, for the held-out loss; 0 for none.
       checkpoint_steps: steps between two checkpoints.
       max_to_keep: how many of the newest checkpoints stay.
@@ -47,7 +51,9 @@ class PretrainConfig:
     model: ModelConfig = SIZES["micro"]
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     window: int = 64
-    rows: int = 4
+    rows: int = 52
+    rows_multiple: int = 1
+    draws: Draws = dataclasses.field(default_factory=Draws)
     held_out: int = 16
     checkpoint_steps: int = 100
     max_to_keep: int = dataclasses.field(default=2, metadata=_free)
@@ -67,9 +73,11 @@ class PretrainConfig:
                 f"window is {self.window} steps, expected at least {2 * self.model.window}, twice what attention sees: "
                 "else the model is asked for more history than it was trained on"
             )
-        for name in ("rows", "checkpoint_steps", "max_to_keep", "log_steps"):
+        for name in ("rows", "rows_multiple", "checkpoint_steps", "max_to_keep", "log_steps"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.rows % self.rows_multiple:
+            raise ConfigError(f"rows is {self.rows}, expected a multiple of rows_multiple, {self.rows_multiple}")
         if self.held_out < 0 or self.held_out == 1:
             raise ConfigError(f"held_out is {self.held_out}, expected 2 or more, or 0 for none")
         if self.keep_period < 0 or self.keep_period % self.checkpoint_steps:
@@ -81,8 +89,8 @@ class PretrainConfig:
 
     @property
     def shape(self) -> Shape:
-        """How windows are drawn."""
-        return Shape(self.window, self.rows, self.training.seed, self.held_out)
+        """Of the batches."""
+        return Shape(self.window, self.rows, self.training.seed, self.draws, self.rows_multiple)
 
 
 class Prepared(typing.NamedTuple):
@@ -104,7 +112,9 @@ class Prepared(typing.NamedTuple):
 def prepare(config: PretrainConfig, dataset: Dataset, environments: tuple[str, ...] = ()) -> Prepared:
     """Checks all that can be known of a run before it begins; raises as `run` does, and writes nothing."""
     mesh = make_mesh(config.mesh)
-    batches = make_batches(dataset, environments, config.model, config.shape, sharding.share_of_rows(mesh))
+    batches = make_batches(
+        dataset, environments, config.model, config.shape, config.held_out, sharding.share_of_rows(mesh)
+    )
     sharding.check_rows(mesh, batches.rows, config.training.accumulation)
     model = make_model(config.model, mesh)
     # Shapes are enough to restore, and parameters take seconds to make.
