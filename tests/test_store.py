@@ -108,6 +108,19 @@ def test_the_files_of_an_array_are_those_it_is_looked_for_in_when_it_cannot_be_r
         assert written == {*layout.shard_keys(record.layout)} and len(written) > 1
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_frame_of_a_stack_is_stored_once(tmp_path, dtype):
+    """Frames that cannot be compressed: only that each is in four stacks can."""
+    frames = (255 * np.random.default_rng(0).random((67, 2, 48, 48))).astype(dtype)
+    stacks = np.stack([frames[i : i + 64] for i in range(4)], 2)
+    made = card(observation_space=spaces.Box(0, 255, stacks.shape[2:], dtype))
+    written = leaves(made, 64, 2) | {"observation/value": stacks}
+    dataset = store.append_part(store.create_dataset(tmp_path), made, written, episodes(64, 2))
+    (part,) = dataset.parts(ID)
+    np.testing.assert_array_equal(part.read(["observation/value"], 3, 60, 1)["observation/value"], stacks[3:60, 1])
+    assert sum(path.stat().st_size for path in _files(tmp_path, "observation/value")) < 1.5 * frames.nbytes
+
+
 def test_windows_of_many_parts_are_read_together():
     dataset = store.create_dataset(memory())
     for value in range(3):

@@ -14,6 +14,8 @@ from .manifest import SHARD_BYTES, Json, checksum
 CHUNK_BYTES = 128 << 10
 CHUNK_STEP_RANGE = (16, 1024)
 """A chunk is what one read decodes: about CHUNK_BYTES of one stream, since windows are 64 to 1,024 steps of one."""
+BLOCK_BYTES = 4 << 20
+"""What is compressed together: less, as Blosc would choose, would hide one frame of a stack from the next."""
 WORD_BYTES = 200
 """A longer part of a leaf's name is cut in its folder's: file systems end names at 255 bytes, and locks add to them."""
 
@@ -57,11 +59,9 @@ def _metadata(layout: ArrayLayout) -> Json:
     whole = [max(1, length) for length in layout.shape[2:]]
     size = np.dtype(layout.dtype).itemsize
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
-    shuffle = {"shuffle": "shuffle", "typesize": size} if size > 1 else {"shuffle": "noshuffle"}
-    blosc = {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 3, "blocksize": 0, **shuffle}}
     sharding = {
         "chunk_shape": [layout.chunk_steps, 1, *whole],
-        "codecs": [little_endian if size > 1 else {"name": "bytes"}, blosc, {"name": "crc32c"}],
+        "codecs": [little_endian if size > 1 else {"name": "bytes"}, _compression(size), {"name": "crc32c"}],
         "index_codecs": [little_endian, {"name": "crc32c"}],
         "index_location": "end",
     }
@@ -76,6 +76,16 @@ def _metadata(layout: ArrayLayout) -> Json:
         "chunk_key_encoding": {"name": "default"},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
+
+
+def _compression(size: int) -> Json:
+    """The codec that was smallest for numbers of so many bytes; docs/performance.md has the others beside it."""
+    if size == 1:
+        # A window as long as the chunk, so that a frame is found again in the stack of the next step.
+        return {"name": "zstd", "configuration": {"level": 3}}
+    # The first bytes of all numbers together, then the second: those of one kind are alike.
+    shuffle = {"shuffle": "shuffle", "typesize": size, "blocksize": BLOCK_BYTES}
+    return {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 3, **shuffle}}
 
 
 def shard_keys(layout: ArrayLayout) -> list[str]:
