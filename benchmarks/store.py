@@ -2,15 +2,15 @@
 
 Windows of 256 steps at random places, of a walk in 17 numbers and of stacks of four frames, are read from the store,
 from Minari and from a plain `np.memmap`: the same leaves of the same steps, 32 windows a call, all of it warm. Minari
-has no windows: an episode is sampled as it does, and the window cut out of it; its images are kept without loss. What is
-opened at several sizes are records alone, in a process of its own, and the parts of all environments are listed then;
-to append is to write one part of a new environment.
+has no windows: an episode is sampled as it does, and the window cut out of it; its images are kept without loss. What
+is opened at several sizes are records alone, in a process of its own, and the parts of all environments are listed
+then; to append is to write one part of a new environment.
 
     python -m benchmarks.store
 
-Its last line is one JSON object. `to_minari` and `to_memmap` are rates of windows, 1 being the other's; `write_mb_s` is
-of raw bytes; `bytes_per_transition` counts all leaves of a step; `open_s`, `open_mb` and `append_s` are by the number of
-environments.
+Its last line is one JSON object. `to_minari` and `to_memmap` are rates of windows, 1 being the other's; `write_mb_s`
+is of raw bytes; `bytes_per_transition` counts all leaves of a step; `open_s`, `open_mb` and `append_s` are by the
+number of environments.
 """
 
 from __future__ import annotations

@@ -259,14 +259,14 @@ def read_groups(storage: Storage) -> Groups:
     return Groups(storage.url, {id: data for id, data in zip(ids, contents, strict=True) if data is not None})
 
 
-class ShownGroup(typing.NamedTuple):
+class ShownRecord(typing.NamedTuple):
     """A group as it is shown now, None where there is none, and the generation that a write can insist on."""
 
     group: GroupRecord | None
     generation: bytes
 
 
-def read_group(storage: Storage, id: str) -> ShownGroup:
+def read_record(storage: Storage, id: str) -> ShownRecord:
     """Reads the record of one group, whatever the number of groups.
 
     Raises:
@@ -274,7 +274,7 @@ def read_group(storage: Storage, id: str) -> ShownGroup:
     """
     found = storage.read(records.record_key(id))
     group = None if found.content is None else records.decode_group(storage.url, id, found.content)
-    return ShownGroup(group, found.generation)
+    return ShownRecord(group, found.generation)
 
 
 def read_card(storage: Storage, id: str, name: str) -> EnvironmentCard:
@@ -317,7 +317,7 @@ def _diagnose(
     try:
         if read_manifest(storage).content is None:
             return StoreError(f"{what}. The dataset is gone from {storage.url}: was its disk unmounted, or it removed?")
-        group, _ = read_group(storage, id)
+        group, _ = read_record(storage, id)
         if group is None or not is_listed(group):
             return StoreError(f"{what}. It was removed or replaced since the dataset was opened: open it again")
         missing = [key for key in keys if storage.read(key).content is None]

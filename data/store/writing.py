@@ -21,7 +21,7 @@ from ldm_jax.cards import EnvironmentCard, check_matches
 from ldm_jax.types import EnvironmentSpec
 
 from . import layout, manifest, records
-from .dataset import Dataset, open_dataset, read_card, read_group, read_manifest
+from .dataset import Dataset, open_dataset, read_card, read_manifest, read_record
 from .manifest import EPISODES, MANIFEST, EpisodeIndex, StoreError
 from .records import ArrayRecord, GroupRecord, PartRecord
 from .storage import Storage
@@ -86,7 +86,7 @@ def append_part(
     manifest.check_part(card, arrays)
     index = manifest.encode_episodes(id, episodes, *next(iter(arrays.values())).shape[:2])
     _check_is_there(storage)
-    _check_fits_group(storage, read_group(storage, id).group, card, arrays)
+    _check_fits_group(storage, read_record(storage, id).group, card, arrays)
     card_data = json.dumps(card.to_json(), sort_keys=True).encode()
     card_name = manifest.card_name(card_data)
     leaf_records = {
@@ -227,7 +227,7 @@ def _claimed(storage: Storage, id: str) -> collections.abc.Iterator[_Claim]:
 
 
 def _shown_names(storage: Storage, id: str) -> set[str]:
-    group, _ = read_group(storage, id)
+    group, _ = read_record(storage, id)
     return {part.name for part in group.parts} if group else set()
 
 
@@ -251,7 +251,7 @@ def _commit(
     storage = dataset.storage
     for attempt in range(200):
         _check_is_there(storage)
-        group, generation = read_group(storage, id)
+        group, generation = read_record(storage, id)
         changed = change(group)
         record = None if changed is None else records.encode_group(id, changed)
         if storage.write(records.record_key(id), record, generation):
