@@ -16,7 +16,7 @@ from ldm_jax.encoding.actions import Slots
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.model.config import ModelConfig
-from ldm_jax.model.decoder import Cache, init_cache
+from ldm_jax.model.decoder import Cache, clear, init_cache
 from ldm_jax.model.heads import Predictions, bin_centers
 from ldm_jax.model.network import Inputs, Model, Params, make_model
 from ldm_jax.spaces import get, leaf_shape_dtype, leaves, zeros
@@ -151,7 +151,7 @@ class _Init(_ByValue):
 
     def __call__(self, batch_size: int) -> AgentState:
         cfg, codec = self._arguments
-        previous = jax.tree.map(jnp.asarray, zeros(codec.card.action_space, (batch_size,)))
+        previous = jax.tree.map(jnp.array, zeros(codec.card.action_space, (batch_size,)))
         return AgentState(init_cache(cfg, batch_size), previous)
 
 
@@ -240,10 +240,8 @@ def forget(state: AgentState, rows: Array) -> AgentState:
     if rows.shape != (count,) or rows.dtype != np.bool_:
         raise ActingError(f"rows is {rows}, expected {count} booleans, true for the rows that are to forget")
 
-    def clear(leaf: Array, axis: int = 0) -> Array:
+    def clear_leaf(leaf: Array) -> Array:
         # Selected, not multiplied: what is forgotten may be NaN.
-        return jnp.where(jnp.expand_dims(rows, [i for i in range(leaf.ndim) if i != axis]), jnp.zeros_like(leaf), leaf)
+        return jnp.where(rows.reshape(count, *[1] * (leaf.ndim - 1)), jnp.zeros_like(leaf), leaf)
 
-    keys, values, length = state.cache
-    cache = Cache(clear(keys, 1), clear(values, 1), clear(length))
-    return AgentState(cache, jax.tree.map(clear, state.previous_action))
+    return AgentState(clear(state.cache, rows), jax.tree.map(clear_leaf, state.previous_action))

@@ -161,7 +161,8 @@ def test_what_stands_in_a_masked_place_has_no_part_in_the_gradient(model, params
 def test_what_a_row_left_in_the_cache_is_never_read_again(model, params, apply):
     example = examples.random_example(examples.make_codec("mixed"), 2, WINDOW + 2, seed=15)
     fresh = model.init_cache(2)
-    left = fresh._replace(keys=jnp.full_like(fresh.keys, np.nan), values=jnp.full_like(fresh.values, np.nan))
+    filled = jax.tree.map(lambda leaf: jnp.full_like(leaf, np.nan), (fresh.keys, fresh.values))
+    left = fresh._replace(keys=filled[0], values=filled[1])
     caches = [fresh, left]
     for t in range(WINDOW + 2):
         now = example.inputs._replace(

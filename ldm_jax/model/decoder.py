@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import collections.abc
+import functools
 import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.kernels import attend
 from ldm_jax.model.layers import Linear, Norm
-from ldm_jax.types import Array
+from ldm_jax.types import Array, PyTree
 
 
 class Cache(typing.NamedTuple):
-    """Keys and values of the last S = W steps of each row, a ring buffer; a pytree.
-
-    Keys are stored before rotation and rotated by their age when read, so that positions never grow.
+    """Keys and values of the last S = W steps of each row, a ring buffer; a pytree whose leaves have B in front.
 
     Attributes:
-      keys: `[N, B, S, G, K]`, of each layer; G key-value heads.
-      values: `[N, B, S, G, K]`.
-      length: `int32 [B]`, steps seen by each row; the next one goes to slot `length % S`.
+      keys: of each layer `[B, G, S, K]`, rotated by their own position; G key-value heads.
+      values: of each layer `[B, G, S, K]`.
+      length: `int32 [B]`, steps that each row remembers, at most S; a row whose length is set to 0 begins anew.
+      slot: `int32 [B]`, where the next step goes.
+      position: `uint32 [B]`, of the next step; wraps around.
     """
 
-    keys: Array
-    values: Array
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
     length: Array
+    slot: Array
+    position: Array
 
 
 class Projected(typing.NamedTuple):
@@ -39,16 +43,45 @@ class Projected(typing.NamedTuple):
     value: Array
 
 
+class Ring(typing.NamedTuple):
+    """One layer's part of a cache, read while the layers are scanned.
+
+    Each layer's arrays are read where they lie: what a scan cuts out of stacked ones is copied first.
+
+    Attributes:
+      cache: of all layers.
+      layer: which of them, `int32 []`.
+    """
+
+    cache: Cache
+    layer: Array
+
+    def score(self, query_BGRK: Array) -> Array:
+        """Products of queries and keys, `[B, G, R, S]`, at least float32."""
+        wide = jnp.promote_types(query_BGRK.dtype, jnp.float32)
+        product = functools.partial(jnp.einsum, "bgsk,bgrk->bgrs", preferred_element_type=wide)
+        return self._of_layer(product, self.cache.keys, query_BGRK)
+
+    def mix(self, weights_BGRS: Array) -> Array:
+        """The values' sums by weights, `[B, G, R, K]`."""
+        return self._of_layer(functools.partial(jnp.einsum, "bgsk,bgrs->bgrk"), self.cache.values, weights_BGRS)
+
+    def _of_layer(
+        self, product: collections.abc.Callable[..., Array], arrays: tuple[Array, ...], operand: Array
+    ) -> Array:
+        return jax.lax.switch(self.layer, [functools.partial(product, array) for array in arrays], operand)
+
+
 class Stepped(typing.NamedTuple):
-    """One step of a layer: its output `[B, 1, D]`, and its part of the cache, `[B, S, G, K]` each."""
+    """One step of a layer: its output `[B, 1, D]`, and what its part of the cache is to keep, `[B, G, K]` each."""
 
     x: Array
-    keys: Array
-    values: Array
+    key: Array
+    value: Array
 
 
 def init_cache(cfg: ModelConfig, batch_size: int) -> Cache:
-    """An empty cache for rows that have seen nothing.
+    """An empty cache for rows that have seen nothing; no two of its arrays share memory, so that it can be donated.
 
     Args:
       cfg: shapes of the model.
@@ -57,25 +90,74 @@ def init_cache(cfg: ModelConfig, batch_size: int) -> Cache:
     Returns:
       The cache, in the dtype of the computation.
     """
-    shape = (cfg.layers, batch_size, cfg.window, cfg.kv_heads, cfg.head_width)
-    zeros = jnp.zeros(shape, jnp.dtype(cfg.dtype))
-    return Cache(zeros, zeros, jnp.zeros(batch_size, jnp.int32))
+    shape = (batch_size, cfg.kv_heads, cfg.window, cfg.head_width)
+    keys, values = (tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.layers)) for _ in range(2))
+    length, slot = (jnp.zeros(batch_size, jnp.int32) for _ in range(2))
+    return Cache(keys, values, length, slot, jnp.zeros(batch_size, jnp.uint32))
+
+
+@jax.jit
+def clear(cache: Cache, rows: Array) -> Cache:
+    """Makes some rows as `init_cache` makes them, whatever they held; costs nothing where there are none.
+
+    Args:
+      cache: of B rows.
+      rows: `bool [B]`, true for those to clear.
+
+    Returns:
+      The cache.
+    """
+    # One after the other, in place: to select would read and write all rows.
+    order = jnp.argsort(~rows)
+
+    def clear_row(i: Array, arrays: PyTree) -> PyTree:
+        def clear_leaf(leaf: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(leaf, jnp.zeros_like(leaf[0]), order[i], 0)
+
+        return jax.tree.map(clear_leaf, arrays)
+
+    keys, values = jax.lax.fori_loop(0, rows.sum(dtype=jnp.int32), clear_row, (cache.keys, cache.values))
+    return Cache(keys, values, *(jnp.where(rows, jnp.zeros_like(leaf), leaf) for leaf in cache[2:]))
+
+
+def _append(cache: Cache, keys_NBGK: Array, values_NBGK: Array) -> Cache:
+    """The cache with one more step of each row, written in place where the cache is donated or carried in a loop."""
+    size, rows = cache.keys[0].shape[2], jnp.arange(len(cache.slot))
+
+    def write(layers: tuple[Array, ...], new_NBGK: Array) -> tuple[Array, ...]:
+        return tuple(
+            jnp.asarray(layer).at[rows, :, cache.slot].set(new, mode="promise_in_bounds", unique_indices=True)
+            for layer, new in zip(layers, new_NBGK, strict=True)
+        )
+
+    length, slot = jnp.minimum(cache.length + 1, size), (cache.slot + 1) % size
+    return Cache(
+        write(cache.keys, keys_NBGK), write(cache.values, values_NBGK), length, slot, cache.position + np.uint32(1)
+    )
+
+
+_TURN = 2**32
+"""One turn of a rotation, as angles are counted: in uint32, which wraps where a turn ends."""
 
 
 def rotate(x_BTHK: Array, position_BT: Array, base: float) -> Array:
     """Rotary position embedding (Su et al. 2021), in the layout that pairs the two halves of a head, as Llama's.
 
+    Angles are whole multiples of 2^-32 of a turn, and products of whole numbers that wrap are exact: two steps are
+    rotated against each other by their distance alone, however far along a row they are.
+
     Args:
       x_BTHK: queries or keys, K even.
-      position_BT: `int32`, may be negative.
+      position_BT: `int32` or `uint32`, may be negative or wrap around.
       base: of the frequencies.
 
     Returns:
       The rotated array.
     """
     half = x_BTHK.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_BT[..., None, None].astype(jnp.float32) * frequency
+    frequency = (np.rint(base ** (-np.arange(half) / half) * _TURN / (2 * np.pi)) % _TURN).astype(np.uint32)
+    turned = position_BT[..., None, None].astype(jnp.uint32) * frequency
+    angle = turned.astype(jnp.int32).astype(jnp.float32) * (2 * np.pi / _TURN)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)
@@ -112,25 +194,22 @@ class Attention(nnx.Module):
         attended = attend(query, key, value, self.cfg.window, self.cfg.attention)
         return self.out(attended.reshape(*x_BTD.shape[:2], -1))
 
-    def step(self, x_B1D: Array, keys_BSGK: Array, values_BSGK: Array, length_B: Array) -> Stepped:
-        """Attends to the ring buffer, after putting the one new step into it."""
+    def step(self, x_B1D: Array, ring: Ring) -> Stepped:
+        """Attends to the one new step and those in the ring buffer; reads keys and values once and writes none."""
+        cfg, (cache, _) = self.cfg, ring
         query, key, value = self.project(x_B1D)
-        size = keys_BSGK.shape[1]
-        slots, slot = jnp.arange(size)[None], (length_B % size)[:, None]
-        age = (slot - slots) % size
-        seen = age <= length_B[:, None]
-        # What a forgotten row left in a slot may be NaN, which a weight of 0 would let pass.
-        kept = (jnp.where(seen[..., None, None], old, 0) for old in (keys_BSGK, values_BSGK))
-        keys, values = (
-            jnp.where((age == 0)[..., None, None], new, old) for new, old in zip((key, value), kept, strict=True)
-        )
-        attended = jax.nn.dot_product_attention(
-            query,
-            rotate(keys, -age, self.cfg.rope_base),
-            values,
-            mask=seen[:, None, None],
-        )
-        return Stepped(self.out(attended.reshape(*x_B1D.shape[:2], -1)), keys, values)
+        query, key = (rotate(x, cache.position[:, None], cfg.rope_base) for x in (query, key))
+        query_BGRK = query.reshape(-1, cfg.kv_heads, cfg.heads // cfg.kv_heads, cfg.head_width)
+        key_BG1K, value_BG1K = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        scores = ring.score(query_BGRK)
+        own = jnp.einsum("bgrk,bgsk->bgrs", query_BGRK, key_BG1K, preferred_element_type=scores.dtype)
+        age = (cache.slot[:, None] - jnp.arange(cfg.window)) % cfg.window
+        new, seen = (mask[:, None, None] for mask in (age == 0, age <= cache.length[:, None]))
+        # The new step stands in for what its slot still holds.
+        scores = jnp.where(new, own, jnp.where(seen, scores, -jnp.inf)) * cfg.head_width**-0.5
+        weights = jax.nn.softmax(scores, -1).astype(value.dtype)
+        attended = ring.mix(jnp.where(new, 0, weights)) + jnp.where(new, weights, 0).sum(-1, keepdims=True) * value_BG1K
+        return Stepped(self.out(attended.reshape(*x_B1D.shape[:2], -1)), key[:, 0], value[:, 0])
 
 
 class Block(nnx.Module):
@@ -154,11 +233,11 @@ class Block(nnx.Module):
         x = x_BTD + self.attention(self.attention_norm(x_BTD))
         return x + self.feed_forward(x)
 
-    def step(self, x_B1D: Array, keys: Array, values: Array, length_B: Array) -> Stepped:
+    def step(self, x_B1D: Array, ring: Ring) -> Stepped:
         """One step, with this layer's part of the cache."""
-        attended, keys, values = self.attention.step(self.attention_norm(x_B1D), keys, values, length_B)
+        attended, key, value = self.attention.step(self.attention_norm(x_B1D), ring)
         x = x_B1D + attended
-        return Stepped(x + self.feed_forward(x), keys, values)
+        return Stepped(x + self.feed_forward(x), key, value)
 
 
 _POLICIES = jax.checkpoint_policies
@@ -207,11 +286,13 @@ class Decoder(nnx.Module):
                 f"got {x_BTD.shape[1]} steps of {x_BTD.shape[0]} rows with a cache of {cache.length.size} rows, "
                 "expected one step at a time of the cache's rows"
             )
+        # What a row left in its slots may be NaN, which a weight of 0 would let pass.
+        ready = clear(cache, cache.length == 0)
 
-        def step(x: Array, layer: tuple[nnx.State, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-            parameters, keys, values = layer
-            stepped = nnx.merge(graph, parameters).step(x, keys, values, cache.length)
-            return stepped.x, (stepped.keys, stepped.values)
+        def step(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, tuple[Array, Array]]:
+            parameters, n = layer
+            stepped = nnx.merge(graph, parameters).step(x, Ring(ready, n))
+            return stepped.x, (stepped.key, stepped.value)
 
-        x, (keys, values) = jax.lax.scan(step, x_BTD, (stacked, cache.keys, cache.values))
-        return x, Cache(keys, values, cache.length + 1)
+        x, (keys, values) = jax.lax.scan(step, x_BTD, (stacked, jnp.arange(self.cfg.layers)))
+        return x, _append(ready, keys, values)
