@@ -103,16 +103,19 @@ def start(workdir, *flags, devices=1, cache=None, largest=None):
 
 
 def start_script(name, workdir, *flags, devices=1, cache=None, largest=None):
-    """Starts a script on so many virtual devices; its programs are compiled in haste, and kept in `cache`.
+    """Starts a script on so many virtual devices; its programs are compiled in haste.
+
+    They are kept in `cache` or, where none is given, where those of the tests are.
 
     Where `largest` is given, no file can grow over so many bytes, as if the disk were full.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {XLA}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache or ""),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    if cache:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     command = [sys.executable, "-m", f"experiments.{name}", f"--workdir={workdir}", *flags]
     limit = largest and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)))
     return subprocess.Popen(

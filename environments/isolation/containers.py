@@ -26,6 +26,7 @@ import uuid
 from ldm_jax.environment import LibraryMissingError
 
 from . import venvs
+from .caches import cache_folder
 from .program import QUIET, SERVER, WorkerFaultError
 
 PYTHON = "/venv/bin/python"
@@ -100,7 +101,7 @@ def build_image(spec: venvs.VenvSpec) -> str:
     name = tag(spec)
     if is_image_built(spec) and _exists(name):
         return name
-    folder = venvs.cache_folder() / "images"
+    folder = cache_folder() / "images"
     folder.mkdir(parents=True, exist_ok=True)
     with venvs.locked(folder / f"{spec.name}.lock"):
         if is_image_built(spec) and _exists(name):
@@ -250,7 +251,7 @@ def _containerfile(spec: venvs.VenvSpec) -> pathlib.Path:
 
 
 def _mark(spec: venvs.VenvSpec) -> pathlib.Path:
-    return venvs.cache_folder() / "images" / f"{tag(spec).rpartition('/')[2].replace(':', '-')}.built"
+    return cache_folder() / "images" / f"{tag(spec).rpartition('/')[2].replace(':', '-')}.built"
 
 
 @contextlib.contextmanager

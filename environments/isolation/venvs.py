@@ -21,6 +21,8 @@ import time
 
 from ldm_jax.environment import LibraryMissingError
 
+from .caches import cache_folder
+
 _LAST_LINES = 20
 _PROBE_TIMEOUT_S = 30
 _PROBE = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
@@ -60,14 +62,6 @@ class VenvSpec:
         """The hash of everything that makes a difference to what is built."""
         made_of = [self.python, self.requirements.read_text("utf-8"), self.build, platform.system(), platform.machine()]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-
-
-def cache_folder() -> pathlib.Path:
-    """Where virtual environments are kept: `$LDM_JAX_CACHE`, or `ldm_jax` in the user's folder of caches."""
-    if named := os.environ.get("LDM_JAX_CACHE"):
-        return pathlib.Path(named).expanduser().absolute()
-    parent = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(parent) if parent else pathlib.Path.home() / ".cache") / "ldm_jax"
 
 
 def built(spec: VenvSpec) -> str | None:

@@ -19,7 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments.harness import signals
+from experiments.harness import compilation, signals
 from experiments.harness.ids import parse_ids
 from experiments.harness.progress import logger
 from ldm_jax.errors import LdmError, check_finite
@@ -106,6 +106,9 @@ def run_app(main: collections.abc.Callable[[list[str]], None]) -> None:
     Args:
       main: called with the name of the program alone: there are no arguments beside flags.
     """
+    flags.disclaim_key_flags()
+    text = "folder in which compiled programs are kept for other runs; empty for none"
+    flags.DEFINE_string("compilation_cache", compilation.default_folder(), text)
 
     def parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
@@ -113,8 +116,12 @@ def run_app(main: collections.abc.Callable[[list[str]], None]) -> None:
             raise flags.Error(f"got {' '.join(rest[1:])}, expected flags only")
         return rest
 
+    def keep_and_run(argv: list[str]) -> None:
+        compilation.keep_programs(flags.FLAGS.compilation_cache)
+        main(argv)
+
     with one_line():
-        app.run(main, flags_parser=parse)
+        app.run(keep_and_run, flags_parser=parse)
 
 
 def rebuild(config: T, values: collections.abc.Mapping[str, typing.Any]) -> T:

@@ -14,6 +14,8 @@ import signal
 import threading
 import typing
 
+from experiments.harness import compilation
+
 Function = collections.abc.Callable[..., object]
 
 _SPAWN = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
@@ -107,6 +109,7 @@ def _begin(lifeline: _Lifeline, initialize: Function, args: tuple[typing.Any, ..
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of them: the parent says what is to end
     threading.Thread(target=watch, daemon=True).start()
+    compilation.say_failures_once()
     initialize(*args)
 
 
