@@ -6,9 +6,10 @@ evaluates only what is missing. What cannot be evaluated is listed in the report
 
 from __future__ import annotations
 
+import collections
 import collections.abc
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -24,16 +25,17 @@ from data.references import ReferencePolicyError, load_reference
 from experiments.harness import progress
 from experiments.harness.metrics_log import read_rows
 from experiments.harness.stage import stage
-from experiments.harness.workdir import key_of, listed, pin_config
+from experiments.harness.workdir import FREE, key_of, listed, pin_config
 from experiments.report.page import write_report
 from experiments.report.targets import PUBLIC_TARGETS
-from ldm_jax import files
+from ldm_jax import files, playing
 from ldm_jax import policy as policies
 from ldm_jax.cards import check_matches
+from ldm_jax.encoding.buckets import join_buckets
+from ldm_jax.encoding.codec import Codec
 from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.evaluation import aggregates, scores
 from ldm_jax.model.network import count_parameters
-from ldm_jax.rollout import evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +46,18 @@ class EvaluateConfig:
       seed: seed of the episodes.
       num_envs: parallel environments of each id; each starts with an empty context.
       episodes: episodes of each of them, on one context; the first is reported apart, too.
+      rows: of a batch that the policy acts in, shared by environments; more take more memory.
+      buckets: programs to compile, at most, as long as environments have observations of the same kind.
     """
 
     seed: int = 1_000_003
     num_envs: int = 64
     episodes: int = 4
+    rows: int = dataclasses.field(default=128, metadata={FREE: True})
+    buckets: int = dataclasses.field(default=4, metadata={FREE: True})
 
     def __post_init__(self) -> None:
-        for name, least in (("seed", 0), ("num_envs", 2), ("episodes", 1)):
+        for name, least in (("seed", 0), ("num_envs", 2), ("episodes", 1), ("rows", 1), ("buckets", 1)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, expected at least {least}")
 
@@ -89,12 +95,13 @@ def run(
     paths = {id: workdir / "evaluation" / f"{id}.json" for id in ids if not measured[id].missing}
     missing = [id for id, path in paths.items() if _finished(path, digest) is None]
     with progress.bar("evaluate", len(missing) * config.num_envs * config.episodes, "episode") as advance:
-        for id in missing:
-            try:
-                _evaluate(config, policy, digest, id, paths[id], advance)
-            except LdmError as error:
-                progress.log("failed", id=id, reason=error)
-                measured[id] = measured[id]._replace(missing=str(error))
+        for played in playing.play(policy.cfg, policy.params, _trials(config, policy, missing), config.rows, advance):
+            id = played.trial.codec.card.id
+            if played.error is None:
+                _write(paths[id], played, digest)
+            else:
+                progress.log("failed", id=id, reason=played.error)
+                measured[id] = measured[id]._replace(missing=str(played.error))
     for id, path in paths.items():
         measured[id] = measured[id]._replace(model_returns=_finished(path, digest))
     results = scores.score_each(measured.values(), config.seed)
@@ -152,23 +159,34 @@ def _finished(path: pathlib.Path, digest: str) -> np.ndarray | None:
         return None
 
 
-def _evaluate(
-    config: EvaluateConfig,
-    policy: policies.Policy,
-    digest: str,
-    id: str,
-    path: pathlib.Path,
-    advance: progress.Advance,
-) -> None:
-    clock, key = progress.clock(), key_of(config.seed, "evaluate", id)
-    with contextlib.closing(registry.make(id, config.num_envs)) as environment:
-        agent = policy.agent(environment)
-        episodes = evaluate(environment, agent, policy.params, key, config.episodes, progress.up_to(advance))
-    returns = episodes.returns.astype(np.float64)
-    result = {"id": id, "policy": digest, "returns": returns.tolist(), "lengths": episodes.lengths.tolist()}
+def _trials(config: EvaluateConfig, policy: policies.Policy, ids: list[str]) -> list[playing.Trial]:
+    """What is to be played; environments of similar spaces share a program, whoever else is evaluated."""
+    codecs = {id: Codec(card) for id, card in policy.cards.items()}
+    joined = join_buckets(collections.Counter(codec.bucket for codec in codecs.values()), config.buckets)
+    return [
+        playing.Trial(
+            codec=Codec(codecs[id].card, joined[codecs[id].bucket]),
+            make=functools.partial(registry.make, id, config.num_envs),
+            rows=config.num_envs,
+            episodes=config.episodes,
+            key=key_of(config.seed, "evaluate", id),
+            decoding=policy.decoding,
+        )
+        for id in ids
+    ]
+
+
+def _write(path: pathlib.Path, played: playing.Played, digest: str) -> None:
+    assert played.episodes is not None
+    id, returns = played.trial.codec.card.id, played.episodes.returns.astype(np.float64)
+    result = {"id": id, "policy": digest, "returns": returns.tolist(), "lengths": played.episodes.lengths.tolist()}
+    if played.faults:
+        result["faults"] = played.faults
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, json.dumps(result))
-    progress.log("evaluated", id=id, model=float(returns.mean()), episodes=returns.size, seconds=clock())
+    progress.log(
+        "evaluated", id=id, model=float(returns.mean()), episodes=returns.size, faults=sum(played.faults.values())
+    )
 
 
 if __name__ == "__main__":

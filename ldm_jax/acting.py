@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.cards import EnvironmentCard
 from ldm_jax.encoding.actions import Slots
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.errors import ConfigError, LdmError
@@ -22,9 +23,9 @@ from ldm_jax.model.network import Inputs, Model, Params, make_model
 from ldm_jax.spaces import get, leaf_shape_dtype, leaves, zeros
 from ldm_jax.types import Agent, Array, PyTree, TimeStep
 
-Decoding = typing.Literal["greedy", "mode", "sample"]
+Decoding = typing.Literal["greedy", "mode", "sample", "card"]
 """How an action is taken from its distribution: `greedy` takes the most likely choice and the mean of the bins, `mode`
-the most likely choice and bin, `sample` draws both."""
+the most likely choice and bin, `sample` draws both; `card` is as the reference on the environment's card was scored."""
 
 
 class ActingError(LdmError, ValueError):
@@ -57,13 +58,18 @@ def check_decoding(decoding: str) -> None:
         raise ConfigError(f"decoding is {decoding!r}, expected one of {', '.join(known)}")
 
 
+def resolve_decoding(decoding: Decoding, card: EnvironmentCard) -> Decoding:
+    """What a decoding means in the environment of a card: one of `greedy`, `mode` and `sample`."""
+    return card.reference.decoding if decoding == "card" else decoding
+
+
 def decode(cfg: ModelConfig, predictions: Predictions, decoding: Decoding, key: Array) -> Slots:
     """Takes an action from the predicted distributions.
 
     Args:
       cfg: the bins.
       predictions: logits `[..., K, V]` and `[..., C, bins]`.
-      decoding: how, one of `Decoding`.
+      decoding: how, `greedy`, `mode` or `sample`.
       key: typed key; used by `sample`.
 
     Returns:
@@ -104,6 +110,21 @@ def make_agent(cfg: ModelConfig, codec: Codec, decoding: Decoding) -> Agent:
     Raises:
       ConfigError: the environment does not fit the model, the model is one that does not act, or an unknown decoding.
     """
+    check_agent(cfg, codec, decoding)
+    return Agent(_Init(cfg, codec), _Step(cfg, codec, resolve_decoding(decoding, codec.card)))
+
+
+def check_agent(cfg: ModelConfig, codec: Codec, decoding: Decoding) -> None:
+    """Checks that a model can act in an environment.
+
+    Args:
+      cfg: shapes of the model.
+      codec: of the environment.
+      decoding: how actions are taken from their distribution.
+
+    Raises:
+      ConfigError: the environment does not fit the model, the model is one that does not act, or an unknown decoding.
+    """
     check_decoding(decoding)
     if cfg.tokens_per_step != 1:
         raise ConfigError(
@@ -111,7 +132,6 @@ def make_agent(cfg: ModelConfig, codec: Codec, decoding: Decoding) -> Agent:
             "train one with tokens_per_step=1 to act"
         )
     cfg.check_fits(codec.bucket, codec.card.id, max(codec.observation_layout.sizes, default=0))
-    return Agent(_Init(cfg, codec), _Step(cfg, codec, decoding))
 
 
 class _ByValue:
@@ -175,7 +195,7 @@ class _Step(_ByValue):
         cfg, codec, decoding = self._arguments
         timestep = jax.tree.map(jnp.asarray, timestep)
         rows = state.cache.length.shape[0]
-        _check(codec, timestep, rows)
+        check_timestep(codec, timestep, rows)
         features = codec.features(timestep, state.previous_action, state.cache.length > 0)
         inputs = Inputs(
             features=jax.tree.map(lambda leaf: leaf[:, None], features),
@@ -188,8 +208,17 @@ class _Step(_ByValue):
         return AgentState(cache, action), action, ()
 
 
-def _check(codec: Codec, timestep: TimeStep, rows: int) -> None:
-    """Raises ActingError where a time step is not one of `rows` rows of the codec's environment; reads shapes alone."""
+def check_timestep(codec: Codec, timestep: TimeStep, rows: int) -> None:
+    """Checks that a time step is one of so many rows of an environment; reads shapes alone.
+
+    Args:
+      codec: of the environment.
+      timestep: what is to be acted on.
+      rows: B.
+
+    Raises:
+      ActingError: a part is missing, of another shape or kind, or a mask came or went.
+    """
     card = codec.card
     expected: dict[str, jax.ShapeDtypeStruct] = {}
     found: dict[str, Array] = {}

@@ -17,7 +17,7 @@ import numpy as np
 from ldm_jax import spaces
 from ldm_jax.environment import Environment, EnvironmentFaultError
 from ldm_jax.errors import ConfigError
-from ldm_jax.types import Agent, Array, Key, PyTree, TimeStep
+from ldm_jax.types import Agent, Array, EnvironmentSpec, Key, PyTree, TimeStep
 
 Progress = collections.abc.Callable[[int, int], None]
 """`progress(done, total)`, called now and then; what is counted is said by who calls it."""
@@ -77,9 +77,7 @@ def start(environment: Environment, agent: Agent, key: Key) -> RolloutState:
       agent: who will act.
       key: typed key; all randomness of the environment comes from it.
     """
-    carry = agent.init(environment.spec.batch_size)
-    state, timestep = _programs(environment).reset(key=key) if environment.spec.jittable else environment.reset(key)
-    return RolloutState(carry, state, timestep)
+    return RolloutState(agent.init(environment.spec.batch_size), *reset_from_host(environment, key))
 
 
 def rollout(
@@ -169,8 +167,6 @@ def evaluate(
     rows, total = spec.batch_size, spec.batch_size * episodes_per_row
     reset_key, act_key = jax.random.split(key)
     counted = _Counted(start(environment, agent, reset_key), _CLOCK, _empty_tally(rows, episodes_per_row))
-    # An episode takes up to `time_limit` steps and one that resets.
-    budget_steps = episodes_per_row * (spec.time_limit + 1) + 1
     evaluate_chunk = _programs(environment).evaluate_chunk if spec.jittable else _host_chunk(environment)
     while True:
         counted = evaluate_chunk(agent=agent, params=params, counted=counted, key=act_key)
@@ -179,15 +175,49 @@ def evaluate(
             progress(finished, total)
         if finished == total:
             break
-        if clock > budget_steps:
-            raise EnvironmentFaultError(
-                f"{spec.id}: {finished} of {total} episodes ended within {clock} steps a row, though the time limit is "
-                f"{spec.time_limit}; the adapter must truncate"
-            )
+        check_ended(spec, finished, total, clock, episodes_per_row)
     episodes = EpisodeReturns(np.asarray(counted.tally.returns), np.asarray(counted.tally.lengths))
-    if odd := int((~np.isfinite(episodes.returns)).sum()):
-        raise EnvironmentFaultError(f"{spec.id}: {odd} of {total} returns are NaN or infinite; look at its rewards")
+    check_returns(spec, episodes)
     return episodes
+
+
+def check_ended(spec: EnvironmentSpec, finished: int, total: int, steps: int, episodes_per_row: int) -> None:
+    """Checks that `finished` of `total` episodes after so many steps of each row are not too few.
+
+    Raises:
+      EnvironmentFaultError: some have not ended, though their time limit left time for all.
+    """
+    # An episode takes up to `time_limit` steps and one that resets.
+    if finished < total and steps > episodes_per_row * (spec.time_limit + 1) + 1:
+        raise EnvironmentFaultError(
+            f"{spec.id}: {finished} of {total} episodes ended within {steps} steps a row, though the time limit is "
+            f"{spec.time_limit}; the adapter must truncate"
+        )
+
+
+def check_returns(spec: EnvironmentSpec, episodes: EpisodeReturns) -> None:
+    """Checks that returns are numbers.
+
+    Raises:
+      EnvironmentFaultError: some are NaN or infinite.
+    """
+    returns = episodes.returns
+    if odd := int((~np.isfinite(returns)).sum()):
+        raise EnvironmentFaultError(
+            f"{spec.id}: {odd} of {returns.size} returns are NaN or infinite; look at its rewards"
+        )
+
+
+def reset_from_host(environment: Environment, key: Key) -> tuple[PyTree, TimeStep]:
+    """`environment.reset(key)` called from Python, compiled where the environment is jittable."""
+    return _programs(environment).reset(key=key) if environment.spec.jittable else environment.reset(key)
+
+
+def step_from_host(environment: Environment, state: PyTree, action: PyTree) -> tuple[PyTree, TimeStep]:
+    """`environment.step(state, action)` called from Python, compiled where the environment is jittable."""
+    if environment.spec.jittable:
+        return _programs(environment).step(state=state, action=action)
+    return environment.step(state, action)
 
 
 def _check_count(name: str, count: int) -> None:
@@ -265,6 +295,7 @@ class _Programs(typing.NamedTuple):
     """What is compiled for an environment: by keywords, without the environment itself."""
 
     reset: collections.abc.Callable[..., tuple[PyTree, TimeStep]]
+    step: collections.abc.Callable[..., tuple[PyTree, TimeStep]]
     act: collections.abc.Callable[..., tuple[PyTree, PyTree, PyTree]]
     act_and_count: collections.abc.Callable[..., tuple[PyTree, _Tally, PyTree]]
     rollout: collections.abc.Callable[..., tuple[RolloutState, Trajectory]]
@@ -283,6 +314,7 @@ def _programs(environment: Environment) -> _Programs:
         _COMPILED[environment] = _Programs(
             # Apart from the agent, so that the reset is compiled once, whoever acts.
             reset=_compile(_reset, environment),
+            step=_compile(_step, environment),
             act=_compile(_act, environment, "agent"),
             act_and_count=_compile(_act_and_count, environment, "agent"),
             rollout=_compile(_rollout, environment, "agent", "steps"),
@@ -305,6 +337,10 @@ def _compile(
 
 def _reset(environment: Environment, key: Key) -> tuple[PyTree, TimeStep]:
     return environment.reset(key)
+
+
+def _step(environment: Environment, state: PyTree, action: PyTree) -> tuple[PyTree, TimeStep]:
+    return environment.step(state, action)
 
 
 def _act(

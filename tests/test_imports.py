@@ -40,6 +40,8 @@ FLOORS = (
     {"model"},
     {"training", "evaluation"},
     {"acting"},
+    {"rows"},
+    {"playing"},
     {"policy"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

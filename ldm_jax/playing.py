@@ -1,0 +1,331 @@
+"""Playing episodes in many environments at once with one policy: the one engine of every evaluation.
+
+Environments of one bucket share a batch of rows, whose places go to the next environment as they become free. While the
+policy acts in one batch, the environments of another are stepped, and the next ones are made.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import concurrent.futures
+import contextlib
+import typing
+
+import jax
+import numpy as np
+
+from ldm_jax.acting import Decoding, check_agent, check_timestep
+from ldm_jax.cards import check_matches
+from ldm_jax.encoding.actions import Slots
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.environment import Environment, EnvironmentFaultError
+from ldm_jax.errors import ConfigError, LdmError
+from ldm_jax.model.config import ModelConfig
+from ldm_jax.model.network import Params
+from ldm_jax.rollout import EpisodeReturns, check_ended, check_returns, reset_from_host, step_from_host
+from ldm_jax.rows import Seats, seeds
+from ldm_jax.spaces import zeros
+from ldm_jax.types import Array, Key, TimeStep
+
+BATCHES = 2
+"""Batches at once: one acts while the environments of the other are stepped."""
+
+
+class Trial(typing.NamedTuple):
+    """Episodes to play in one environment.
+
+    Attributes:
+      codec: of the environment; trials whose codecs have the same bucket share a program.
+      make: makes the environment, with `rows` rows; called in another thread, when its turn comes.
+      rows: B.
+      episodes: E, of each row, on one context.
+      key: typed key of the episodes and of the acting: the same key gives the same episodes, whoever else plays.
+      decoding: how actions are taken.
+      keep_open: the environment is whose `make` is, not closed when its episodes have been played.
+    """
+
+    codec: Codec
+    make: collections.abc.Callable[[], Environment]
+    rows: int
+    episodes: int
+    key: Key
+    decoding: Decoding = "card"
+    keep_open: bool = False
+
+
+class Played(typing.NamedTuple):
+    """What came of a trial.
+
+    Attributes:
+      trial: the one that was given.
+      episodes: `[B, E]`, or None where it failed.
+      error: why it failed, or None.
+      faults: how often each kind of fault of the environment's workers was survived.
+      steps: how often each row acted, at most.
+    """
+
+    trial: Trial
+    episodes: EpisodeReturns | None
+    error: LdmError | None
+    faults: dict[str, int]
+    steps: int
+
+
+Count = collections.abc.Callable[[int], None]
+"""Called with the number of episodes that ended since the last call."""
+
+
+def play(
+    cfg: ModelConfig,
+    params: Params,
+    trials: collections.abc.Iterable[Trial],
+    rows: int = 0,
+    count: Count = lambda episodes: None,
+) -> collections.abc.Iterator[Played]:
+    """Plays episodes in many environments.
+
+    A program is compiled for each bucket of the trials, not for each trial. An environment that fails, by whatever
+    fault of its own, costs its own episodes and nobody else's. What was played is given as soon as it is finished, in
+    no order that could be relied upon.
+
+    Args:
+      cfg: shapes of the model.
+      params: of the model.
+      trials: what to play.
+      rows: of a batch, at most; there are never fewer than a trial needs. Default: twice those of the largest trial.
+      count: is told of episodes that ended.
+
+    Yields:
+      What came of each trial, once.
+    """
+    queues: dict[typing.Any, collections.deque[Trial]] = collections.defaultdict(collections.deque)
+    # Those that may take longest first: at the end, few rows have the batch to themselves.
+    for trial in sorted(trials, key=lambda trial: -trial.codec.card.time_limit * trial.episodes):
+        try:
+            _check(cfg, trial)
+        except LdmError as error:
+            yield Played(trial, None, error, {}, 0)
+        else:
+            queues[trial.codec.bucket].append(trial)
+    sizes = {bucket: _size(queue, rows) for bucket, queue in queues.items()}
+    params = jax.device_put(params)
+    with contextlib.ExitStack() as closing:
+        pool = closing.enter_context(concurrent.futures.ThreadPoolExecutor(2 * BATCHES))
+        tables: list[_Table] = []
+        closing.callback(_close, tables)
+        while queues or tables:
+            while queues and len(tables) < BATCHES:
+                bucket = max(queues, key=lambda bucket: len(queues[bucket]) * sizes[bucket])
+                tables.append(_Table(Seats(cfg, params, bucket, sizes[bucket]), queues[bucket], pool, count))
+            if opening := [table.opening for table in tables if table.opening]:
+                # Only where nobody plays is there nothing to do but to wait.
+                wait_s = 0 if any(table.playing for table in tables) else None
+                concurrent.futures.wait(opening, wait_s, concurrent.futures.FIRST_COMPLETED)
+            for table in tables:
+                yield from table.advance()
+            tables[:] = [table for table in tables if not table.finished]
+            queues = {bucket: queue for bucket, queue in queues.items() if queue}
+
+
+def _check(cfg: ModelConfig, trial: Trial) -> None:
+    check_agent(cfg, trial.codec, trial.decoding)
+    for name in ("rows", "episodes"):
+        if getattr(trial, name) < 1:
+            raise ConfigError(f"{name} of {trial.codec.card.id} is {getattr(trial, name)}, expected at least 1")
+
+
+def _size(queue: collections.abc.Collection[Trial], rows: int) -> int:
+    """The number of rows of a batch: all that a few trials have, what was asked for where there are many."""
+    largest = max(trial.rows for trial in queue)
+    return min(max(rows or 2 * largest, largest), sum(trial.rows for trial in queue))
+
+
+def _close(tables: list[_Table]) -> None:
+    for table in tables:
+        table.close()
+
+
+class _Guest:
+    """An environment whose rows have places in a batch."""
+
+    def __init__(self, trial: Trial, environment: Environment):
+        self.trial, self.environment, self.steps = trial, environment, 0
+        spec, codec = environment.spec, trial.codec
+        if spec.batch_size != trial.rows:
+            raise ConfigError(f"{spec.id} was made with {spec.batch_size} rows, expected {trial.rows}")
+        check_matches(codec.card, spec, f"the card of {codec.card.id}")
+        reset_key, act_key = jax.random.split(trial.key)
+        self.seeds = seeds(act_key, trial.rows)
+        self._state, timestep = reset_from_host(environment, reset_key)
+        self._timestep: TimeStep = jax.tree.map(np.asarray, timestep)
+        check_timestep(codec, self._timestep, trial.rows)
+        self._previous = zeros(codec.card.action_space, (trial.rows,))
+        self.places = np.zeros(0, np.intp)
+        self.playing = np.ones(trial.rows, bool)
+        self._features = codec.features(self._timestep, self._previous, np.zeros(trial.rows, bool))
+        shape = (trial.rows, trial.episodes)
+        self.episodes = EpisodeReturns(np.zeros(shape, np.float32), np.zeros(shape, np.int32))
+        self._finished = np.zeros(trial.rows, np.intp)
+        self._total, self._length = np.zeros(trial.rows, np.float32), np.zeros(trial.rows, np.int32)
+
+    def write(self, batch: Seats) -> None:
+        """Says what the rows that still play see."""
+        if self.playing.all():
+            batch.write(self.places, self._features)
+        else:
+            batch.write(self.places[self.playing], jax.tree.map(lambda leaf: leaf[self.playing], self._features))
+
+    def step(self, slots: Slots) -> int:
+        """Does what the policy chose.
+
+        Returns:
+          The number of episodes that ended.
+        """
+        codec, playing = self.trial.codec, self.playing[:, None]
+        # A row that has played its own goes on with any choice that is allowed: nobody looks at it.
+        chosen = Slots(
+            np.where(playing, slots.categorical[self.places], _first_allowed(self._features.action_mask)),
+            np.where(playing, slots.continuous[self.places], np.float32(0)),
+        )
+        self._previous = codec.action(chosen)
+        self._state, timestep = step_from_host(self.environment, self._state, self._previous)
+        self._timestep = jax.tree.map(np.asarray, timestep)
+        self._features = codec.features(self._timestep, self._previous, np.ones(self.trial.rows, bool))
+        self.steps += 1
+        return self._book()
+
+    def _book(self) -> int:
+        """Books a time step: at the end of an episode its return goes to the row's next free place, if any is left."""
+        step, episodes = self._timestep, self.trial.episodes
+        self._total = np.where(step.first, np.float32(0), self._total + step.reward)
+        self._length = np.where(step.first, 0, self._length + 1)
+        ended = np.flatnonzero(step.last & self.playing)
+        self.episodes.returns[ended, self._finished[ended]] = self._total[ended]
+        self.episodes.lengths[ended, self._finished[ended]] = self._length[ended]
+        self._finished[ended] += 1
+        self.playing = self._finished < episodes
+        check_ended(self.environment.spec, int(self._finished.sum()), self.trial.rows * episodes, self.steps, episodes)
+        return len(ended)
+
+    def result(self) -> Played:
+        """What was played."""
+        try:
+            check_returns(self.environment.spec, self.episodes)
+        except EnvironmentFaultError as error:
+            return self.failed(error)
+        return Played(self.trial, self.episodes, None, self._faults(), self.steps)
+
+    def failed(self, error: LdmError) -> Played:
+        """That nothing was."""
+        return Played(self.trial, None, error, self._faults(), self.steps)
+
+    def _faults(self) -> dict[str, int]:
+        return dict(getattr(self.environment, "faults", {}))
+
+    def close(self) -> None:
+        if not self.trial.keep_open:
+            self.environment.close()
+
+
+def _first_allowed(mask: Array) -> np.ndarray:
+    """The first choice allowed in each slot, `int32 [B, K]`, of a mask `[B, K, V]`."""
+    return np.asarray(mask).argmax(-1).astype(np.int32) if mask.size else np.zeros(mask.shape[:-1], np.int32)
+
+
+def _open(trial: Trial) -> _Guest | Played:
+    """Makes the environment of a trial and begins its episodes."""
+    try:
+        environment = trial.make()
+        try:
+            return _Guest(trial, environment)
+        except BaseException:
+            if not trial.keep_open:
+                environment.close()
+            raise
+    except LdmError as error:
+        return Played(trial, None, error, {}, 0)
+
+
+class _Table:
+    """A batch, the environments that have places in it, and those that wait for one."""
+
+    def __init__(
+        self,
+        batch: Seats,
+        queue: collections.deque[Trial],
+        pool: concurrent.futures.Executor,
+        count: Count,
+    ):
+        self._batch, self._queue, self._pool, self._count = batch, queue, pool, count
+        self._guests: list[_Guest] = []
+        self.opening: concurrent.futures.Future[_Guest | Played] | None = None
+
+    @property
+    def playing(self) -> bool:
+        """Whether anybody plays."""
+        return bool(self._guests)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nobody plays or waits."""
+        return not (self._guests or self.opening or self._queue)
+
+    def advance(self) -> collections.abc.Iterator[Played]:
+        """One step of all who play; gives what is finished then."""
+        if self._batch.waiting:
+            yield from self._step(self._batch.receive())
+        yield from self._admit()
+        for guest in self._guests:
+            guest.write(self._batch)
+        if self._guests:
+            self._batch.send()
+
+    def _step(self, slots: Slots) -> collections.abc.Iterator[Played]:
+        def step(guest: _Guest) -> int | LdmError:
+            try:
+                return guest.step(slots)
+            except LdmError as error:
+                return error
+
+        # Each environment is stepped by one thread at a time; most let go of the interpreter meanwhile.
+        each = map if len(self._guests) == 1 else self._pool.map
+        before = [(guest, guest.playing) for guest in self._guests]
+        for (guest, playing), done in zip(before, list(each(step, self._guests)), strict=True):
+            if isinstance(done, LdmError):
+                self._batch.leave(guest.places[playing])
+                yield self._see_off(guest, guest.failed(done))
+                continue
+            self._batch.leave(guest.places[playing & ~guest.playing])
+            self._count(done)
+            if not guest.playing.any():
+                yield self._see_off(guest, guest.result())
+
+    def _see_off(self, guest: _Guest, played: Played) -> Played:
+        self._guests.remove(guest)
+        guest.close()
+        return played
+
+    def _admit(self) -> collections.abc.Iterator[Played]:
+        """Gives places to the environments that are made, while there are any."""
+        while True:
+            if self.opening is None and self._queue:
+                self.opening = self._pool.submit(_open, self._queue.popleft())
+            if self.opening is None or not self.opening.done():
+                return
+            guest = self.opening.result()
+            if isinstance(guest, Played):
+                yield guest
+            elif guest.trial.rows <= self._batch.free:
+                guest.places = self._batch.seat(guest.trial.codec, guest.seeds, guest.trial.decoding)
+                self._guests.append(guest)
+            else:
+                return
+            self.opening = None
+
+    def close(self) -> None:
+        """Closes all environments."""
+        opened = [self.opening.result()] if self.opening and not self.opening.exception() else []
+        for guest in [*self._guests, *opened]:
+            if isinstance(guest, _Guest):
+                guest.close()

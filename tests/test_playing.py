@@ -1,0 +1,208 @@
+"""Laws of playing in many environments at once: one program for all of a bucket, and everyone plays as if alone."""
+
+import contextlib
+import dataclasses
+import functools
+
+import examples
+import jax
+import numpy as np
+import pytest
+from compiling import compilations
+
+import environments
+from ldm_jax import acting, cards, playing, rollout, rows
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.environment import Environment, EnvironmentFaultError
+from ldm_jax.errors import ConfigError
+from ldm_jax.model.config import SIZES
+from ldm_jax.model.network import make_model
+
+NANO = SIZES["nano"]
+PARAMS = examples.random_params(make_model(NANO))
+ROWS = 3
+# Of one bucket, stepped in Python; the last is in JAX, and of another bucket.
+HOST = ("envpool/FrozenLake-v1", "envpool/FrozenLake8x8-v1", "envpool/CliffWalking-v1")
+LAKE, JITTABLE = HOST[0], "gymnax/CartPole-v1"
+
+
+@functools.cache
+def card_of(id):
+    with contextlib.closing(environments.make(id, 1)) as environment:
+        spec = environment.spec
+    made = examples.make_card(spec.observation_space, spec.action_space)
+    names = ("statistics", "random_returns", "reference_returns", "reference")
+    return cards.EnvironmentCard.of(spec, **{name: getattr(made, name) for name in names})
+
+
+def trial(id, decoding="sample", **changes):
+    made = playing.Trial(
+        codec=Codec(card_of(id)),
+        make=functools.partial(environments.make, id, ROWS),
+        rows=ROWS,
+        episodes=2,
+        key=jax.random.key(len(id)),
+        decoding=decoding,
+    )
+    return made._replace(**changes)
+
+
+def play(*trials, rows=2 * ROWS):
+    return {played.trial.codec.card.id: played for played in playing.play(NANO, PARAMS, trials, rows)}
+
+
+@pytest.fixture(scope="module")
+def together():
+    """What was played together, and what was compiled for it; the first of all to be compiled."""
+    rows.act_rows.clear_cache()
+    with compilations() as lines:
+        played = play(*map(trial, (*HOST, JITTABLE)))
+    return played, lines
+
+
+def acting_programs(lines):
+    return [line for line in lines if line.startswith(("Compiling jit(act_rows)", "Compiling act_rows"))]
+
+
+def assert_same(one, other):
+    for a, b in zip(one.episodes, other.episodes, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_environments_of_a_bucket_share_one_program(together):
+    played, lines = together
+    buckets = {one.trial.codec.bucket for one in played.values()}
+    assert len(played) == 4 and all(one.error is None for one in played.values())
+    assert len(buckets) == 2 and len(acting_programs(lines)) == len(buckets)
+    with compilations() as again:
+        play(trial(HOST[1]), trial(HOST[2], key=jax.random.key(0)), trial(LAKE, "greedy"))
+    assert not acting_programs(again), "neither an environment nor a decoding is compiled for"
+
+
+@pytest.mark.parametrize("id", [LAKE, JITTABLE])
+def test_an_environment_is_played_as_if_alone(together, id):
+    # Alone there are fewer rows, in another program.
+    assert_same(play(trial(id))[id], together[0][id])
+    assert not np.array_equal(play(trial(id, key=jax.random.key(99)))[id].episodes.lengths, together[0][id].episodes[1])
+
+
+@pytest.mark.parametrize("id", [LAKE, JITTABLE])
+def test_playing_gives_what_a_rollout_of_the_same_policy_gives(id):
+    agent = acting.make_agent(NANO, Codec(card_of(id)), "greedy")
+    with contextlib.closing(environments.make(id, ROWS)) as environment:
+        alone = rollout.evaluate(environment, agent, PARAMS, jax.random.key(len(id)), 2)
+    played = play(trial(id, "greedy"))[id]
+    np.testing.assert_array_equal(played.episodes.returns, alone.returns)
+    np.testing.assert_array_equal(played.episodes.lengths, alone.lengths)
+
+
+def test_the_card_says_how_actions_are_taken():
+    card = card_of(LAKE)
+    assert card.reference.decoding == "greedy"
+    assert_same(play(trial(LAKE, "card"))[LAKE], play(trial(LAKE, "greedy"))[LAKE])
+    sampled = dataclasses.replace(card, reference=dataclasses.replace(card.reference, decoding="sample"))
+    assert_same(play(trial(LAKE, "card", codec=Codec(sampled)))[LAKE], play(trial(LAKE, "sample"))[LAKE])
+
+
+@dataclasses.dataclass(eq=False)
+class Broken:
+    """A real environment that breaks when it has been stepped so often, or says what is wrong."""
+
+    inner: Environment
+    after: int
+    spoil: object = None
+    closed: bool = False
+
+    @property
+    def spec(self):
+        return self.inner.spec
+
+    def reset(self, key):
+        return self.inner.reset(key)
+
+    def step(self, state, action):
+        self.after -= 1
+        if self.after < 0 and self.spoil is None:
+            raise EnvironmentFaultError("its worker died")
+        state, timestep = self.inner.step(state, action)
+        return state, self.spoil(timestep) if self.spoil else timestep
+
+    def close(self):
+        self.closed = True
+        self.inner.close()
+
+
+def nan_rewards(timestep):
+    return timestep._replace(reward=np.full_like(timestep.reward, np.nan))
+
+
+def never_over(timestep):
+    over = np.zeros_like(timestep.terminated)
+    return timestep._replace(terminated=over, truncated=over)
+
+
+@pytest.mark.parametrize(
+    ("after", "spoil", "message"),
+    [(5, None, "its worker died"), (0, nan_rewards, "are NaN or infinite"), (0, never_over, "adapter must truncate")],
+)
+def test_an_environment_that_breaks_costs_its_own_episodes_alone(together, after, spoil, message):
+    made = []
+
+    def make():
+        made.append(Broken(environments.make(LAKE, ROWS), after, spoil))
+        return made[0]
+
+    played = play(trial(LAKE, make=make), trial(HOST[2]))
+    assert isinstance(played[LAKE].error, EnvironmentFaultError) and message in str(played[LAKE].error)
+    assert made[0].closed and played[LAKE].episodes is None
+    assert_same(played[HOST[2]], together[0][HOST[2]])
+
+
+def test_what_does_not_fit_is_said_of_each_and_the_others_play(together):
+    other = dataclasses.replace(card_of(HOST[1]), time_limit=7)
+    played = play(
+        trial(LAKE, codec=Codec(dataclasses.replace(card_of(LAKE), version="0"))),
+        trial(HOST[1], codec=Codec(other)),
+        trial(HOST[2], make=functools.partial(environments.make, HOST[2], ROWS + 1)),
+        trial(JITTABLE),
+    )
+    assert "version was 0 there" in str(played[LAKE].error)
+    assert "time_limit was 7 there" in str(played[HOST[1]].error)
+    assert isinstance(played[HOST[2]].error, ConfigError) and "with 4 rows, expected 3" in str(played[HOST[2]].error)
+    assert_same(played[JITTABLE], together[0][JITTABLE])
+    refused = play(trial(LAKE, episodes=0), trial(JITTABLE, "best"))
+    assert "expected at least 1" in str(refused[LAKE].error) and "decoding is 'best'" in str(refused[JITTABLE].error)
+
+
+def test_who_stops_early_has_what_was_finished_and_everything_is_closed(together):
+    made = []
+
+    def make(id):
+        made.append(Broken(environments.make(id, ROWS), 10**6))
+        return made[-1]
+
+    trials = [trial(id, make=functools.partial(make, id)) for id in HOST]
+    games = playing.play(NANO, PARAMS, trials, ROWS)
+    first = next(games)
+    games.close()
+    assert made and all(one.closed for one in made)
+    done = first.trial.codec.card.id
+    assert_same(first, together[0][done])
+    for id, played in play(*(trial(id) for id in HOST if id != done)).items():
+        assert_same(played, together[0][id])
+
+
+def test_a_batch_refuses_what_is_out_of_order():
+    codec, seeds = Codec(card_of(LAKE)), rows.seeds(jax.random.key(0), 2)
+    batch = rows.Seats(NANO, PARAMS, codec.bucket, 3)
+    with pytest.raises(acting.ActingError, match="out of order"):
+        batch.send()
+    with pytest.raises(acting.ActingError, match="no actions on their way"):
+        batch.receive()
+    with pytest.raises(acting.ActingError, match="is of bucket"):
+        batch.seat(Codec(card_of(JITTABLE)), seeds, "greedy")
+    places = batch.seat(codec, seeds, "greedy")
+    with pytest.raises(acting.ActingError, match="brings 2 rows, expected at most 1"):
+        batch.seat(codec, seeds, "greedy")
+    batch.leave(places)
+    assert batch.free == 3
