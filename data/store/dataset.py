@@ -78,13 +78,22 @@ class Part:
         """Reads steps `start` to `stop` of one stream; see `read_many`."""
         return read_many([Request(self, tuple(names), start, stop, stream)])[0]
 
-    def verify(self) -> None:
-        """Reads everything again and compares it with the checksums; raises StoreError naming the first at fault."""
-        _ = self.episodes
-        for name in self.leaf_names:
-            value = self._result(name, self._reader(name).array.read())
-            if manifest.checksum(value) != self.record.leaves[name].checksum:
-                raise self._leaf_failure(name, "its checksum differs from the manifest's")
+    def read_leaf(self, name: str) -> np.ndarray:
+        """Reads a leaf `[T, B, ...]` whole and compares it with its checksum, and its zarr.json with what was written.
+
+        Raises:
+          StoreError: there is no such leaf, or it is damaged or cannot be read.
+        """
+        record, folder = self._leaf_record(name), f"{self._folder}{layout.leaf_folder(name)}"
+        try:
+            self.storage.check_array(folder, record.layout.metadata)
+        except READ_ERRORS as error:
+            why = f"its zarr.json is not what was written, by another program perhaps ({reason(error)})"
+            raise self._failure(name, why, [f"{layout.leaf_folder(name)}zarr.json"]) from error
+        value = self._result(name, self._reader(name).array.read())
+        if manifest.checksum(value) != record.checksum:
+            raise self._leaf_failure(name, "its checksum differs from the record's")
+        return value
 
     @property
     def _folder(self) -> str:
@@ -212,21 +221,6 @@ def open_dataset(url: str | os.PathLike[str]) -> Dataset:
     if content is None:
         raise StoreError(f"there is no dataset at {url}: make one with create_dataset, or check the path")
     return Dataset(storage, read_groups(storage), manifest.decode_manifest(storage.url, content))
-
-
-def verify_dataset(dataset: Dataset) -> None:
-    """Reads everything again and compares it with the checksums in the manifest.
-
-    Args:
-      dataset: what to read.
-
-    Raises:
-      StoreError: names the first part and leaf that is damaged or cannot be read.
-    """
-    for id in dataset.ids:
-        dataset.card(id)
-        for part in dataset.parts(id):
-            part.verify()
 
 
 def read_manifest(storage: Storage) -> File:

@@ -42,6 +42,11 @@ class ArrayLayout(typing.NamedTuple):
         """The zarr.json; not to be changed, as all arrays of this layout share it."""
         return _metadata(self)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array in memory."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
 
 def layout_of(value: np.ndarray) -> ArrayLayout:
     """Chooses the layout of an array `[T, B, ...]`."""

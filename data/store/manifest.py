@@ -16,7 +16,7 @@ import numpy as np
 
 from ldm_jax.cards import EnvironmentCard
 from ldm_jax.encoding.transition import check_leaves
-from ldm_jax.errors import LdmError
+from ldm_jax.errors import LdmError, differences
 from ldm_jax.spaces import SpaceError
 
 MANIFEST_FORMAT = "ldm_jax trajectories"
@@ -76,7 +76,7 @@ EPISODE_DTYPE = np.dtype(list(zip(EpisodeIndex._fields, ("<i8", "<i8", "<f8", "<
 def encode_manifest(configuration: collections.abc.Mapping[str, typing.Any]) -> bytes:
     """The manifest of a dataset as JSON bytes; `decode_manifest` is the inverse."""
     manifest = {"format": MANIFEST_FORMAT, "schema_version": SCHEMA_VERSION, "configuration": dict(configuration)}
-    return json.dumps(manifest, separators=(",", ":"), sort_keys=True).encode()
+    return seal(json.dumps(manifest, separators=(",", ":")).encode())
 
 
 def decode_manifest(url: str, data: bytes) -> Json:
@@ -90,7 +90,7 @@ def decode_manifest(url: str, data: bytes) -> Json:
       The configuration that the dataset was made with.
 
     Raises:
-      StoreError: it is something else, or of another schema version.
+      StoreError: it is something else, of another schema version, or damaged.
     """
     try:
         manifest = json.loads(data)
@@ -103,21 +103,36 @@ def decode_manifest(url: str, data: bytes) -> Json:
             f"the dataset {url} has the schema version {version}, this program reads and writes {SCHEMA_VERSION}: "
             "collect anew into another folder, or use the program that wrote it"
         )
-    if not isinstance(configuration := manifest.get("configuration"), dict):
-        raise StoreError(f"the {MANIFEST} of {url} was changed by another program: it has no configuration; restore it")
-    return configuration
+    try:
+        return json.loads(unseal(data))["configuration"]
+    except (KeyError, ValueError) as error:
+        raise StoreError(f"the {MANIFEST} of {url} was changed by another program: {error}; restore it") from error
+
+
+def seal(body: bytes) -> bytes:
+    """A JSON object as bytes, with its checksum as one more field; `unseal` is the inverse."""
+    return body[:-1] + _checksum_field(body)
+
+
+def unseal(data: bytes) -> bytes:
+    """What `seal` was given; raises ValueError where any byte is another one."""
+    end = len(_checksum_field(b""))
+    body = data[:-end] + b"}"
+    if data[-end:] != _checksum_field(body):
+        raise ValueError("its checksum differs")
+    return body
+
+
+def _checksum_field(body: bytes) -> bytes:
+    return f',"checksum":"{checksum(body)}"}}'.encode()
 
 
 def check_same_configuration(
     url: str, made: collections.abc.Mapping[str, typing.Any], wanted: collections.abc.Mapping[str, typing.Any]
 ) -> None:
     """Raises StoreError, naming what differs, where a dataset was made with another configuration than is wanted."""
-    differing = [
-        f"{name} is {made.get(name, 'missing')!r}, not {wanted.get(name, 'missing')!r}"
-        for name in sorted(made.keys() | wanted.keys())
-        if name not in made or name not in wanted or made[name] != wanted[name]
-    ]
-    if differing:
+    # As they are read back: a tuple is a list there.
+    if differing := differences(*(json.loads(json.dumps(dict(each))) for each in (made, wanted))):
         raise StoreError(
             f"the dataset {url} was made with another configuration: {'; '.join(differing)}. Give the same one, or "
             "write to another folder"

@@ -16,7 +16,7 @@ import urllib.parse
 import numpy as np
 
 from .layout import ArrayLayout
-from .manifest import RECORDS, Json, StoreError, checksum
+from .manifest import RECORDS, Json, StoreError, seal, unseal
 
 
 class ArrayRecord(typing.NamedTuple):
@@ -42,6 +42,11 @@ class PartRecord(typing.NamedTuple):
     def streams(self) -> int:
         """B, the number of streams."""
         return next(iter(self.leaves.values())).layout.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its leaves in memory."""
+        return sum(record.layout.nbytes for record in self.leaves.values())
 
 
 class GroupRecord(typing.NamedTuple):
@@ -102,7 +107,7 @@ def encode_group(id: str, group: GroupRecord) -> bytes:
         for part in group.parts
     }
     body = json.dumps({"id": id, "card": group.card, "parts": parts}, separators=(",", ":")).encode()
-    return body[:-1] + _seal(body)
+    return seal(body)
 
 
 def decode_group(url: str, id: str, data: bytes) -> GroupRecord:
@@ -120,11 +125,7 @@ def decode_group(url: str, id: str, data: bytes) -> GroupRecord:
       StoreError: it is damaged, or another program wrote it.
     """
     try:
-        seal = len(_seal(b""))
-        body = data[:-seal] + b"}"
-        if data[-seal:] != _seal(body):
-            raise ValueError("its checksum differs")
-        record = json.loads(body)
+        record = json.loads(unseal(data))
         if record["id"] != id:
             raise ValueError(f"it is that of {record['id']}")
         return GroupRecord(record["card"], tuple(_part(*item) for item in record["parts"].items()))
@@ -133,10 +134,6 @@ def decode_group(url: str, id: str, data: bytes) -> GroupRecord:
             f"the record {record_key(id)} of {url} is damaged or was changed by another program: {error}; restore it, "
             f"or delete that file and collect {id} again"
         ) from error
-
-
-def _seal(body: bytes) -> bytes:
-    return f',"checksum":"{checksum(body)}"}}'.encode()
 
 
 def _part(name: str, description: Json) -> PartRecord:

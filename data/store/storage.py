@@ -156,6 +156,19 @@ class Storage:
         spec = self._array_spec(folder, metadata)
         return ts.open(spec, open=True, assume_metadata=True, context=_context()).result()
 
+    def check_array(self, folder: str, metadata: Json) -> None:
+        """Raises what `READ_ERRORS` names where the zarr.json in a folder is missing, damaged or not this one."""
+        ts.open(
+            self._array_spec(folder, metadata) | {"recheck_cached_metadata": True}, open=True, context=_context()
+        ).result()
+
+    def stored_bytes(self, folder: str) -> int | None:
+        """Bytes of all files under a folder, whose name ends in a slash; None where the place does not say."""
+        if self._folder is None:
+            return None
+        walked = os.walk(os.path.join(self._folder, folder))
+        return sum(os.path.getsize(os.path.join(place, name)) for place, _, names in walked for name in names)
+
     def write_arrays(self, arrays: collections.abc.Mapping[str, tuple[Json, np.ndarray]]) -> None:
         """Writes arrays by the names of their folders, which end in a slash, each with its zarr.json.
 

@@ -54,9 +54,7 @@ def create_dataset(
         storage.write(MANIFEST, manifest.encode_manifest(configuration or {}), found.generation)
     dataset = open_dataset(storage.url)
     if configuration is not None:
-        # As it is read back: a tuple is a list there.
-        wanted = manifest.decode_manifest(storage.url, manifest.encode_manifest(configuration))
-        manifest.check_same_configuration(storage.url, dataset.configuration, wanted)
+        manifest.check_same_configuration(storage.url, dataset.configuration, configuration)
     return dataset
 
 

@@ -1,0 +1,227 @@
+"""Looks after datasets: `python -m experiments.dataset describe --dataset=runs/mine/dataset`.
+
+    verify --dataset=URL                     reads everything again and lists what is damaged; status 1 if anything is
+    describe --dataset=URL                   environments, transitions, bytes, returns and noise levels
+    merge --dataset=URL --sources=URL,URL    copies what other datasets have into one, made if need be
+    export-minari --dataset=URL --environments=ID --folder=FOLDER     one environment in Minari's format
+    import-minari --dataset=URL --folder=FOLDER                       and back
+
+A URL is a path, or a file, s3 or gs URL. What is killed is started again with the same command.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import sys
+import typing
+
+import numpy as np
+from absl import flags
+
+from data.store import Dataset, create_dataset, find_damage, merging, open_dataset
+from experiments.harness import progress
+from experiments.harness.flags import run_app
+from experiments.harness.ids import parse_ids
+from ldm_jax.cards import EnvironmentCard
+from ldm_jax.errors import LdmError
+
+
+class DamagedError(LdmError, RuntimeError):
+    """A dataset of which not everything is as it was written."""
+
+
+def list_damage(dataset: Dataset) -> list[str]:
+    """Reads everything again.
+
+    Args:
+      dataset: what to read.
+
+    Returns:
+      A line for each damage, below a heading; empty where there is none.
+    """
+    rows = [("environment", "part", "file", "what is wrong")]
+    with progress.bar("verify", _raw_bytes(dataset), "B") as advance:
+        rows += [(each.id, each.part, each.file, str(each.error)) for each in find_damage(dataset, advance)]
+    return _columns(rows) if len(rows) > 1 else []
+
+
+def _raw_bytes(dataset: Dataset) -> int:
+    total = 0
+    for id in dataset.ids:
+        try:
+            total += sum(part.record.nbytes for part in dataset.parts(id))
+        except LdmError:
+            continue  # it is found when it is its turn
+    return total
+
+
+class Described(typing.NamedTuple):
+    """What is told of one environment.
+
+    Attributes:
+      card: its card.
+      transitions: steps of all streams.
+      raw: bytes, uncompressed.
+      stored: bytes of its files; None where the place does not say.
+      returns: `float64 [E]`, of the episodes that ended.
+      noise: `float32 [E]`, of all episodes.
+    """
+
+    card: EnvironmentCard
+    transitions: int
+    raw: int
+    stored: int | None
+    returns: np.ndarray
+    noise: np.ndarray
+
+
+def look_at(dataset: Dataset, id: str) -> Described:
+    """What there is of an environment; reads its card and its episodes alone."""
+    returns, noise, parts = [np.zeros(0)], [np.zeros(0, np.float32)], dataset.parts(id)
+    for part in parts:
+        index = part.episodes
+        # The last episode of a stream may have been cut off by the end of the data.
+        ended = index.start + index.length < part.steps
+        returns.append(index.return_[ended])
+        noise.append(index.noise)
+    return Described(
+        dataset.card(id),
+        sum(part.steps * part.streams for part in parts),
+        sum(part.record.nbytes for part in parts),
+        dataset.storage.stored_bytes(f"{id}/"),
+        np.concatenate(returns),
+        np.concatenate(noise),
+    )
+
+
+def describe_dataset(dataset: Dataset, ids: collections.abc.Sequence[str] = ()) -> list[str]:
+    """Describes a dataset.
+
+    Args:
+      dataset: what is described.
+      ids: the environments; empty for all.
+
+    Returns:
+      Lines of text: a table of domains, and one of environments.
+
+    Raises:
+      StoreError: there is no such environment, or its card or episodes are damaged.
+    """
+    found = [look_at(dataset, id) for id in ids or dataset.ids]
+    domains = collections.defaultdict(list)
+    for each in found:
+        domains[each.card.domain].append(each)
+    rows = [("domain", "environments", "transitions", "bytes a transition", "stored")]
+    for domain, members in [*sorted(domains.items()), ("all", found)]:
+        transitions = sum(each.transitions for each in members)
+        sizes = [each.stored for each in members]
+        stored = None if None in sizes else sum(size or 0 for size in sizes)
+        raw = sum(each.raw for each in members)
+        rows.append((domain, str(len(members)), f"{transitions:,}", *_per(transitions, raw, stored)))
+    named = [("environment", "transitions", "bytes", "stored", "episodes", "returns", "random", "reference", "noise")]
+    for each in found:
+        named.append(
+            (
+                each.card.id,
+                f"{each.transitions:,}",
+                *_per(each.transitions, each.raw, each.stored),
+                f"{len(each.returns):,}",
+                _quantiles(each.returns),
+                f"{each.card.random_returns.mean:.4g}",
+                f"{each.card.reference_returns.mean:.4g}",
+                f"{each.noise.min():.2f} to {each.noise.max():.2f}" if len(each.noise) else "",
+            )
+        )
+    settings = ", ".join(f"{name}={value}" for name, value in sorted(dataset.configuration.items()))
+    heading = [repr(dataset), *([f"made with {settings}"] if settings else [])]
+    return [
+        *heading,
+        "",
+        *_columns(rows),
+        "",
+        "returns: quantiles 0.1, 0.5 and 0.9 of episodes that ended",
+        *_columns(named),
+    ]
+
+
+def _per(transitions: int, raw: int, stored: int | None) -> tuple[str, str]:
+    count = max(1, transitions)
+    return f"{raw / count:.1f}", "" if stored is None else f"{stored / count:.1f}"
+
+
+def _quantiles(values: np.ndarray) -> str:
+    return " ".join(f"{value:.4g}" for value in np.quantile(values, (0.1, 0.5, 0.9))) if len(values) else ""
+
+
+def _columns(rows: collections.abc.Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of columns; the last is not padded."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def merge_datasets(url: str, sources: collections.abc.Sequence[str]) -> Dataset:
+    """Copies what other datasets have into one; all are compared before anything is copied.
+
+    Args:
+      url: where to write; made with the configuration of the first source if there is nothing.
+      sources: where they are.
+
+    Raises:
+      StoreError: configurations or cards that differ, a dataset that is missing or damaged, a place that cannot be
+        written.
+    """
+    opened = [open_dataset(source) for source in sources]
+    for number, source in enumerate(opened):
+        for other in opened[:number]:
+            merging.check_mergeable(other, source)
+    target = create_dataset(url, opened[0].configuration)
+    for source in opened:
+        merging.check_mergeable(target, source)
+    with progress.bar("merge", sum(map(_raw_bytes, opened)), "B") as advance:
+        for source in opened:
+            target = merging.copy_parts(target, source, advance)
+    return target
+
+
+def _verify() -> None:
+    if lines := list_damage(open_dataset(flags.FLAGS.dataset)):
+        print("\n".join(lines))
+        raise DamagedError(
+            f"{len(lines) - 1} files or leaves of {flags.FLAGS.dataset} are damaged: they are listed above"
+        )
+
+
+def _describe() -> None:
+    print("\n".join(describe_dataset(open_dataset(flags.FLAGS.dataset), parse_ids(flags.FLAGS.environments))))
+
+
+def _merge() -> None:
+    print(merge_datasets(flags.FLAGS.dataset, flags.FLAGS.sources))
+
+
+VERBS: dict[str, collections.abc.Callable[[], None]] = {"verify": _verify, "describe": _describe, "merge": _merge}
+
+
+def main(argv: list[str]) -> None:
+    """Does what the first word of the command line says.
+
+    Args:
+      argv: the command line; the word is taken out of it, and flags are left.
+    """
+    verb = argv.pop(1) if len(argv) > 1 else "--help"
+    if verb in ("--help", "--helpfull"):
+        print(__doc__)
+        return
+    if verb not in VERBS:
+        sys.exit(f"error: got {verb}, expected one of {', '.join(VERBS)} first, then flags; see --help")
+    flags.DEFINE_string("dataset", None, "path or URL of the dataset", required=True)
+    if verb == "describe":
+        flags.DEFINE_string("environments", "", "ids with commas between; default: all")
+    if verb == "merge":
+        flags.DEFINE_list("sources", None, "paths or URLs with commas between, of what is copied", required=True)
+    run_app(lambda _: VERBS[verb]())
+
+
+if __name__ == "__main__":
+    main(sys.argv)
