@@ -67,15 +67,17 @@ def run(config: DiagnoseConfig, workdir: pathlib.Path, environments: tuple[str, 
     known = _over(dataclasses.asdict(pretrain.PretrainConfig()), saved["pretrain"])
     trained = rebuild(pretrain.PretrainConfig(), known)
     # One device takes the whole batch at once, unless memory forbids it.
-    model, cfg = make_model(trained.model), dataclasses.replace(trained.training, accumulation=1)
+    cfg = dataclasses.replace(trained.training, accumulation=1)
     dataset = open_dataset(pathlib.Path(config.dataset).expanduser() if config.dataset else workdir / "dataset")
     batches = make_batches(dataset, saved["environments"], trained.model, trained.shape, trained.held_out)
     if batches.train.fingerprint != saved["data"]:
         raise WorkdirError(f"{dataset.url} is no longer the data that was trained on: the batch cannot be drawn")
+    model_cfg = trained.fitted(batches.codecs)
+    model = make_model(model_cfg)
     with Checkpoints(folder, saved) as checkpoints:
         state = checkpoints.restore(training.state_shapes(model, cfg), step - 1)
     assert state is not None  # it is among the steps
-    found = diagnosis.diagnose(model, trained.model, cfg, state, batches.train[step - 1])
+    found = diagnosis.diagnose(model, model_cfg, cfg, state, batches.train[step - 1])
     print(_table(found, step, saved["environments"]))
     return found
 

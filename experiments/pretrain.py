@@ -48,8 +48,8 @@ def run(
       Interrupted: a signal asked for the end.
     """
     connect(config.hosts)
-    mesh, batches, model, shapes = prepare(config, open_dataset(data or workdir / "dataset"), environments)
-    with Validation(config.evaluation, model, config.model, batches, config.decoding, mesh) as validate:
+    mesh, batches, cfg, model, shapes = prepare(config, open_dataset(data or workdir / "dataset"), environments)
+    with Validation(config.evaluation, model, cfg, batches, config.decoding, mesh) as validate:
         pin_config(workdir, "pretrain", config, owns=("checkpoints", "metrics.jsonl", "tensorboard", "policy"))
         barrier("pinned")
         cards = {codec.card.id: codec.card for codec in batches.codecs}
@@ -59,15 +59,15 @@ def run(
             start_step = int(state.step)
             if start_step < config.training.steps:
                 pace = Pace(config.training.steps, config.checkpoint_steps, config.log_steps)
-                train_step = training.make_train_step(model, config.model, config.training, mesh)
+                train_step = training.make_train_step(model, cfg, config.training, mesh)
                 parts = TrainingRun(train_step, batches.train, pace, validate, checkpoints, mesh)
-                meter = Meter(config.model, config.window, batches, config.peak_flops)
+                meter = Meter(cfg, config.window, batches, config.peak_flops)
                 log_padding(batches.train, start_step)
                 with RunLog(workdir, start_step, meter) as log:
                     state = follow(parts, state, log)
         params = validate.whole(state.params)
         if jax.process_index() == 0 and (start_step < config.training.steps or not (workdir / "policy").exists()):
-            policy.Policy(config.model, params, cards, config.decoding).save(workdir / "policy")
+            policy.Policy(cfg, params, cards, config.decoding).save(workdir / "policy")
     barrier("saved")
 
 

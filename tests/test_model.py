@@ -338,7 +338,7 @@ def test_more_parts_than_the_model_has_are_refused_and_counted():
         cfg.check_fits(bucket(grids, 5 - grids), "test/Some-v0")
         with pytest.raises(ConfigError, match=r"test/Some-v0 needs parts=6 \(the model has 5\)"):
             cfg.check_fits(bucket(grids, 6 - grids), "test/Some-v0")
-    assert SIZES["micro"].parts == 8
+    assert SIZES["micro"].parts == 16
 
 
 @pytest.mark.parametrize(("categories", "values"), [(64**2, 64), (64**2 + 1, 65), (10**6, 1000)])

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import fnmatch
 
 import chex
 import examples
@@ -17,11 +18,13 @@ from spaces_strategies import action_spaces, any_spaces
 
 from data import store
 from data.batches import make_codecs
+from environments.catalog import entries
 from ldm_jax import spaces
 from ldm_jax.encoding import actions, observations
 from ldm_jax.encoding.buckets import bucket_for, join_buckets
 from ldm_jax.encoding.codec import Codec
-from ldm_jax.errors import ConfigError
+from ldm_jax.encoding.observations import observation_layout
+from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.model.config import SIZES
 from ldm_jax.model.encoders import CategoryEncoder
 from ldm_jax.model.heads import bin_centers, bin_probabilities
@@ -29,7 +32,16 @@ from ldm_jax.model.network import make_model
 from ldm_jax.training import cost, padding
 
 LARGE = dataclasses.replace(
-    SIZES["32m"], width=16, layers=1, heads=2, kv_heads=2, feed_forward=16, window=4, bins=64, choices=8192
+    SIZES["32m"],
+    width=16,
+    layers=1,
+    heads=2,
+    kv_heads=2,
+    feed_forward=16,
+    window=4,
+    bins=64,
+    numeric=2048,
+    image_side=96,
 )
 WIDE = {
     "muscles": (gs.Box(-np.inf, np.inf, (1276,)), gs.Box(-1, 1, (290,), np.float32)),
@@ -179,6 +191,65 @@ def test_programs_are_compiled_for_buckets_and_not_for_environments():
     for seed, (card, bucket) in enumerate(zip(cards, own, strict=True)):
         program(examples.random_example(Codec(card, joined[bucket]), 1, 2, seed))
     assert len(set(joined.values())) == len(kinds) + 10 < len(set(own)) / 2
+
+
+TOO_WIDE = {
+    "dm_control/dm_control/*_vision-v0": 9,  # 21,210 numbers
+    "envpool/*FlatPack-v0": 2,  # 8,100 categories
+    "gym-aloha/gym_aloha/AlohaInsertion-v0": 1,  # an image of 640 pixels
+    "mo-gymnasium/minecart-rgb-v0": 1,  # of 480
+    "open_spiel/[cds]*": 3,  # colored_trails, dou_dizhu and shogi: 13,689 choices and more
+    "pyRDDLGym/Manufacturer_ippc2018-*": 6,  # 420 slots and more
+    "pyRDDLGym/RecSim_ippc2023-*": 4,  # 875 slots and more, or 125,001 choices
+    "vizdoom/VizdoomBasicNotifications*-v1": 2,  # texts of 32,768 bytes
+}
+"""Verified environments that no named size takes."""
+
+
+def test_named_sizes_take_the_catalog_but_a_handful():
+    sizes = [size for name, size in SIZES.items() if name != "nano"]
+    fits, refused = {}, []
+    for entry in entries.select(entries.catalogued(), verified=True):
+        if (key := repr((entry.observation_space, entry.action_space))) not in fits:
+            seen, acted = spaces.from_json(entry.observation_space), spaces.from_json(entry.action_space)
+            try:
+                bucket, categories = bucket_for(seen, acted), max(observation_layout(seen).sizes, default=0)
+                for cfg in sizes:
+                    cfg.check_fits(bucket, entry.id, categories)
+            except LdmError:
+                fits[key] = False
+            else:
+                fits[key] = True
+        if not fits[key]:
+            refused.append(entry.id)
+    assert {name: len(fnmatch.filter(refused, name)) for name in TOO_WIDE} == TOO_WIDE
+    assert len(refused) == sum(TOO_WIDE.values()) == 28
+
+
+def test_narrowed_tables_are_those_that_are_read_and_change_nothing():
+    cfg = dataclasses.replace(LARGE, width=8, image_side=96)
+    image, grid = gs.Box(0, 255, (20, 20, 3), np.uint8), gs.Box(0, 9, (7, 7, 3), np.int32)
+    seen = gs.Dict(a=image, b=grid, c=gs.Discrete(11), d=gs.Box(-1, 1, (6,)))
+    codec = Codec(examples.make_card(seen, gs.Dict(a=gs.MultiDiscrete([3, 4]), b=gs.Box(-1, 1, (3,)))))
+    narrow = cfg.narrowed([codec.bucket], categories=11)
+    fields = ("numeric", "categorical", "values", "channels", "image_side", "text", "parts")
+    assert [getattr(narrow, field) for field in fields] == [8, 1, 11, 4, 32, 1, 2]
+    assert (narrow.choice_slots, narrow.choices, narrow.continuous_slots) == (4, 8, 8)
+    assert narrow.narrowed([codec.bucket], categories=11) == narrow
+    with pytest.raises(ConfigError, match=r"continuous_slots=8 \(the model has 2\)"):
+        dataclasses.replace(cfg, continuous_slots=2).narrowed([codec.bucket])
+
+    whole, few = make_model(cfg), make_model(narrow)
+    rng = np.random.default_rng(0)
+    shapes = [jax.eval_shape(model.init, jax.random.key(0)) for model in (whole, few)]
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes[0])
+    kept = jax.tree.map(lambda leaf, shape: leaf[tuple(map(slice, shape.shape))], params, shapes[1])
+    inputs = {"rows": examples.random_example(codec, 1, 2, 0).inputs}
+    told, same = (
+        jax.jit(lambda params, inputs, model=model: model.apply(params, inputs)[0])(params, inputs)
+        for model, params in ((whole, params), (few, kept))
+    )
+    chex.assert_trees_all_close(told, same, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import typing
 
@@ -16,6 +17,7 @@ from experiments.harness.validation import ValidationConfig
 from experiments.harness.workdir import FREE
 from ldm_jax import sharding, training
 from ldm_jax.acting import Decoding, check_decoding
+from ldm_jax.encoding.codec import Codec
 from ldm_jax.errors import ConfigError, check_finite
 from ldm_jax.model.config import SIZES, ModelConfig
 from ldm_jax.model.network import Model, make_model
@@ -36,6 +38,8 @@ class PretrainConfig:
       rows: windows of a batch, however many environments there are; each bucket has its share, at least one.
       rows_multiple: that the rows of each bucket are, so that they divide over data x fsdp x accumulation.
       draws: how often each environment is drawn.
+      narrow: whether the model's tables have only the rows that its environments need, since others cost as much.
+        Without it the policy can be put into any environment that fits the size.
       held_out: each so-many-th stream of the data is kept from training, for the held-out loss; 0 for none.
       checkpoint_steps: steps between two checkpoints.
       max_to_keep: how many of the newest checkpoints stay.
@@ -54,6 +58,7 @@ class PretrainConfig:
     rows: int = 52
     rows_multiple: int = 1
     draws: Draws = dataclasses.field(default_factory=Draws)
+    narrow: bool = True
     held_out: int = 16
     checkpoint_steps: int = 100
     max_to_keep: int = dataclasses.field(default=2, metadata=_free)
@@ -92,6 +97,13 @@ class PretrainConfig:
         """Of the batches."""
         return Shape(self.window, self.rows, self.training.seed, self.draws, self.rows_multiple)
 
+    def fitted(self, codecs: collections.abc.Sequence[Codec]) -> ModelConfig:
+        """The shapes of the model that is trained on the environments of some codecs."""
+        if not self.narrow:
+            return self.model
+        categories = max(size for codec in codecs for size in (0, *codec.observation_layout.sizes))
+        return self.model.narrowed({codec.bucket for codec in codecs}, categories)
+
 
 class Prepared(typing.NamedTuple):
     """What can be made of a configuration before anything is written.
@@ -99,12 +111,14 @@ class Prepared(typing.NamedTuple):
     Attributes:
       mesh: of devices, or None.
       batches: to train on.
+      cfg: shapes of the model, with the tables that the batches need.
       model: made for the mesh.
       shapes: of the state of training, enough to restore one.
     """
 
     mesh: jax.sharding.Mesh | None
     batches: Batches
+    cfg: ModelConfig
     model: Model
     shapes: training.TrainState
 
@@ -116,8 +130,9 @@ def prepare(config: PretrainConfig, dataset: Dataset, environments: tuple[str, .
         dataset, environments, config.model, config.shape, config.held_out, sharding.share_of_rows(mesh)
     )
     sharding.check_rows(mesh, batches.rows, config.training.accumulation)
-    model = make_model(config.model, mesh)
+    cfg = config.fitted(batches.codecs)
+    model = make_model(cfg, mesh)
     # Shapes are enough to restore, and parameters take seconds to make.
     shapes = training.state_shapes(model, config.training, mesh)
     cost.check_state_fits(shapes, device_bytes())
-    return Prepared(mesh, batches, model, shapes)
+    return Prepared(mesh, batches, cfg, model, shapes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import collections.abc
 import dataclasses
 import functools
 import math
@@ -122,6 +124,28 @@ class ModelConfig:
         """Of a continuous slot scaled to -1..1; the bins reach three standard deviations of the target beyond."""
         return 2.0 / (self.bins - 6.0 * self.sigma_bins)
 
+    def narrowed(self, buckets: collections.abc.Iterable[Bucket], categories: int = 0) -> ModelConfig:
+        """The same model with no more rows in its tables than some buckets need.
+
+        A row that is never read learns nothing, but its gradient, moments and the pass over them cost as much as any.
+
+        Args:
+          buckets: that are to fit.
+          categories: of the largest categorical component of the observations.
+
+        Raises:
+          ConfigError: a bucket does not fit this model as it is.
+        """
+        widths = collections.Counter[str]()
+        for bucket in buckets:
+            self.check_fits(bucket, f"the bucket {bucket.name}", categories)
+            widths |= collections.Counter(_needs(bucket))
+        # A digit for each value where there is room for it.
+        widths["values"] = min(self.values, max(categories, widths["choices"]))
+        widths |= collections.Counter(image_side=GRID_CELLS)
+        tables: dict[str, typing.Any] = {name: max(widths[name], 1) for name in (*_TABLES, "values")}
+        return dataclasses.replace(self, **tables)
+
     def check_fits(self, bucket: Bucket, what: str, categories: int = 0) -> None:
         """Checks that environments of a bucket can be put into a model of these shapes.
 
@@ -133,21 +157,31 @@ class ModelConfig:
         Raises:
           ConfigError: names the widths that are too large and what to raise.
         """
-        needs = {
-            name: getattr(bucket, name)
-            for name in ("numeric", "categorical", "choice_slots", "choices", "continuous_slots")
-        }
-        needs["channels"] = max((grid.channels for grid in bucket.grids), default=0)
-        needs["image_side"] = max((grid.side for grid in bucket.grids if grid.side > GRID_CELLS), default=0)
-        needs["text"] = max(bucket.texts, default=0)
-        needs["parts"] = len(bucket.grids) + len(bucket.texts)
-        needs["values"] = _digits(categories)
+        needs = _needs(bucket) | {"values": _digits(categories)}
         too_large = {name: need for name, need in needs.items() if need > getattr(self, name)}
         if too_large:
             wanted = ", ".join(
                 f"{name}={need} (the model has {getattr(self, name)})" for name, need in too_large.items()
             )
             raise ConfigError(f"{what} needs {wanted}: make the model with these values or leave the environment out")
+
+
+_TABLES = (
+    *("numeric", "categorical", "channels", "image_side", "text", "parts"),
+    *("choice_slots", "choices", "continuous_slots"),
+)
+"""The widths that buckets need."""
+
+
+def _needs(bucket: Bucket) -> dict[str, int]:
+    grids, texts = bucket.grids, bucket.texts
+    derived = {
+        "channels": max((grid.channels for grid in grids), default=0),
+        "image_side": max((grid.side for grid in grids if grid.side > GRID_CELLS), default=0),
+        "text": max(texts, default=0),
+        "parts": len(grids) + len(texts),
+    }
+    return {name: derived[name] if name in derived else getattr(bucket, name) for name in _TABLES}
 
 
 def _digits(count: int) -> int:
@@ -171,12 +205,13 @@ def _plain(field: dataclasses.Field, value: typing.Any) -> typing.Any:
     return value
 
 
-_large = functools.partial(
+_sized = functools.partial(
     ModelConfig,
-    numeric=2048,
+    numeric=8192,
     categorical=1024,
     values=1024,
     channels=128,
+    image_side=320,
     text=512,
     parts=16,
     choice_slots=320,
@@ -186,10 +221,12 @@ _large = functools.partial(
 
 SIZES: dict[str, ModelConfig] = {
     "nano": ModelConfig(width=32, layers=2, heads=2, kv_heads=2, feed_forward=64, window=8, bins=64),
-    "micro": ModelConfig(),
-    "32m": _large(width=512, layers=10, heads=8, kv_heads=8, feed_forward=1408, window=256),
-    "70m": _large(width=768, layers=10, heads=12, kv_heads=12, feed_forward=2048, window=512),
-    "308m": _large(width=1024, layers=24, heads=16, kv_heads=16, feed_forward=2816, window=1024),
-    "736m": _large(width=1536, layers=26, heads=24, kv_heads=24, feed_forward=4096, window=1024),
+    "micro": _sized(),
+    "32m": _sized(width=512, layers=10, heads=8, kv_heads=8, feed_forward=1408, window=256),
+    "70m": _sized(width=768, layers=10, heads=12, kv_heads=12, feed_forward=2048, window=512),
+    "308m": _sized(width=1024, layers=24, heads=16, kv_heads=16, feed_forward=2816, window=1024),
+    "736m": _sized(width=1536, layers=26, heads=24, kv_heads=24, feed_forward=4096, window=1024),
 }
-"""Named sizes; the backbones of `32m` to `736m` have the parameter counts of LDM-v0 (Kulak 2026, arXiv 2606.24962)."""
+"""Named sizes; from `micro` on they take nearly all of the catalog, and training narrows their tables to what it needs.
+
+The backbones of `32m` to `736m` have the parameter counts of LDM-v0 (Kulak 2026, arXiv 2606.24962)."""
