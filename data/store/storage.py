@@ -17,6 +17,8 @@ from .manifest import MANIFEST, Json, StoreError
 
 INDEX_CACHE_BYTES = 64 << 20
 """Bound on what TensorStore keeps of a process's reads, for the indices of shards; chunks are kept by `chunks`."""
+BUCKET_RETRIES = 8
+"""Of a request to a bucket: one that cannot be reached is said to be so after a minute."""
 READS_AT_ONCE = 256
 """Bound on the small files that are asked for before the first of them has come."""
 READ_ERRORS = (ValueError, OSError, RuntimeError)
@@ -59,8 +61,11 @@ class Storage:
 
     @functools.cached_property
     def _kvstore(self) -> ts.KvStore:
-        is_url = "://" in self.url
-        spec: typing.Any = f"{self.url}/" if is_url else {"driver": "file", "path": os.path.join(self.url, "")}
+        spec: typing.Any = f"{self.url}/"
+        if self.url.startswith("s3://"):
+            spec = _s3_spec(self.url)
+        elif "://" not in self.url:
+            spec = {"driver": "file", "path": os.path.join(self.url, "")}
         try:
             return ts.KvStore.open(spec, context=_context()).result()
         except READ_ERRORS as error:
@@ -74,12 +79,19 @@ class Storage:
         spec = self._kvstore.spec().to_json()
         return spec["path"] if spec["driver"] == "file" else None
 
+    @property
+    def _hint(self) -> str:
+        """What else to look at where the place is a bucket."""
+        if not self.url.startswith(("s3://", "gs://")):
+            return ""
+        return ". See to the bucket's name, your credentials and what they permit"
+
     def read(self, key: str) -> File:
         """Reads a file whole; raises StoreError where it cannot be read, which is not to say that it is not there."""
         try:
             found = self._kvstore.read(key).result()
         except READ_ERRORS as error:
-            raise StoreError(f"cannot read {key} at {self.url}: {reason(error)}") from error
+            raise self._unreadable(f"read {key}", error) from error
         return File(found.value if found.state == "value" else None, found.stamp.generation)
 
     def read_all(self, keys: collections.abc.Sequence[str]) -> list[bytes | None]:
@@ -95,7 +107,7 @@ class Storage:
                 try:
                     found = future.result()
                 except READ_ERRORS as error:
-                    raise StoreError(f"cannot read {key} at {self.url}: {reason(error)}") from error
+                    raise self._unreadable(f"read {key}", error) from error
                 contents.append(found.value if found.state == "value" else None)
         return contents
 
@@ -134,7 +146,7 @@ class Storage:
         try:
             return [key.decode() for key in self._kvstore.list(_under(folder)).result()]
         except READ_ERRORS as error:
-            raise StoreError(f"cannot list {folder} at {self.url}: {reason(error)}") from error
+            raise self._unreadable(f"list {folder}", error) from error
 
     def is_empty(self) -> bool:
         """Whether there is nothing but what a dataset's maker that died may have left."""
@@ -144,7 +156,7 @@ class Storage:
             # Names only, and of one folder: a foreign one may be a whole disk.
             return not os.path.isdir(self._folder) or not {*os.listdir(self._folder)} - {f"{MANIFEST}.__lock"}
         except READ_ERRORS as error:
-            raise StoreError(f"cannot list {self.url}: {reason(error)}") from error
+            raise self._unreadable("list files", error) from error
 
     def open_array(self, folder: str, metadata: Json) -> StoredArray:
         """Opens an array that is there, without reading anything.
@@ -223,22 +235,47 @@ class Storage:
         except (FileNotFoundError, BlockingIOError):
             return
 
+    def _unreadable(self, what: str, error: BaseException) -> StoreError:
+        return StoreError(f"cannot {what} at {self.url}: {reason(error)}{self._hint}")
+
     def _unwritable(self, key: str, error: BaseException) -> StoreError:
         return StoreError(
             f"cannot write {key} at {self.url}: {reason(error)}. Choose a place with room that this user may write"
+            f"{self._hint}"
         )
 
 
+def _s3_spec(url: str) -> Json:
+    """The place that an `s3://` URL names, found as Amazon's own programs find it: by their environment variables."""
+    bucket, _, path = url.removeprefix("s3://").partition("/")
+    spec: Json = {"driver": "s3", "bucket": bucket, "path": f"{path}/" if path else ""}
+    environ = os.environ
+    if endpoint := environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL"):
+        spec |= {"endpoint": endpoint, "aws_region": environ.get("AWS_REGION") or "us-east-1"}
+    if "AWS_ACCESS_KEY_ID" in environ:
+        # Else it looks for files, and says on the error stream that there are none.
+        spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line, without where in TensorStore's own sources."""
-    text = re.sub(r"\s*\[(source locations|tensorstore_spec|os_error_code)=.*?\](?=\s|$|\[)", "", str(error))
+    """What went wrong, in one line, without where in TensorStore's own sources or what else a server answered."""
+    text = re.sub(r" \[(http_response|x-amz)\S*=.*", "", str(error), flags=re.DOTALL)
+    text = re.sub(r"\s*\[(source locations|tensorstore_spec|os_error_code)=.*?\](?=\s|$|\[)", "", text)
     return " ".join(text.replace("\0", "/").split())
 
 
 @functools.cache
 def _context() -> ts.Context:
     # One for the process: the cache is then bounded as a whole, and `memory://` names one place.
-    return ts.Context({"cache_pool": {"total_bytes_limit": INDEX_CACHE_BYTES}})
+    retries = {"max_retries": BUCKET_RETRIES, "initial_delay": "500ms", "max_delay": "16s"}
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": INDEX_CACHE_BYTES},
+            "s3_request_retries": retries,
+            "gcs_request_retries": retries,
+        }
+    )
 
 
 def _under(folder: str) -> ts.KvStore.KeyRange:
