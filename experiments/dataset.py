@@ -3,8 +3,8 @@
     verify --dataset=URL                     reads everything again and lists what is damaged; status 1 if anything is
     describe --dataset=URL                   environments, transitions, bytes, returns and noise levels
     merge --dataset=URL --sources=URL,URL    copies what other datasets have into one, made if need be
-    export-minari --dataset=URL --environments=ID --folder=FOLDER     one environment in Minari's format
-    import-minari --dataset=URL --folder=FOLDER                       and back
+    export-minari --dataset=URL --environment=ID --folder=FOLDER    one environment in Minari's format
+    import-minari --dataset=URL --folder=FOLDER                     and a dataset of Minari as an environment
 
 A URL is a path, or a file, s3 or gs URL. What is killed is started again with the same command.
 """
@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import dataclasses
 import sys
+import tempfile
 import typing
 
 import numpy as np
 from absl import flags
 
+from data import minari_format
 from data.store import Dataset, create_dataset, find_damage, merging, open_dataset
 from experiments.harness import progress
 from experiments.harness.flags import run_app
@@ -200,7 +203,45 @@ def _merge() -> None:
     print(merge_datasets(flags.FLAGS.dataset, flags.FLAGS.sources))
 
 
-VERBS: dict[str, collections.abc.Callable[[], None]] = {"verify": _verify, "describe": _describe, "merge": _merge}
+def import_once(url: str, folder: str, random_return: float | None, domain: str) -> Dataset:
+    """Adds a dataset of Minari to one of ours, made if need be; what is there already is not added again.
+
+    Args:
+      url: where to write.
+      folder: of Minari's dataset.
+      random_return: of the random policy, where the dataset does not say it.
+      domain: what the task is about, where the dataset does not say it.
+
+    Raises:
+      StoreError: see `data.minari_format.import_minari`.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        aside = create_dataset(place)
+        imported = minari_format.import_minari(aside, folder, random_return, domain)
+        target = create_dataset(url)
+        return merging.copy_parts(target, dataclasses.replace(imported, configuration=target.configuration))
+
+
+def _export() -> None:
+    dataset, id, folder = open_dataset(flags.FLAGS.dataset), flags.FLAGS.environment, flags.FLAGS.folder
+    total = sum(part.record.nbytes for part in dataset.parts(id))
+    with progress.bar("export", total, "B") as advance:
+        count = minari_format.export_minari(dataset, id, folder, advance)
+    print(f"{count} episodes of {id} in {folder}")
+
+
+def _import() -> None:
+    values = flags.FLAGS
+    print(import_once(values.dataset, values.folder, values.random_return, values.domain))
+
+
+VERBS: dict[str, collections.abc.Callable[[], None]] = {
+    "verify": _verify,
+    "describe": _describe,
+    "merge": _merge,
+    "export-minari": _export,
+    "import-minari": _import,
+}
 
 
 def main(argv: list[str]) -> None:
@@ -220,6 +261,13 @@ def main(argv: list[str]) -> None:
         flags.DEFINE_string("environments", "", "ids with commas between; default: all")
     if verb == "merge":
         flags.DEFINE_list("sources", None, "paths or URLs with commas between, of what is copied", required=True)
+    if verb in ("export-minari", "import-minari"):
+        flags.DEFINE_string("folder", None, "of the dataset of Minari, the one of metadata.json", required=True)
+    if verb == "export-minari":
+        flags.DEFINE_string("environment", None, "id", required=True)
+    if verb == "import-minari":
+        flags.DEFINE_float("random_return", None, "of the random policy, where the dataset of Minari does not say it")
+        flags.DEFINE_string("domain", "imported", "of the environment, where the dataset of Minari does not say it")
     run_app(lambda _: VERBS[verb]())
 
 

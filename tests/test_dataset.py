@@ -150,7 +150,7 @@ def test_a_description_counts_what_is_there(whole):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["mend"], "error: got mend, expected one of verify, describe, merge"),
+        (["mend"], "error: got mend, expected one of verify, describe, merge, export-minari"),
         (["verify", "--dataset=/nowhere"], "error: there is no dataset at /nowhere"),
         (["merge", "--dataset=/nowhere"], "sources"),
     ],
@@ -161,3 +161,16 @@ def test_a_wrong_command_is_told_in_a_line(words, message):
         [sys.executable, "-m", "experiments.dataset", *words], capture_output=True, text=True, cwd=root
     )
     assert run.returncode == 1 and message in run.stderr.splitlines()[-1]
+
+
+def test_an_environment_goes_to_minari_and_back_and_twice_is_once(whole, tmp_path):
+    pytest.importorskip("minari")
+    for words in (
+        ["export-minari", f"--dataset={whole}", "--environment=x/other", f"--folder={tmp_path / 'minari'}"],
+        *[["import-minari", f"--dataset={tmp_path / 'back'}", f"--folder={tmp_path / 'minari'}"]] * 2,
+    ):
+        run = subprocess.run(
+            [sys.executable, "-m", "experiments.dataset", *words], capture_output=True, text=True, check=True
+        )
+    assert run.stdout == f"Dataset({tmp_path / 'back'}, 1 environments, 27 steps)\n"
+    assert damages(tmp_path / "back") == []

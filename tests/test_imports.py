@@ -15,6 +15,7 @@ from sources import PACKAGES, ROOT, SOURCES, imports, name, relative_path, tree
 HOMES = {
     "tensorstore": {"data/store/storage.py"},
     "grain": {"data/mixture.py"},
+    "minari": {"data/minari_format.py", "benchmarks/store.py"},
     "orbax": {"ldm_jax/training/checkpoints.py"},
     "podman": {"environments/isolation/containers.py"},
     "flax": {f"ldm_jax/model/{name}.py" for name in ("layers", "encoders", "decoder", "heads", "network")},
