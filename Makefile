@@ -19,14 +19,16 @@ quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m experiments.quickstart --workdir=$(WORKDIR) $(FLAGS)
 
 # Tests see the package as a user gets it: the wheel is installed into an environment of its own, which borrows its
-# dependencies from $(VENV), and PYTHONSAFEPATH keeps the checkout's folders off the path, in subprocesses too.
+# dependencies from $(VENV), and PYTHONSAFEPATH keeps the checkout's folders off the path, in subprocesses too. Each worker
+# gets tests that stand together, which share fixtures, and takes some of the other's at the end.
 test: lint
 	rm -rf build
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) .
 	$(BIN)/python -m venv --without-pip $(INSTALLED)
 	$(BIN)/pip --python $(INSTALLED)/bin/python install --quiet --no-deps --no-index $(DIST)/*.whl
 	$(BIN)/python -c '$(PURELIB)' > "$$($(INSTALLED)/bin/python -c '$(PURELIB)')/dependencies.pth"
-	PYTHONSAFEPATH=1 LDM_JAX_TESTS_INSTALLED=1 $(INSTALLED)/bin/python -m pytest -q -n 2 $(PYTEST)
+	PYTHONSAFEPATH=1 LDM_JAX_TESTS_INSTALLED=1 $(INSTALLED)/bin/python -m pytest -q -n 2 \
+	  --dist=worksteal --durations=10 $(PYTEST)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

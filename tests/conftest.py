@@ -1,15 +1,12 @@
 """What holds for every test."""
 
-import os
+import chex
+import pytest
 
 from experiments.harness import compilation
 
-# Before JAX is imported: what a test compiles is there for the next run, for other workers and for its own processes.
-os.environ.setdefault(compilation.FOLDER, compilation.default_folder())
-os.environ.setdefault(compilation.SECONDS, compilation.LEAST_SECONDS)
-
-import chex
-import pytest
+# What a test compiles is there for the next run, for the other workers and for the processes that tests start.
+compilation.keep_programs(compilation.default_folder())
 
 
 @pytest.fixture(autouse=True)
