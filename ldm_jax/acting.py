@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import typing
 
 import chex
@@ -63,37 +64,69 @@ def resolve_decoding(decoding: Decoding, card: EnvironmentCard) -> Decoding:
     return card.reference.decoding if decoding == "card" else decoding
 
 
-def decode(cfg: ModelConfig, predictions: Predictions, decoding: Decoding, key: Array) -> Slots:
+def decode(
+    cfg: ModelConfig, predictions: Predictions, decoding: Decoding, key: Array, temperature: float = 1.0
+) -> Slots:
     """Takes an action from the predicted distributions.
 
     Args:
       cfg: the bins.
       predictions: logits `[..., K, V]` and `[..., C, bins]`.
       decoding: how, `greedy`, `mode` or `sample`.
-      key: typed key; used by `sample`.
+      key: typed keys `[...]`, one for each row, whose draw then does not depend on the other rows; or one for all,
+        which is folded with the number of each row. Used by `sample`.
+      temperature: what `sample` divides the logits by; below 1 it draws what is likely more often.
 
     Returns:
       Slots `[..., K]` and `[..., C]`, the continuous ones within -1..1.
     """
     chex.assert_equal_shape_prefix([predictions.choice_logits, predictions.bin_logits], -2)
     centers = jnp.asarray(bin_centers(cfg))
-    choice_key, bin_key = jax.random.split(key)
-    if predictions.choice_logits.shape[-1] == 0:
-        choices = jnp.zeros(predictions.choice_logits.shape[:-1], jnp.int32)
-    elif decoding == "sample":
-        choices = jax.random.categorical(choice_key, predictions.choice_logits)
+    if decoding == "sample":
+        drawn = _draw(predictions, key, temperature)
+        choices, numbers = drawn.choices, centers[drawn.bins]
     else:
-        choices = predictions.choice_logits.argmax(-1)
-    if decoding == "greedy":
-        numbers = jax.nn.softmax(predictions.bin_logits, -1) @ centers
-    elif decoding == "mode":
-        numbers = centers[predictions.bin_logits.argmax(-1)]
-    else:
-        numbers = centers[jax.random.categorical(bin_key, predictions.bin_logits)]
+        choices = _argmax(predictions.choice_logits)
+        if decoding == "greedy":
+            numbers = jax.nn.softmax(predictions.bin_logits, -1) @ centers
+        else:
+            numbers = centers[_argmax(predictions.bin_logits)]
     return Slots(choices.astype(jnp.int32), jnp.clip(numbers, -1.0, 1.0))
 
 
-def make_agent(cfg: ModelConfig, codec: Codec, decoding: Decoding) -> Agent:
+class _Drawn(typing.NamedTuple):
+    """Choices `[..., K]` and bins `[..., C]`."""
+
+    choices: Array
+    bins: Array
+
+
+def _draw(predictions: Predictions, key: Array, temperature: float) -> _Drawn:
+    """Draws from the distributions of each row with a key of its own."""
+    rows = predictions.choice_logits.shape[:-2]
+    if key.shape != rows:
+        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(math.prod(rows))).reshape(rows)
+
+    def draw(row: Predictions, key: Array) -> _Drawn:
+        # The Gumbel-max trick, as in `jax.random.categorical`, which does not take slots without choices.
+        return _Drawn(
+            *(
+                _argmax(logits / temperature + jax.random.gumbel(key, logits.shape, logits.dtype))
+                for logits, key in zip(row, jax.random.split(key), strict=True)
+            )
+        )
+
+    for _ in rows:
+        draw = jax.vmap(draw)
+    return draw(predictions, key)
+
+
+def _argmax(logits: Array) -> Array:
+    """The most likely of each slot; 0 where there is nothing to choose from."""
+    return logits.argmax(-1) if logits.shape[-1] else jnp.zeros(logits.shape[:-1], jnp.int32)
+
+
+def make_agent(cfg: ModelConfig, codec: Codec, decoding: Decoding, temperature: float = 1.0) -> Agent:
     """An agent that acts in one environment; its params are the model's.
 
     A row starts with an empty context and keeps it over its episodes. Agents of equal arguments are equal, so that
@@ -103,15 +136,19 @@ def make_agent(cfg: ModelConfig, codec: Codec, decoding: Decoding) -> Agent:
       cfg: shapes of the model.
       codec: of the environment.
       decoding: how actions are taken from their distribution.
+      temperature: of `sample`, see `decode`.
 
     Returns:
       The agent; what it records of a step is `()`.
 
     Raises:
-      ConfigError: the environment does not fit the model, the model is one that does not act, or an unknown decoding.
+      ConfigError: the environment does not fit the model, the model is one that does not act, an unknown decoding, or
+        a temperature that is not a positive number.
     """
     check_agent(cfg, codec, decoding)
-    return Agent(_Init(cfg, codec), _Step(cfg, codec, resolve_decoding(decoding, codec.card)))
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature is {temperature}, expected a positive number; near 0, use mode")
+    return Agent(_Init(cfg, codec), _Step(cfg, codec, resolve_decoding(decoding, codec.card), temperature))
 
 
 def check_agent(cfg: ModelConfig, codec: Codec, decoding: Decoding) -> None:
@@ -153,7 +190,7 @@ class _ByValue:
         return type(self), self._arguments
 
 
-def _said(argument: ModelConfig | Codec | str) -> typing.Any:
+def _said(argument: ModelConfig | Codec | str | float) -> typing.Any:
     if isinstance(argument, Codec):
         # Scores of others are on the card too, and have no say in what is done.
         card = {name: part for name, part in argument.card.to_json().items() if not name.endswith("_returns")}
@@ -186,13 +223,13 @@ class _Step(_ByValue):
 
     __name__ = "step"  # in what JAX logs of compiling it
 
-    def __init__(self, cfg: ModelConfig, codec: Codec, decoding: Decoding):
-        self._arguments = (cfg, codec, decoding)
+    def __init__(self, cfg: ModelConfig, codec: Codec, decoding: Decoding, temperature: float):
+        self._arguments = (cfg, codec, decoding, float(temperature))
 
     def __call__(
         self, params: Params, state: AgentState, timestep: TimeStep, key: Array
     ) -> tuple[AgentState, PyTree, tuple[()]]:
-        cfg, codec, decoding = self._arguments
+        cfg, codec, decoding, temperature = self._arguments
         timestep = jax.tree.map(jnp.asarray, timestep)
         rows = state.cache.length.shape[0]
         check_timestep(codec, timestep, rows)
@@ -204,7 +241,7 @@ class _Step(_ByValue):
         predictions, cache = _model(cfg).apply(params, {"rows": inputs}, state.cache)
         assert cache is not None  # one was given
         now = jax.tree.map(lambda leaf: leaf[:, 0], predictions["rows"])
-        action = codec.action(decode(cfg, now, decoding, key))
+        action = codec.action(decode(cfg, now, decoding, key, temperature))
         return AgentState(cache, action), action, ()
 
 

@@ -100,6 +100,7 @@ class Policy:
         self,
         environment: str | EnvironmentCard | EnvironmentSpec | Environment,
         decoding: acting.Decoding | None = None,
+        temperature: float = 1.0,
     ) -> Agent:
         """The policy as an agent in one environment; call its step with `params`.
 
@@ -110,6 +111,7 @@ class Policy:
           environment: an id the policy was trained in; an environment of such an id, or its spec, which are compared
             with what the policy knows; or the card of any environment.
           decoding: default: the policy's.
+          temperature: what `sample` divides the logits by.
 
         Returns:
           The agent.
@@ -117,11 +119,11 @@ class Policy:
         Raises:
           PolicyError: an id without a card.
           CardError: the environment is not as it was when the policy was trained.
-          ConfigError: the environment's spaces do not fit the model, or an unknown decoding.
+          ConfigError: the environment's spaces do not fit the model, an unknown decoding, or a temperature that is
+            not a positive number.
         """
-        agent = acting.make_agent(
-            self.cfg, Codec(self._card(environment)), self.decoding if decoding is None else decoding
-        )
+        codec, decoding = Codec(self._card(environment)), self.decoding if decoding is None else decoding
+        agent = acting.make_agent(self.cfg, codec, decoding, temperature)
         return self._agents.setdefault(agent, agent)
 
     def _card(self, environment: str | EnvironmentCard | EnvironmentSpec | Environment) -> EnvironmentCard:

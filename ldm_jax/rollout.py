@@ -110,6 +110,7 @@ def rollout(
         return _programs(environment).rollout(agent=agent, params=params, loop=loop, key=key, steps=steps)
     act = _programs(environment).act
     carry, state, timestep = loop
+    carry = jax.tree.map(jnp.copy, carry)  # the first step uses it up, and the caller may go on from it again
     seen: list[np.ndarray] = []
     done: list[np.ndarray] = []
     for t in range(steps):
@@ -292,7 +293,10 @@ def _count(tally: _Tally, timestep: TimeStep) -> _Tally:
 
 
 class _Programs(typing.NamedTuple):
-    """What is compiled for an environment: by keywords, without the environment itself."""
+    """What is compiled for an environment: by keywords, without the environment itself.
+
+    What an agent remembers is donated from step to step: its memory is written in place.
+    """
 
     reset: collections.abc.Callable[..., tuple[PyTree, TimeStep]]
     step: collections.abc.Callable[..., tuple[PyTree, TimeStep]]
@@ -315,16 +319,19 @@ def _programs(environment: Environment) -> _Programs:
             # Apart from the agent, so that the reset is compiled once, whoever acts.
             reset=_compile(_reset, environment),
             step=_compile(_step, environment),
-            act=_compile(_act, environment, "agent"),
-            act_and_count=_compile(_act_and_count, environment, "agent"),
+            act=_compile(_act, environment, "agent", donated=("carry",)),
+            act_and_count=_compile(_act_and_count, environment, "agent", donated=("carry", "tally")),
             rollout=_compile(_rollout, environment, "agent", "steps"),
-            evaluate_chunk=_compile(_evaluate_chunk, environment, "agent"),
+            evaluate_chunk=_compile(_evaluate_chunk, environment, "agent", donated=("counted",)),
         )
     return _COMPILED[environment]
 
 
 def _compile(
-    function: collections.abc.Callable[..., typing.Any], environment: Environment, *static_argnames: str
+    function: collections.abc.Callable[..., typing.Any],
+    environment: Environment,
+    *static_argnames: str,
+    donated: tuple[str, ...] = (),
 ) -> collections.abc.Callable[..., typing.Any]:
     alive = weakref.ref(environment)
 
@@ -332,7 +339,7 @@ def _compile(
         return function(alive(), **arguments)
 
     program.__name__ = function.__name__.lstrip("_")
-    return jax.jit(program, static_argnames=static_argnames)
+    return jax.jit(program, static_argnames=static_argnames, donate_argnames=donated)
 
 
 def _reset(environment: Environment, key: Key) -> tuple[PyTree, TimeStep]:

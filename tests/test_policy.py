@@ -132,6 +132,7 @@ def test_agents_of_equal_policies_environments_and_decodings_are_equal():
     assert agent == policy.agent(scored)
     colder = dataclasses.replace(card, statistics=dataclasses.replace(card.statistics, reward_scale=2.0))
     others = [policy.agent(colder), policy.agent(card, "sample"), policy.agent("test/mixed")]
+    others.append(policy.agent(card, temperature=2.0))
     assert all(agent.step != other.step for other in others)
 
 

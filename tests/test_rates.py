@@ -55,6 +55,15 @@ def test_our_loop_is_compared_with_each_library_s_own(last_line):
     assert is_rate(result["workers"]["1"]) and is_rate(result["workers"]["2"])
 
 
+def test_acting_is_compared_with_recomputing_and_with_memory(last_line):
+    result = last_line("acting", "--sizes=nano", "--windows=16", "--rows=2,5", "--memory_gb=0.00002")
+    (line,) = result["table"]
+    assert (line["size"], line["window"], line["rows"]) == ("nano", 16, 2), "the larger one is left out"
+    for key in ("acting_to_memory", "cached_to_recompute"):
+        assert is_rate(result[key]) and result[key] == line[key]
+    assert is_rate(result["growth"]) and is_rate(line["decisions_per_s"]) and is_rate(line["latency_ms"])
+
+
 def test_a_comparison_takes_ratios_within_each_round(last_line):
     from benchmarks.timing import Times
 
