@@ -277,6 +277,55 @@ def test_concurrent_processes_lose_nothing(tmp_path):
     assert got == [[*range(15), *range(100, 115)], [*range(200, 215)]]
 
 
+REMOVER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import tiny_datasets
+dataset = tiny_datasets.store.open_dataset(sys.argv[2])
+print(flush=True)
+tiny_datasets.store.remove_group(dataset, tiny_datasets.ID)
+"""
+
+
+def test_a_group_whose_removal_was_killed_is_there_whole_or_not_at_all(tmp_path):
+    rng = random.Random(0)
+    dataset = append(store.create_dataset(tmp_path), "x/other", steps=9)
+    for _ in range(4):
+        for value in range(3):
+            dataset = append(dataset, steps=9, value=value)
+        command = [sys.executable, "-c", REMOVER, str(pathlib.Path(__file__).parent), str(tmp_path)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.02))
+        process.kill()
+        process.wait()
+        dataset = store.open_dataset(tmp_path)
+        assert dataset.ids in {("x/other",), (ID, "x/other")}
+        store.verify_dataset(dataset)
+        if ID in dataset.ids:
+            assert [part.read_leaf("reward")[0, 0] for part in dataset.parts(ID)] == [0, 1, 2]
+            dataset = store.remove_group(dataset, ID)
+
+
+def test_what_is_written_while_a_group_is_removed_is_whole_or_refused():
+    url = memory()
+    append(store.create_dataset(url), value=0)
+
+    def work(number):
+        try:
+            if number % 4:
+                append(store.open_dataset(url), steps=9, value=number)
+            else:
+                store.remove_group(store.open_dataset(url), ID)
+        except store.StoreError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        said = [text for text in pool.map(work, range(24)) if text]
+    assert all("was removed" in text or "has no environment" in text for text in said), said
+    store.verify_dataset(store.open_dataset(url))
+
+
 def test_a_removed_group_leaves_the_others(tmp_path):
     dataset = store.create_dataset(tmp_path)
     for id in ("x/a", "x/a/b", "x/ab"):

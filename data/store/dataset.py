@@ -167,7 +167,7 @@ class Dataset:
         """Where it is: an absolute path or a URL."""
         return self.storage.url
 
-    @property
+    @functools.cached_property
     def ids(self) -> tuple[str, ...]:
         """The ids of the environments, sorted."""
         return tuple(sorted(self.groups))

@@ -84,7 +84,8 @@ def append_part(
     manifest.check_part(card, arrays)
     index = manifest.encode_episodes(id, episodes, *next(iter(arrays.values())).shape[:2])
     _check_is_there(storage)
-    _check_fits_group(storage, read_record(storage, id).group, card, arrays)
+    before = read_record(storage, id).group
+    _check_fits_group(storage, before, card, arrays)
     card_data = json.dumps(card.to_json(), sort_keys=True).encode()
     card_name = manifest.card_name(card_data)
     leaf_records = {
@@ -105,7 +106,7 @@ def append_part(
         def add(group: GroupRecord | None) -> GroupRecord:
             # Again: another writer may have made the group meanwhile.
             _check_fits_group(storage, group, card, arrays)
-            if not claim.stands():
+            if not claim.stands() or (before and not group):
                 raise StoreError(
                     f"{claim.name} of {id} in {storage.url} was removed while it was being written: collect {id} again"
                 )
@@ -154,9 +155,18 @@ def remove_group(dataset: Dataset, id: str) -> Dataset:
 
     removed = _commit(dataset, id, remove)
     # Only what is this group's: the id `a/b/c` has its folder inside that of `a/b`.
-    own = re.compile(re.escape(f"{id}/") + r"(part-\d{5,}/|part-\d{5,}\.claim$|card-[0-9a-f]+\.json$)")
-    for key in {match[0] for match in map(own.match, storage.list(f"{id}/")) if match}:
-        storage.delete(key)
+    own = re.compile(re.escape(f"{id}/") + r"(?:(part-\d{5,})(?:/|\.claim$)|card-[0-9a-f]+\.json$)")
+    left = [match for match in map(own.match, storage.list(f"{id}/")) if match]
+    claims = [_Claim(storage, id, name, _owner()) for name in sorted({match[1] for match in left if match[1]})]
+    # Under a claim: not what another writer is writing or has shown since.
+    taken = [claim for claim in claims if claim.take()]
+    for claim in taken:
+        storage.delete(claim.folder)
+        storage.delete(claim.key)
+    if len(taken) == len(claims) and not _shown_names(storage, id):
+        for match in left:
+            if not match[1]:
+                storage.delete(match[0])
     return removed
 
 
@@ -201,11 +211,15 @@ class _Claim:
         return True
 
 
+def _owner() -> bytes:
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "time_s": time.time(), "token": secrets.token_hex(8)}
+    return json.dumps(owner).encode()
+
+
 @contextlib.contextmanager
 def _claimed(storage: Storage, id: str) -> collections.abc.Iterator[_Claim]:
     """Claims an empty folder for a part while it is written, and empties it again after an error."""
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "time_s": time.time(), "token": secrets.token_hex(8)}
-    content, taken = json.dumps(owner).encode(), _shown_names(storage, id)
+    content, taken = _owner(), _shown_names(storage, id)
     claims = (_Claim(storage, id, f"part-{number:05d}", content) for number in itertools.count(1))
     claim = next(claim for claim in claims if claim.name not in taken and claim.take())
     try:
