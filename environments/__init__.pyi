@@ -1,3 +1,4 @@
+from .catalog.selection import SelectionError as SelectionError
 from .catalog.table import Table as Table
 from .conformance import ConformanceError as ConformanceError
 from .conformance import check_environment as check_environment
@@ -5,6 +6,7 @@ from .isolation.program import Isolation as Isolation
 from .listing import find as find
 from .listing import libraries as libraries
 from .listing import list_ids as list_ids
+from .listing import select as select
 from .listing import spec as spec
 from .registry import UnknownEnvironmentError as UnknownEnvironmentError
 from .registry import make as make

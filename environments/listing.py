@@ -9,7 +9,7 @@ from ldm_jax.environment import LibraryMissingError
 from ldm_jax.types import EnvironmentSpec
 
 from . import registry
-from .catalog import entries
+from .catalog import entries, selection
 from .catalog.table import Table
 from .isolation import groups
 from .registry import UnknownEnvironmentError
@@ -51,7 +51,7 @@ def list_ids(
     ids = []
     for known in [library] if library is not None else registry.adapter_modules():
         if entries.entries(known):
-            ids += [entry.id for entry in entries.select([known], domain=domain, action=action, verified=verified)]
+            ids += [entry.id for entry in _filter([known], domain=domain, action=action, verified=verified)]
         elif library is not None:
             ids += _uncatalogued(known) if domain is action is None and verified is not False else []
         elif domain is action is None and verified is not False:
@@ -92,7 +92,34 @@ def find(
     if library is not None and not entries.entries(library):
         raise registry.unknown_library(library)
     chosen = entries.catalogued() if library is None else [library]
-    return Table(entries.select(chosen, domain=domain, action=action, verified=verified))
+    return Table(_filter(chosen, domain=domain, action=action, verified=verified))
+
+
+def select(query: str = "") -> Table:
+    """Selects environments of the catalog by what is known of them: nothing is imported, installed or built.
+
+    >>> import environments
+    >>> environments.select("library=gymnax domain=bandits limit=2").ids
+    ['gymnax/BernoulliBandit-misc', 'gymnax/GaussianBandit-misc']
+
+    Terms stand with blanks between and all have to hold. `field=value,other` is one of the values, without regard to
+    case, `_` for a blank, patterns as of file names allowed; the fields are id, library, version, task, family, domain,
+    observation and action (the kinds of the spaces), group and verified (`yes`, unless given). `time_limit<=500` and
+    `steps_per_s>=1000` are about numbers.
+
+    `seed` (0) puts all ids into a line. `per_library`, `per_task`, `per_family` and `per_domain` keep so many of each,
+    the first in that line, and `limit` the first of all that are left: a smaller limit is a part of a larger one.
+
+    Args:
+      query: the terms; empty for all that is verified.
+
+    Returns:
+      The entries in the order of the catalog, an immutable sequence.
+
+    Raises:
+      SelectionError: a term cannot be read, or leaves nothing; says which one, and the values that are there.
+    """
+    return Table(selection.parse(query).apply(entries.entries_of(entries.catalogued())))
 
 
 def spec(id: str) -> EnvironmentSpec:
@@ -139,3 +166,9 @@ def spec(id: str) -> EnvironmentSpec:
 def _uncatalogued(library: str) -> list[str]:
     found = registry.candidates(library)
     return [f"{library}/{name}" for name, reason in found.items() if not reason]
+
+
+def _filter(libraries: list[str], **wanted: str | bool | None) -> list[entries.Entry]:
+    asked = {field: value for field, value in wanted.items() if value is not None}
+    found = entries.entries_of(libraries)
+    return [entry for entry in found if all(getattr(entry, field) == value for field, value in asked.items())]

@@ -112,6 +112,36 @@ def make(
     return environment
 
 
+def check_known(id: str) -> None:
+    """Checks that an id is one that `make` would try; what the catalog knows costs no import.
+
+    Raises:
+      UnknownEnvironmentError: no such library or environment, or one that is known not to work.
+      LibraryMissingError: the catalog does not know it, and its library cannot be asked.
+    """
+    library, name = split(id)
+    known = entries.entries(library)
+    if name not in known or not known[name].verified:
+        _check_known(library, name, _adapter(library))
+
+
+def unbuilt_group(library: str) -> str:
+    """The group whose interpreter a library needs and that is not built yet; empty where nothing is to be built."""
+    isolated = groups.isolated_libraries()
+    return isolated[library].venv.name if library in isolated and not isolated[library].is_built else ""
+
+
+def build_group(library: str) -> None:
+    """Builds the interpreter that a library runs in, if it is not there.
+
+    Raises:
+      LibraryMissingError: it cannot be built; says what is missing.
+    """
+    from .isolation.program import Isolation
+
+    groups.isolated_libraries()[library].prepare("", Isolation())
+
+
 def make_candidate(id: str) -> Environment:
     """Makes one environment by an id that need not work, whatever the catalog says; faults are not survived.
 
@@ -168,7 +198,7 @@ def split(id: str) -> tuple[str, str]:
     library, slash, name = id.partition("/") if isinstance(id, str) else ("", "", "")
     if slash:
         return library, name
-    full = {entry.name: entry.id for entry in entries.select(entries.catalogued(), verified=True)}
+    full = {entry.name: entry.id for entry in entries.entries_of(entries.catalogued()) if entry.verified}
     near = [full[name] for name in _near(str(id), full)]
     raise UnknownEnvironmentError(f"got the environment id {id!r}, expected `library/name`{_or(near)}")
 

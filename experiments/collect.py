@@ -1,25 +1,33 @@
 """Collects labelled trajectories of every admitted environment: `python -m experiments.collect --workdir=runs/mine`.
 
 Writes one group per environment to `dataset/`, whole or not at all. Killed and started again, it collects only what is
-missing; a group whose reference has changed since is collected anew. One that fails does not stop the others.
+missing; a group whose reference has changed since is collected anew. One that fails, crashes or hangs does not stop the
+others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import typing
 
 import environments as registry
 from data import collect
 from data.references import ScoredReference, load_reference
-from data.store import Dataset, StoreError, append_part, create_dataset, remove_group
+from data.references.pipeline import opened
+from data.store import Dataset, StoreError, append_part, create_dataset, open_dataset, remove_group
 from experiments.harness import progress
+from experiments.harness.building import build_all
+from experiments.harness.dry_run import TO_DO, Planned
+from experiments.harness.engine import Limits, run_units, workers_for
+from experiments.harness.ids import spec_of
+from experiments.harness.outcomes import in_one_line, read_outcome
 from experiments.harness.stage import UnitsFailedError, stage
-from experiments.harness.workdir import listed, pin_config, seed_of
+from experiments.harness.workdir import FREE, listed, pin_config, seed_of
 from ldm_jax.cards import EnvironmentCard
-from ldm_jax.errors import LdmError
+from ldm_jax.errors import ConfigError, LdmError, check_finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +37,57 @@ class CollectStageConfig:
     Attributes:
       seed: seed of all episodes and all noise.
       data: how much is collected of each environment.
+      workers: processes, each with one environment at a time; the data do not depend on it. 0 is for this process, in
+        which a crash of one environment ends all.
+      unit_seconds: that one environment may take; 0 for any number. It has failed then, and the others go on.
+      unit_memory_gb: that its process may hold; 0 for any amount.
     """
 
     seed: int = 0
     data: collect.CollectConfig = dataclasses.field(default_factory=collect.CollectConfig)
+    workers: int = dataclasses.field(default=2, metadata={FREE: True})
+    unit_seconds: float = dataclasses.field(default=0.0, metadata={FREE: True})
+    unit_memory_gb: float = dataclasses.field(default=0.0, metadata={FREE: True})
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        for name in ("workers", "unit_seconds", "unit_memory_gb"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 0")
+
+    @property
+    def limits(self) -> Limits:
+        """Of each environment."""
+        return Limits(self.unit_seconds, self.unit_memory_gb)
 
 
-@stage("collect")
+def _listed(workdir: pathlib.Path) -> tuple[str, ...]:
+    return listed(workdir / "references")
+
+
+def foresee(config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> list[Planned]:
+    """What would be done, told without reading what was collected."""
+    try:
+        there = frozenset(open_dataset(workdir / "dataset").ids)
+    except StoreError:
+        there = frozenset()
+    planned = []
+    for id in environments or _listed(workdir):
+        found = read_outcome(workdir / "references" / id)
+        if id in there:
+            planned.append(Planned(id, "collected"))
+        elif found and found.verdict != "admitted":
+            planned.append(Planned(id, found.verdict))
+        else:
+            try:
+                streams = collect.affordable_streams(spec_of(id), config.data)
+                planned.append(Planned(id, TO_DO, streams * config.data.steps))
+            except LdmError as error:
+                planned.append(Planned(id, in_one_line(error)))
+    return planned
+
+
+@stage("collect", among=_listed, plan=foresee)
 def run(config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> None:
     """Collects in every environment whose reference was admitted.
 
@@ -50,46 +102,60 @@ def run(config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[s
       StoreError: its `dataset/` is not one, or cannot be written.
       UnitsFailedError: some environments failed; the others are collected.
     """
-    plan = _plan(config, workdir, environments)
+    todo = _examine(config, workdir, environments)
     pin_config(workdir, "collect", config, owns=("dataset",))
     dataset = create_dataset(workdir / "dataset")
-    missing = [id for id in plan.steps if not _is_done(dataset, _load(workdir, id))]
-    total = sum(plan.steps[id] for id in missing)
-    with progress.bar("collect", total, "step") as advance:
-        for id in missing:
-            try:
-                dataset = _collect(config, dataset, _load(workdir, id), advance)
-            except StoreError:
-                raise  # the next one would fail, too
-            except LdmError as error:
-                progress.log("failed", id=id, reason=error)
-                plan.failed[id] = str(error)
-    if plan.failed:
-        raise UnitsFailedError(plan.failed)
+    units = [unit for unit in todo.units if not _is_done(dataset, _load(workdir, unit.id))]
+    workers = workers_for(len(environments or todo.units), config.workers, config.limits)
+    for id, outcome in build_all((unit.id for unit in units), workers).items():
+        todo.fail(id, outcome.reason)
+    units = [unit for unit in units if unit.id not in todo.failed]
+    collect_one = functools.partial(_collect, config, workdir)
+    with progress.bar("collect", sum(unit.steps for unit in units), "step") as advance:
+        working = run_units(units, collect_one, workers=workers, limits=config.limits, advance=advance)
+        with contextlib.closing(working):
+            for id, result, _, reason in ((each.unit.id, *each[1:]) for each in working):
+                if isinstance(result, dict):
+                    progress.log("collected", id=id, **result)
+                else:
+                    todo.fail(id, result or reason)
+    if todo.failed:
+        raise UnitsFailedError(todo.failed)
 
 
-class _Plan(typing.NamedTuple):
-    """What is known before: the steps to collect, by id, and why there are none of others."""
+class CollectUnit(typing.NamedTuple):
+    """One environment to collect, and the steps that it will take."""
 
-    steps: dict[str, int]
+    id: str
+    steps: int
+
+
+class _ToDo(typing.NamedTuple):
+    """What is known before: what is to be collected, and why nothing is of others."""
+
+    units: list[CollectUnit]
     failed: dict[str, str]
 
+    def fail(self, id: str, reason: str) -> None:
+        self.failed[id] = reason
+        progress.log("failed", id=id, reason=reason)
 
-def _plan(config: CollectStageConfig, workdir: pathlib.Path, named: tuple[str, ...]) -> _Plan:
-    plan = _Plan({}, {})
+
+def _examine(config: CollectStageConfig, workdir: pathlib.Path, named: tuple[str, ...]) -> _ToDo:
+    found = _ToDo([], {})
     for id in named:
         _load(workdir, id)  # who names an id wants to know first
-    for id in named or listed(workdir / "references"):
+    for id in named or _listed(workdir):
         try:
             scored = _load(workdir, id)
             if scored.admission.admitted:
-                plan.steps[id] = collect.affordable_streams(scored.policy.spec, config.data) * config.data.steps
+                streams = collect.affordable_streams(scored.policy.spec, config.data)
+                found.units.append(CollectUnit(id, streams * config.data.steps))
             else:
                 progress.log("refused", id=id, reason=scored.admission.reason)
         except LdmError as error:
-            progress.log("failed", id=id, reason=error)
-            plan.failed[id] = str(error)
-    return plan
+            found.fail(id, in_one_line(error))
+    return found
 
 
 def _load(workdir: pathlib.Path, id: str) -> ScoredReference:
@@ -104,39 +170,44 @@ def _is_done(dataset: Dataset, scored: ScoredReference) -> bool:
 
 
 def _collect(
-    config: CollectStageConfig,
-    dataset: Dataset,
-    scored: ScoredReference,
-    advance: progress.Advance,
-) -> Dataset:
-    id, clock = scored.policy.spec.id, progress.clock()
-    streams = collect.affordable_streams(scored.policy.spec, config.data)
-    with contextlib.closing(registry.make(id, streams)) as environment:
-        seed = seed_of(config.seed, "collect", id)
-        collected = collect.collect(environment, scored.policy, seed, config.data, advance)
-    card = EnvironmentCard.of(
-        environment.spec,
-        statistics=collected.statistics,
-        random_returns=scored.random_returns,
-        reference_returns=scored.reference_returns,
-        reference=scored.policy.reference,
-    )
-    if id in dataset.ids:
-        dataset = remove_group(dataset, id)
-    dataset = append_part(dataset, card, collected.leaves, collected.episodes)
-    progress.log(
-        "collected",
-        id=id,
-        streams=streams,
-        steps=collected.statistics.steps,
-        episodes=len(collected.episodes.start),
-        random=collected.random,
-        agreement=collected.agreement,
-        outside=collected.statistics.outside,
-        megabytes=sum(value.nbytes for value in collected.leaves.values()) / 1e6,
-        seconds=clock(),
-    )
-    return dataset
+    config: CollectStageConfig, workdir: pathlib.Path, unit: CollectUnit, advance: progress.Advance
+) -> dict[str, typing.Any] | str:
+    """Collects and stores; returns what the log says of it, or the reason why the environment failed."""
+    clock = progress.clock()
+    try:
+        scored = _load(workdir, unit.id)
+        streams = collect.affordable_streams(scored.policy.spec, config.data)
+        with opened(registry.make, unit.id, streams) as environment:
+            seed = seed_of(config.seed, "collect", unit.id)
+            collected = collect.collect(environment, scored.policy, seed, config.data, advance)
+        card = EnvironmentCard.of(
+            environment.spec,
+            statistics=collected.statistics,
+            random_returns=scored.random_returns,
+            reference_returns=scored.reference_returns,
+            reference=scored.policy.reference,
+        )
+    except (Exception, SystemExit) as error:
+        return in_one_line(error)
+    dataset = open_dataset(workdir / "dataset")  # what goes wrong with it would go wrong with the next one, too
+    if unit.id in dataset.ids:
+        dataset = remove_group(dataset, unit.id)
+    try:
+        append_part(dataset, card, collected.leaves, collected.episodes)
+    except StoreError:
+        raise
+    except LdmError as error:
+        return in_one_line(error)
+    return {
+        "streams": streams,
+        "steps": collected.statistics.steps,
+        "episodes": len(collected.episodes.start),
+        "random": collected.random,
+        "agreement": collected.agreement,
+        "outside": collected.statistics.outside,
+        "megabytes": sum(value.nbytes for value in collected.leaves.values()) / 1e6,
+        "seconds": clock(),
+    }
 
 
 if __name__ == "__main__":

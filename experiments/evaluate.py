@@ -62,7 +62,7 @@ class EvaluateConfig:
                 raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, expected at least {least}")
 
 
-@stage("evaluate")
+@stage("evaluate", among=lambda workdir: listed(workdir / "references"))
 def run(
     config: EvaluateConfig,
     workdir: pathlib.Path,
@@ -117,7 +117,7 @@ def _measurement(policy: policies.Policy, workdir: pathlib.Path, id: str, missin
     """What is known of an environment before the policy acts in it; `missing` says why it will not."""
     unknown = scores.Measurement(id, "unknown", None, None, None, PUBLIC_TARGETS.get(id), missing)
     directory = workdir / "references" / id
-    if missing and not directory.exists():
+    if missing and not (directory / "reference.json").exists():
         return unknown
     try:
         scored = load_reference(directory)

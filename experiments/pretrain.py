@@ -27,7 +27,7 @@ from ldm_jax.model.config import SIZES
 from ldm_jax.training.checkpoints import Checkpoints
 
 
-@stage("pretrain")
+@stage("pretrain", among=lambda workdir: open_dataset(workdir / "dataset").ids)
 def run(
     config: PretrainConfig, workdir: pathlib.Path, environments: tuple[str, ...] = (), data: pathlib.Path | None = None
 ) -> None:

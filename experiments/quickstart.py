@@ -15,6 +15,7 @@ import typing
 from data import collect as collecting
 from experiments import collect, evaluate, pretrain, references
 from experiments.harness import progress
+from experiments.harness.dry_run import TO_DO, Planned
 from experiments.harness.ids import find_unfit, parse_ids
 from experiments.harness.mesh import make_mesh
 from experiments.harness.stage import UnitsFailedError, stage
@@ -72,7 +73,21 @@ SMOKE = QuickstartConfig(
 """Small enough for a test: it shows that all parts fit, not what they can do."""
 
 
-@stage("quickstart")
+def foresee(config: QuickstartConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> list[Planned]:
+    """What references and collection would do: they take most of the steps."""
+    ids = environments or parse_ids(config.environments)
+    trained = references.foresee(config.references, workdir, ids)
+    collected = collect.foresee(config.collect, workdir, ids)
+    planned = []
+    for first, second in zip(trained, collected, strict=True):
+        if first.state == TO_DO:
+            planned.append(first._replace(steps=first.steps + second.steps))
+        else:
+            planned.append(second if first.state == "admitted" else first)
+    return planned
+
+
+@stage("quickstart", plan=foresee, retries=True)
 def run(config: QuickstartConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
     """Runs all stages.
 

@@ -7,34 +7,23 @@ down at once: killed and started again, it tries only what is missing. At the en
 from __future__ import annotations
 
 import collections.abc
-import concurrent.futures
 import contextlib
-import multiprocessing.connection
+import functools
 import os
 import pathlib
-import signal
 import sys
-import threading
 
-import jax
 from absl import app, flags
 
 from environments import registry
 from environments.catalog import entries
 from environments.isolation import groups, venvs
 from environments.verification import STEPS, entry, name_anew, verify_id
-from experiments.harness import processes, progress, signals
+from experiments.harness import progress, signals
+from experiments.harness.engine import OUT_OF_TIME, Finished, Limits, run_units
 from experiments.report import catalog_page
 from ldm_jax import files
-from ldm_jax.environment import LibraryMissingError
 from ldm_jax.errors import LdmError
-
-_CHUNK = 64  # ids that share a process, and so the imports
-_CLEAR = 16  # ids after which a process forgets what it has compiled
-_START_S = 300.0  # for a process to import its library; or to build its interpreter
-
-Todo = dict[str, str]
-"""Ids to look at, each with the reason why it is not even tried, or nothing."""
 
 
 def verify_library(
@@ -70,29 +59,19 @@ def verify_library(
         if known.version == version and candidates.get(known.id) in ("", known.reason)
     }
     todo = {id: reason for id, reason in candidates.items() if id not in found}
-    lock = threading.Lock()
     with (
         journal.open("a", encoding="utf-8") as file,
         progress.bar(library, len(candidates), "id", done=len(found)) as advance,
-        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        contextlib.closing(
+            run_units(todo, functools.partial(_try, todo), workers=workers, limits=Limits(timeout_s))
+        ) as working,
     ):
-
-        def write_down(line: entries.Entry) -> None:
-            with lock:
-                file.write(line.to_line() + "\n")
-                file.flush()
-                found[line.id] = line
-                advance(1)
-
-        ids = list(todo)
-        size = max(1, min(_CHUNK, -(-len(ids) // workers)))
-        chunks = [{id: todo[id] for id in ids[i : i + size]} for i in range(0, len(ids), size)]
-        attended = [pool.submit(_attend, chunk, timeout_s, write_down) for chunk in chunks]
-        try:
-            for future in concurrent.futures.as_completed(attended):
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for each in working:
+            line = each.result or entry(each.unit, reason=_reason(each, timeout_s))
+            file.write(line.to_line() + "\n")
+            file.flush()
+            found[line.id] = line
+            advance(1)
     entries.write_entries(path, found.values())
     journal.unlink()
     return list(found.values())
@@ -107,45 +86,17 @@ def _read_journal(path: pathlib.Path) -> list[entries.Entry]:
     return entries.read_entries(path)
 
 
-def _attend(todo: Todo, timeout_s: float, write_down: collections.abc.Callable[[entries.Entry], None]) -> None:
-    """Lets processes try a few ids, a new one whenever one has crashed or hangs; that is then the id's reason."""
-    todo = dict(todo)
-    while todo:
-        current, reason = "", ""
-        with processes.child(_try_all, todo) as (process, receiver):
-            try:
-                while todo:
-                    if not receiver.poll(timeout_s if current else _START_S):
-                        reason = f"it does not reset and step {STEPS} times within {timeout_s:g} s"
-                        break
-                    message = receiver.recv()
-                    if isinstance(message, str):
-                        current = message
-                    else:
-                        write_down(message)
-                        del todo[message.id]
-                        current = ""
-            except EOFError:
-                process.join(timeout=10)
-                code = process.exitcode or 0
-                how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-                reason = f"it ends its process {how}"
-        if todo and not current:
-            raise LibraryMissingError(f"{next(iter(todo))} was not begun: its process failed first; {reason}")
-        if todo:
-            write_down(entry(current, reason=reason))
-            del todo[current]
+def _reason(ended: Finished[str, entries.Entry], timeout_s: float) -> str:
+    if ended.cause == OUT_OF_TIME:
+        return f"it does not reset and step {STEPS} times within {timeout_s:g} s"
+    return ended.reason
 
 
-def _try_all(todo: Todo, sender: multiprocessing.connection.Connection) -> None:
+def _try(reasons: collections.abc.Mapping[str, str], id: str, advance: progress.Advance) -> entries.Entry:
     with open(os.devnull, "w") as nowhere:  # what libraries say must not tear the progress bar
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
-    for i, (id, reason) in enumerate(todo.items()):
-        sender.send(id)
-        sender.send(entry(id, reason=reason) if reason else verify_id(id))
-        if i % _CLEAR == _CLEAR - 1:
-            jax.clear_caches()
+    return entry(id, reason=reasons[id]) if reasons[id] else verify_id(id)
 
 
 def show(folder: pathlib.Path, page: str) -> None:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import datetime
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -15,9 +16,11 @@ import sys
 import textwrap
 import time
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import environments
 import ldm_jax
@@ -142,6 +145,7 @@ def test_questions_are_answered_without_importing_or_building_anything(tmp_path)
                 assert sorted(ids(**question, verified=verified)) == sorted(expected(**question, verified=verified))
             assert len(ids(**question)) > 0
         assert sorted(ids(verified=None)) == sorted(expected())
+        assert len(environments.select("per_family=1 limit=500")) == 500
         foreign = {"gymnax", "envpool", "jumanji", "pgx", "navix", "brax", "craftax", "mujoco"} & set(sys.modules)
         assert not foreign, foreign
     """
@@ -156,6 +160,65 @@ def test_no_domain_or_kind_of_action_is_lost_among_the_answers():
         assert len(environments.list_ids(domain=domain)) == count
     for action, count in collections.Counter(line.action for line in WORKS).items():
         assert len(environments.list_ids(action=action)) == count
+
+
+def select(query):
+    return environments.select(query).ids
+
+
+def test_terms_all_hold_and_values_are_one_or_the_other_whatever_their_case():
+    for library, domain in itertools.product(("nasim", "pgx", "jumanji"), ("cybersecurity", "board games", "games")):
+        wanted = [line.id for line in WORKS if line.library == library and line.domain == domain]
+        if wanted:
+            assert select(f"library={library} domain={domain.upper().replace(' ', '_')}") == wanted
+    assert select("library=nasim,pgx") == [line.id for line in WORKS if line.library in ("nasim", "pgx")]
+    assert select("id=gymnax/C* action=Discrete") == [
+        line.id for line in WORKS if line.id.startswith("gymnax/C") and line.action == "Discrete"
+    ]
+    fast = [line.id for line in WORKS if line.steps_per_s >= 5000 and line.time_limit <= 200]
+    assert select("steps_per_s>=5e3 time_limit<=200") == fast and fast
+    assert select("verified=no library=envpool") == [line.id for line in FAILS if line.library == "envpool"]
+    assert select("") == [line.id for line in LINES if line.verified]
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(st.integers(1, 3), st.integers(1, 60), st.integers(0, 5), st.sampled_from(["family", "library"]))
+def test_a_draw_is_the_same_each_time_and_a_smaller_one_is_part_of_a_larger_one(per, limit, seed, field):
+    base = f"library=gymnax,minigrid,jumanji seed={seed}"
+    whole, capped = select(base), select(f"{base} per_{field}={per}")
+    drawn, more = (select(f"{base} per_{field}={per} limit={n}") for n in (limit, limit + 7))
+    assert drawn == select(f"{base} limit={limit} per_{field}={per}"), "the order of the terms does not matter"
+    assert [id for id in whole if id in {*drawn}] == drawn and {*drawn} <= {*more} <= {*capped} <= {*whole}
+    assert len(drawn) == min(limit, len(capped))
+    values = {line.id: getattr(line, field) for line in WORKS}
+    available, counts = (collections.Counter(values[id] for id in ids) for ids in (whole, capped))
+    assert counts == {value: min(per, count) for value, count in available.items()}
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("libary=nasim", "no field 'libary'.*did you mean library"),
+        ("library=nasm", "library=nasm leaves none of .*did you mean nasim"),
+        ("library=pgx,nasm", "library=nasm leaves none"),
+        ("domain=board_game", "did you mean board games"),
+        (
+            "library=nasim domain=memory",
+            "domain=memory leaves none of the 144 .*=nasim: domain is cybersecurity",
+        ),
+        ("library=nasim time_limit<=1", r"time_limit<=1 leaves none of the 144 .*: time_limit is \d+ to \d+ there"),
+        ("library", "got 'library' in the selection, expected field=value"),
+        ("library=", "expected field=value"),
+        ("library>=nasim", "only time_limit and steps_per_s are numbers"),
+        ("time_limit=long", "time_limit is 'long' in the selection, expected a number"),
+        ("limit=0", "limit=0' in the selection, expected a positive whole number"),
+        ("per_family=1.5", "expected a positive whole number"),
+        ("domain='board games", "cannot be read"),
+    ],
+)
+def test_a_selection_that_cannot_be_meant_names_what_is_near(query, words):
+    with pytest.raises(environments.SelectionError, match=words):
+        environments.select(query)
 
 
 def test_ids_that_do_not_work_are_refused_with_the_reason_of_the_catalog():

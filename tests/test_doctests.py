@@ -11,6 +11,7 @@ EXAMPLES = (
     "environments.libraries",
     "environments.list_ids",
     "environments.make",
+    "environments.select",
     "environments.spec",
     "ldm_jax.load",
     "ldm_jax.make_model",

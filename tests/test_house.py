@@ -22,7 +22,7 @@ ONE_INTERFACE = {
     # what a reference's algorithm is
     **dict.fromkeys(("settle", "train", "agent", "example"), ("data/references/*",)),
     # what a script is
-    **dict.fromkeys(("run", "main", "launch"), ("experiments/*",)),
+    **dict.fromkeys(("run", "main", "launch", "foresee"), ("experiments/*",)),
 }
 
 

@@ -41,8 +41,8 @@ from ldm_jax.training.optimizer import TrainingConfig
 IDS = ("envpool/CliffWalking-v1", "envpool/FrozenLake-v1")
 LISTED = ",".join(IDS)
 STAGES = {
-    "references": (references, references.ReferencesConfig(budget=0.2, num_envs=32, episodes=2, workers=1)),
-    "collect": (collect, collect.CollectStageConfig(data=CollectConfig(streams=16, steps=128))),
+    "references": (references, references.ReferencesConfig(budget=0.2, num_envs=32, episodes=2, workers=0)),
+    "collect": (collect, collect.CollectStageConfig(data=CollectConfig(streams=16, steps=128), workers=0)),
     "pretrain": (
         pretrain,
         pretrain.PretrainConfig(
@@ -112,12 +112,23 @@ WRONG = [
     ("references", [], "no environment was named"),
     ("references", ["--environments=gymnax/Catch-bsuite, gymnax/Catch-bsuite"], "twice"),
     ("references", [f"--environments={LISTED},envpool/CliffWalkin-v1"], "envpool/CliffWalking-v1"),
+    ("references", ["--environments=gymnax/Catsh*"], "gymnax/Catch-bsuite"),
+    ("references", ["--environments=@/nowhere/ids.txt"], "cannot read the list of environments"),
+    ("references", ["--select=library=gymnacks"], "did you mean gymnax"),
+    ("references", ["--select=libary=gymnax"], "did you mean library"),
+    ("references", ["--select=library=gymnax domain=health"], "domain=health leaves none of the"),
+    ("references", ["--select=library=gymnax per_family=none"], "per_family=none"),
+    ("references", [f"--environments={LISTED}", "--config.unit_seconds=-1"], "unit_seconds is -1"),
     ("references", [f"--environments={LISTED}", "--config.budget=nan"], "budget is nan"),
     ("references", [f"--environments={LISTED}", "--config.budget=inf"], "budget is inf"),
     ("references", [f"--environments={LISTED}", "--config.num_envs=0"], "num_envs is 0"),
     ("references", [f"--environments={LISTED}", "--config.seed=2.5"], "seed"),
     ("collect", [f"--environments={LISTED},{IDS[0]}"], "twice"),
     ("collect", [f"--environments={LISTED},envpool/CliffWalkin-v1"], "envpool/CliffWalkin"),
+    ("collect", ["--select=library=gymnax"], "that --select='library=gymnax' selects is there"),
+    ("collect", ["--environments=gymnax/*"], "none of 2 environments matches 'gymnax/*'"),
+    ("collect", ["--retry=failed"], "always tries again"),
+    ("collect", ["--config.workers=-1"], "workers is -1"),
     ("collect", ["--config.data.streams=1"], "streams is 1"),
     ("collect", ["--config.data.steps=0"], "steps is 0"),
     ("collect", ["--config.dta.steps=0"], "dta"),
@@ -352,6 +363,20 @@ def test_one_reference_that_is_damaged_does_not_stop_the_collection_of_the_other
     code = run("collect", workdir)
     assert isinstance(code, str) and IDS[0] in code and IDS[1] not in code and "the others are done" in code
     assert open_dataset(workdir / "dataset").ids == IDS[1:]
+
+
+def test_processes_collect_the_same_data_and_one_that_takes_too_much_is_a_failure(workdir):
+    remove(workdir, "dataset")
+    arguments = ["--select=library=envpool", "--config.workers=2"]
+    code = run("collect", workdir, *arguments, "--config.unit_memory_gb=0.001")
+    assert isinstance(code, str) and code.startswith("error: 2 failed") and "more than 0.001 GB" in code
+    assert open_dataset(workdir / "dataset").ids == ()
+    assert not run("collect", workdir, *arguments)
+    alone = workdir.parent / "alone"
+    shutil.copytree(workdir / "references", alone / "references")
+    collect.run(STAGES["collect"][1], alone)
+    found, wanted = ({k: v for k, v in files(each / "dataset").items() if "part-" in k} for each in (workdir, alone))
+    assert found == wanted and len(found) > 20
 
 
 def test_no_library_moves_results_by_changing_the_directory(finished, tmp_path, monkeypatch):

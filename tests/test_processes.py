@@ -1,7 +1,9 @@
-"""Processes of scripts: they answer, and none outlives the one that started it, however that one ends."""
+"""Processes of scripts: each unit answers for itself, and none outlives the one that started it."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import pathlib
 import signal
@@ -12,23 +14,42 @@ import time
 import pytest
 
 from experiments.harness import processes
+from experiments.harness.engine import DIED, OUT_OF_MEMORY, OUT_OF_TIME, Limits, run_units
 
 
-def _answer(value, sender):
-    sender.send((value, os.getpid()))
+def _answer(value, connection):
+    connection.send((value, os.getpid()))
 
 
-def _sleep(sender):
-    sender.send(os.getpid())
+def _sleep(connection):
+    connection.send(os.getpid())
     time.sleep(60)
 
 
-def _nothing(*args):
-    pass
+def _work(folder, unit, advance):
+    """A unit that does what its name says, and leaves a file with its process."""
+    (folder / str(unit)).write_text(str(os.getpid()))
+    advance(3)
+    match unit:
+        case "exits":
+            os._exit(7)
+        case "gives up":
+            sys.exit(3)
+        case "crashes":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "hangs":
+            time.sleep(600)
+        case "leaks":
+            held = []
+            while len(held) < 4000:
+                held.append(bytearray(os.urandom(4)) * (1 << 20))
+        case "raises":
+            raise OSError(28, "no space left")
+    return f"{unit}: done"
 
 
-def _put_and_sleep(queue):
-    queue.put(os.getpid())
+def _work_in(folder, units, **options):
+    return [*run_units(units, functools.partial(_work, folder), **options)]
 
 
 def _is_alive(pid):
@@ -46,11 +67,11 @@ def _await_end(pid, timeout_s=10.0):
 
 
 def test_a_child_answers_from_a_process_of_its_own_and_then_the_pipe_ends():
-    with processes.child(_answer, {"a": 1}) as (process, receiver):
-        value, pid = receiver.recv()
+    with processes.child(_answer, {"a": 1}) as (process, connection):
+        value, pid = connection.recv()
         assert value == {"a": 1} and pid == process.pid != os.getpid()
         with pytest.raises(EOFError):
-            receiver.recv()
+            connection.recv()
 
 
 def test_a_child_is_killed_when_the_block_ends():
@@ -59,45 +80,92 @@ def test_a_child_is_killed_when_the_block_ends():
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_an_error_ends_the_pool_at_once():
-    queue = processes.make_queue()
-    begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), processes.pool(1, _put_and_sleep, queue) as pool:
-        for _ in range(3):
-            pool.submit(time.sleep, 60)
-        pid = queue.get()
-        raise KeyboardInterrupt
-    _await_end(pid)
-    assert time.monotonic() - begun < 30
+def test_a_unit_that_ends_its_process_hangs_or_leaks_costs_nothing_but_itself(tmp_path):
+    units = ["a", "exits", "b", "gives up", "crashes", "hangs", "c", "leaks", "d"]
+    steps = []
+    limits = Limits(seconds=4, memory_gb=1.5)
+    found = {each.unit: each for each in _work_in(tmp_path, units, workers=2, limits=limits, advance=steps.append)}
+    assert {*found} == {*units} and len(found) == len(units)
+    for unit in "abcd":
+        assert found[unit].result == f"{unit}: done" and not found[unit].cause
+    for unit, cause, words in [
+        ("exits", DIED, "with status 7"),
+        ("gives up", DIED, "with status 3"),
+        ("crashes", DIED, "by SIGSEGV"),
+        ("hangs", OUT_OF_TIME, "more than 4 s"),
+        ("leaks", OUT_OF_MEMORY, "more than 1.5 GB"),
+    ]:
+        assert found[unit].result is None and found[unit].cause == cause and words in found[unit].reason
+    assert sum(steps) >= 3 * 4, "of those that have ended well, every step is told"
+    for unit in units:
+        assert not _is_alive(int((tmp_path / unit).read_text()))
 
 
-def test_what_was_submitted_is_waited_for():
-    with processes.pool(2, _nothing) as pool:
-        futures = [pool.submit(pow, 2, n) for n in range(5)]
-    assert [future.result(0) for future in futures] == [1, 2, 4, 8, 16]
+def test_one_process_works_on_many_units_and_is_replaced_before_it_is_worn(tmp_path):
+    units = [*range(36)]
+    assert [each.unit for each in _work_in(tmp_path, units, workers=1)] == units
+    pids = [(tmp_path / str(unit)).read_text() for unit in units]
+    assert len({*pids}) == 2 and pids == sorted(pids, key=pids.index) and str(os.getpid()) not in pids
 
 
-@pytest.mark.parametrize("kind", ["child", "pool"])
+def test_what_a_unit_raises_ends_everything_with_its_traceback(tmp_path):
+    with pytest.raises(OSError, match="no space left") as caught:
+        _work_in(tmp_path, ["hangs", "raises", "a"], workers=2)
+    assert caught.value.errno == 28 and "in _work" in "".join(caught.value.__notes__)
+    assert not (tmp_path / "a").exists()
+    if (tmp_path / "hangs").exists():
+        _await_end(int((tmp_path / "hangs").read_text()))
+
+
+def test_units_are_ended_with_whoever_waits_for_them(tmp_path):
+    working = run_units(["hangs", "a"], functools.partial(_work, tmp_path), workers=2)
+    with contextlib.closing(working):
+        assert next(working).unit == "a"
+        while not (tmp_path / "hangs").exists():
+            time.sleep(0.05)
+    _await_end(int((tmp_path / "hangs").read_text()))
+
+
+def test_without_processes_units_run_here_in_their_order(tmp_path):
+    assert [each.result for each in _work_in(tmp_path, ["a", "b"], workers=0)] == ["a: done", "b: done"]
+    assert (tmp_path / "a").read_text() == str(os.getpid())
+
+
+@pytest.mark.parametrize("kind", ["child", "units"])
 def test_processes_die_with_the_one_that_was_killed(kind, tmp_path):
     block = {
-        "child": "processes.child(test_processes._sleep) as (_, receiver): print(receiver.recv(), flush=True)",
-        "pool": "processes.pool(1, test_processes._put_and_sleep, queue) as pool: print(queue.get(), flush=True)",
+        "child": "with processes.child(test_processes._sleep) as (_, connection): connection.recv(); time.sleep(60)",
+        "units": "[*engine.run_units(['hangs'], functools.partial(test_processes._work, folder), workers=1)]",
     }[kind]
-    if kind == "pool":
-        block = block.replace(": ", ": pool.submit(time.sleep, 60); ", 1)
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys, time\n"
+        "import functools, pathlib, sys, time\n"
         f"sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
-        "import test_processes\nfrom experiments.harness import processes\n"
+        "import test_processes\nfrom experiments.harness import engine, processes\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
         "if __name__ == '__main__':\n"
-        "    queue = processes.make_queue()\n"
-        f"    with {block}; time.sleep(60)\n"
+        f"    {block}\n"
     )
-    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True) as parent:
-        pid = parent.stdout.readline().strip()
-        os.kill(int(pid), signal.SIGINT)  # Ctrl-C, which a terminal sends to all
+    with subprocess.Popen([sys.executable, str(program)]) as parent:
+        pid = _await_child(parent.pid)
+        os.kill(pid, signal.SIGINT)  # Ctrl-C, which a terminal sends to all
         time.sleep(0.5)
         assert _is_alive(pid)
         parent.kill()
     _await_end(pid)
+
+
+def _await_child(pid, timeout_s=60.0):
+    """The process that a process has started and that ignores SIGINT by now."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            status = pathlib.Path(f"/proc/{child}/status").read_text()
+            ignored = next(line for line in status.splitlines() if line.startswith("SigIgn")).split()[1]
+            if (
+                int(ignored, 16) & 1 << (signal.SIGINT - 1)
+                and b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes()
+            ):
+                return int(child)
+        time.sleep(0.05)
+    raise AssertionError("it has started nothing")

@@ -2,21 +2,27 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
 
+import environments
 from experiments import references
+from experiments.harness.ids import Choice
+from experiments.harness.outcomes import UnitOutcome
 from experiments.harness.stage import UnitsFailedError
 from experiments.harness.workdir import WorkdirError
 from ldm_jax.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*failed to close")  # what Unclosable is there for
-CONFIG = references.ReferencesConfig(budget=0.002, num_envs=4, episodes=1, workers=1)
+CONFIG = references.ReferencesConfig(budget=0.002, num_envs=4, episodes=1, workers=0)
 
 
 class Plain(gym.Env):
@@ -61,9 +67,20 @@ class Dying(Plain):
         os._exit(7)
 
 
-ODD = (Unclosable, Unmakable, Wide, Leaving, Endless, Dying)
+class Hanging(Plain):
+    def step(self, action):
+        time.sleep(600)
+
+
+ODD = (Unclosable, Unmakable, Wide, Leaving, Endless, Dying, Hanging)
 for kind in (Plain, *ODD):
     gym.register(f"{kind.__name__}-v7", kind, max_episode_steps=5)
+for number in range(4):
+    gym.register(f"Plain{number}-v7", Plain, max_episode_steps=5)
+
+
+def outcome_of(workdir, id):
+    return UnitOutcome(**json.loads((workdir / "references" / id / "outcome.json").read_text()))
 
 
 def run(workdir, *names, config=CONFIG):
@@ -73,8 +90,7 @@ def run(workdir, *names, config=CONFIG):
         references.run(config, workdir, tuple(f"gymnasium/{name}-v7" for name in names))
     except UnitsFailedError as caught:
         error = caught
-    written = json.loads((workdir / "references" / "outcomes.json").read_text())
-    outcomes = {name: references.ReferenceOutcome(**written[f"gymnasium/{name}-v7"]) for name in names}
+    outcomes = {name: outcome_of(workdir, f"gymnasium/{name}-v7") for name in names}
     failed = {f"gymnasium/{name}-v7": x.reason for name, x in outcomes.items() if x.verdict == "failed"}
     assert failed == (error.reasons if error else {})
     return outcomes
@@ -114,28 +130,132 @@ def test_a_damaged_reference_is_said_and_left(tmp_path):
     assert saved.read_text() == "{"
 
 
-def test_a_process_that_dies_is_the_failure_of_one_environment(tmp_path):
-    # In processes of their own, which know the ids by importing this file.
-    program = (
-        "import sys, pathlib; sys.path.insert(0, {tests!r});\n"
-        "import test_reference_stage as here\n"
-        "if __name__ == '__main__':\n"
-        "    import dataclasses\n"
-        "    config = dataclasses.replace(here.CONFIG, workers=2)\n"
-        "    workdir = pathlib.Path({workdir!r})\n"
-        "    for name, outcome in here.run(workdir, 'Dying', 'Plain', 'Unclosable', config=config).items():\n"
-        "        print(name, outcome.verdict, outcome.reason)\n"
-    )
+def test_what_failed_is_tried_again_only_when_asked(tmp_path):
+    mended = []
+
+    class Mended(Plain):
+        def __init__(self):
+            if not mended:
+                raise RuntimeError("no licence found")
+
+    gym.register("Mended-v7", Mended, max_episode_steps=5)
+    ids = ("gymnasium/Mended-v7", "gymnasium/Plain-v7")
+    try:
+        for _ in range(2):
+            with pytest.raises(UnitsFailedError, match=r"1 failed, .*retry=failed.*no licence found"):
+                references.run(CONFIG, tmp_path, ids)
+            mended.append("the second time it would go well, and is not tried")
+        references.run(CONFIG, tmp_path, Choice(ids, retry="failed"))
+    finally:
+        del gym.registry["Mended-v7"]
+    assert outcome_of(tmp_path, ids[0]).verdict in ("admitted", "refused")
+
+
+PROGRAM = """
+import sys, pathlib
+sys.path.insert(0, {tests!r})
+sys.modules["navix"] = sys.modules["podman"] = None  # what is not installed
+import test_reference_stage as here
+if __name__ == "__main__":
+    from experiments.harness import flags
+    sys.argv[1:] = ["--workdir={workdir}", *sys.argv[1:]]
+    flags.launch(here.references.run, {{"test": here.CONFIG}})
+"""
+MISSING, UNBUILDABLE = "navix/Navix-Empty-5x5-v0", "nasim/Tiny-v0"
+
+
+def start(tmp_path, *arguments):
+    """Starts the script on the environments of this file, on a machine where nothing can be built."""
     script = tmp_path / "script.py"
-    script.write_text(program.format(tests=os.path.dirname(__file__), workdir=str(tmp_path / "run")))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
-    verdicts = dict(line.split()[:2] for line in done.stdout.splitlines())
-    assert verdicts["Dying"] == "failed", done.stderr
-    assert verdicts["Plain"] != "failed" and verdicts["Unclosable"] != "failed"
+    script.write_text(PROGRAM.format(tests=os.path.dirname(__file__), workdir=tmp_path / "run"))
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        env=os.environ | {"LDM_JAX_CACHE": "/dev/null/cache"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_environments_that_die_or_hang_or_whose_library_cannot_be_made_end_by_themselves_alone(tmp_path):
+    names = ("Dying", "Leaving", "Unmakable", "Plain", "Unclosable")
+    ids = [*(f"gymnasium/{name}-v7" for name in names), MISSING, UNBUILDABLE]
+    (tmp_path / "ids.txt").write_text("# all that is odd\n" + "\n".join(ids))
+    process = start(tmp_path, f"--environments=@{tmp_path / 'ids.txt'}", "--config.workers=2")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and "5 failed, the others are done" in err.splitlines()[-1], err
+    found = {id: outcome_of(tmp_path / "run", id) for id in ids}
+    for id, cause, words in [
+        ("gymnasium/Dying-v7", "process died", "with status 7"),
+        ("gymnasium/Leaving-v7", "faults", ""),
+        ("gymnasium/Unmakable-v7", "faults", "no licence found"),
+        (MISSING, "library missing", "pip install 'ldm_jax[navix]'"),
+        (UNBUILDABLE, "group does not build", ""),
+    ]:
+        assert found[id].verdict == "failed" and found[id].cause == cause and words in found[id].reason, found[id]
+    for name in ("Plain", "Unclosable"):
+        assert found[f"gymnasium/{name}-v7"].verdict in ("admitted", "refused")
+    table = {line.split()[0]: line.split()[1] for line in out.splitlines() if "/" in line}
+    assert table == {id: outcome.verdict for id, outcome in found.items()}
+
+    # Once more, one that hangs with them: what is finished stays as it is.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.json")}
+    more = ",".join([*ids, "gymnasium/Hanging-v7"])
+    process = start(tmp_path, f"--environments={more}", "--config.unit_seconds=5")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and "8 environments" in out and "6 failed" in err, err
+    assert outcome_of(tmp_path / "run", "gymnasium/Hanging-v7").cause == "out of time"
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_killed_at_any_moment_a_run_keeps_what_is_finished(tmp_path):
+    draw = random.Random(3)
+    ids = [f"gymnasium/Plain{number}-v7" for number in range(4)]
+    arguments = [f"--environments={','.join(ids)}", "--config.workers=0"]
+    finished = {}
+    for kills in range(3):
+        process = start(tmp_path, *arguments)
+        while process.poll() is None and kills < 2:
+            made = {*tmp_path.glob("run/references/gymnasium/*/reference.json")} - {*finished}
+            if made or (kills == 0 and draw.random() < 0.01):
+                time.sleep(draw.random())
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.02)
+        process.communicate(timeout=300)
+        now = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/references/gymnasium/*/reference.json")}
+        assert {path: now[path] for path in finished} == finished, "what is finished is made once"
+        finished = now
+    assert process.returncode == 0 and len(finished) == 4
+    assert all(outcome_of(tmp_path / "run", id).verdict in ("admitted", "refused") for id in ids)
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".aside")]
+
+
+def test_a_dry_run_says_what_would_be_done_and_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LDM_JAX_CACHE", str(tmp_path / "cache"))
+    names = ("gymnasium/Plain-v7", "gymnasium/Unmakable-v7")
+    verdicts = {name: outcome.verdict for name, outcome in run(tmp_path / "run", "Plain", "Unmakable").items()}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    references.run(CONFIG, tmp_path / "run", Choice((*names, UNBUILDABLE, MISSING), "library=gymnax", dry_run=True))
+    out = capsys.readouterr().out
+    states = {line.split()[0]: line for line in out.splitlines() if "/" in line}
+    assert verdicts["Plain"] in states[names[0]] and "failed (faults)" in states[names[1]]
+    assert "to do" in states[MISSING] and "to do" in states[UNBUILDABLE] and "min" in states["gymnax/CartPole-v1"]
+    assert {*states} >= {*environments.select("library=gymnax").ids}
+    assert ", 2 finished" in out and "to be built first: nasim" in out and "about" in out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
-    "changes", [{"budget": float("nan")}, {"budget": float("inf")}, {"num_envs": 0}, {"workers": 0}]
+    "changes",
+    [
+        {"budget": float("nan")},
+        {"budget": float("inf")},
+        {"num_envs": 0},
+        {"workers": -1},
+        {"unit_seconds": -1.0},
+        {"unit_memory_gb": float("nan")},
+    ],
 )
 def test_a_configuration_without_meaning_is_refused(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):

@@ -79,6 +79,11 @@ class Entry:
         return bool(self.group)
 
     @property
+    def observation(self) -> str:
+        """The kind of the observation space, `Box`, `Dict`, ...; empty where it is not known."""
+        return self.observation_space["kind"] if self.observation_space else ""
+
+    @property
     def action(self) -> str:
         """The kind of the action space, `Discrete`, `Box`, ...; empty where it is not known."""
         return self.action_space["kind"] if self.action_space else ""
@@ -117,30 +122,13 @@ def entries(library: str) -> collections.abc.Mapping[str, Entry]:
     return _read(path, (status.st_mtime_ns, status.st_size))  # read again once it was written anew
 
 
-def select(
-    chosen: collections.abc.Iterable[str],
-    *,
-    domain: str | None = None,
-    action: str | None = None,
-    verified: bool | None = None,
-) -> list[Entry]:
-    """The entries of some libraries, in order, that have all that is asked for; None asks for nothing.
+def entries_of(libraries: collections.abc.Iterable[str]) -> list[Entry]:
+    """The entries of some libraries, in order.
 
     Args:
-      chosen: the libraries.
-      domain: what the task is about.
-      action: the kind of the action space.
-      verified: whether it works.
+      libraries: their names.
     """
-    return [
-        entry
-        for library in chosen
-        for entry in entries(library).values()
-        if all(
-            wanted in (None, value)
-            for wanted, value in ((domain, entry.domain), (action, entry.action), (verified, entry.verified))
-        )
-    ]
+    return [entry for library in libraries for entry in entries(library).values()]
 
 
 @functools.lru_cache(maxsize=256)

@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments.harness import compilation, signals
-from experiments.harness.ids import parse_ids
+from experiments.harness.ids import Choice
 from experiments.harness.progress import logger
 from ldm_jax.errors import LdmError, check_finite
 
@@ -32,12 +32,14 @@ class _Dataclass(typing.Protocol):
 T = typing.TypeVar("T", bound=_Dataclass)
 
 
-Run = collections.abc.Callable[[T, pathlib.Path, tuple[str, ...]], object]
-"""`run(config, workdir, environments)` of a stage; `environments` is empty where the flag is not given."""
+Run = collections.abc.Callable[[T, pathlib.Path, typing.Any], object]
+"""`run(config, workdir, environments)` of a stage, which is given a `Choice` of environments."""
+
+_NO_WORKDIR = "no-workdir"  # of a dry run: nothing is there, and nothing gets there
 
 
 def launch(run: Run[T], presets: dict[str, T]) -> None:
-    """Runs a script: `--workdir`, `--environments=a,b`, `--preset` and one `--config.<field>` per field of its config.
+    """Runs a script: `--workdir`, `--environments`, `--select`, `--preset`, a `--config.<field>` per field.
 
     Args:
       run: the stage.
@@ -66,8 +68,7 @@ def define(presets: dict[str, T], argv: list[str], values: flags.FlagValues) -> 
     names, early = list(presets), flags.FlagValues()
     for each in (early, values):
         flags.DEFINE_enum("preset", names[0], names, "which defaults the configuration starts from", flag_values=each)
-    flags.DEFINE_string("workdir", None, "folder of everything that is written", required=True, flag_values=values)
-    flags.DEFINE_string("environments", "", "ids with commas between; default: see the script", flag_values=values)
+    _define_choice(values)
     early(argv, known_only=True)
     config = presets[early.preset]
     text = "\n".join(["the configuration, by its fields:", *describe_fields(config)])
@@ -78,6 +79,31 @@ def define(presets: dict[str, T], argv: list[str], values: flags.FlagValues) -> 
     values["config"].default_as_str = ""  # the fields have theirs
     flags.declare_key_flag("config", flag_values=values)
     return config
+
+
+def _define_choice(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "folder of everything that is written", flag_values=values)
+    flags.DEFINE_string(
+        "environments",
+        "",
+        "ids with commas between, patterns ('gymnax/*') and files of them (@ids.txt); default: see the script",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "select",
+        "",
+        "environments of the catalog: 'library=nasim,minigrid action=Discrete per_family=1 limit=100', "
+        "see environments.select",
+        flag_values=values,
+    )
+    flags.DEFINE_enum("retry", "", ["", "failed"], "what to try again of what is finished", flag_values=values)
+    flags.DEFINE_boolean("dry_run", False, "say what would be done, and do nothing", flag_values=values)
+    flags.register_multi_flags_validator(
+        ["workdir", "dry_run"],
+        lambda given: given["workdir"] is not None or given["dry_run"],
+        "--workdir has to be given",
+        flag_values=values,
+    )
 
 
 def call(run: Run[T], config: T, values: flags.FlagValues) -> None:
@@ -97,7 +123,8 @@ def call(run: Run[T], config: T, values: flags.FlagValues) -> None:
         resolved = rebuild(config, values.config)
     except ValueError as error:
         raise flags.Error(str(error)) from error
-    run(resolved, pathlib.Path(values.workdir), parse_ids(values.environments))
+    choice = Choice(values.environments, values.select, values.retry, values.dry_run)
+    run(resolved, pathlib.Path(values.workdir or _NO_WORKDIR), choice)
 
 
 def run_app(main: collections.abc.Callable[[list[str]], None]) -> None:

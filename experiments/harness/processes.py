@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import collections.abc
-import concurrent.futures
 import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.process
-import multiprocessing.queues
 import os
+import pathlib
 import signal
 import threading
 import typing
@@ -23,10 +22,10 @@ _POLL_S = 0.2
 
 
 class Child(typing.NamedTuple):
-    """A process, and the end of the pipe on which it answers."""
+    """A process, and this end of the pipe to it, which goes both ways."""
 
     process: multiprocessing.process.BaseProcess
-    receiver: multiprocessing.connection.Connection
+    connection: multiprocessing.connection.Connection
 
 
 class _Lifeline(typing.NamedTuple):
@@ -44,54 +43,32 @@ def child(target: Function, *args: typing.Any) -> collections.abc.Iterator[Child
     """Runs a function in a process of its own, which is killed when the block ends.
 
     Args:
-      target: a function of a module, called as `target(*args, sender)` with the other end of the pipe.
+      target: a function of a module, called as `target(*args, connection)` with the other end of the pipe.
       *args: what it is called with; they must be picklable.
 
     Yields:
       The process and the pipe, on which `recv` raises EOFError once the process has ended.
     """
-    receiver, sender = _SPAWN.Pipe(duplex=False)
-    with _lifeline() as lifeline, receiver:
-        process = _SPAWN.Process(target=_run, args=(lifeline, target, (*args, sender)), daemon=True)
+    ours, theirs = _SPAWN.Pipe()
+    with _lifeline() as lifeline, ours:
+        process = _SPAWN.Process(target=_run, args=(lifeline, target, (*args, theirs)), daemon=True)
         process.start()
-        sender.close()
+        theirs.close()
         try:
-            yield Child(process, receiver)
+            yield Child(process, ours)
         finally:
             process.kill()
             process.join()
 
 
-@contextlib.contextmanager
-def pool(
-    workers: int, initialize: Function, *args: typing.Any
-) -> collections.abc.Iterator[concurrent.futures.ProcessPoolExecutor]:
-    """Makes a pool of processes; where the block ends with an error or an interrupt, they end at once.
-
-    Args:
-      workers: how many processes.
-      initialize: a function of a module, called as `initialize(*args)` in each process first.
-      *args: what it is called with; they must be picklable.
-
-    Yields:
-      The pool. What was submitted is waited for when the block ends without an error.
-    """
-    with contextlib.ExitStack() as stack:
-        lifeline = stack.enter_context(_lifeline())
-        executor = concurrent.futures.ProcessPoolExecutor(workers, _SPAWN, _begin, (lifeline, initialize, args))
-        try:
-            yield executor
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            stack.close()
-            raise
-        finally:
-            executor.shutdown()
-
-
-def make_queue() -> multiprocessing.queues.Queue:
-    """Makes a queue that can be given to the `initialize` of a `pool`."""
-    return _SPAWN.Queue()
+def resident_bytes(pid: int) -> int:
+    """The memory that a process and those it has started hold, in bytes; 0 where there is none."""
+    try:
+        held = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        children = [path.read_text().split() for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")]
+    except (OSError, IndexError):
+        return 0
+    return held + sum(resident_bytes(int(each)) for some in children for each in some)
 
 
 @contextlib.contextmanager
@@ -101,7 +78,7 @@ def _lifeline() -> collections.abc.Iterator[_Lifeline]:
         yield _Lifeline(reader, os.getpid())
 
 
-def _begin(lifeline: _Lifeline, initialize: Function, args: tuple[typing.Any, ...]) -> None:
+def _run(lifeline: _Lifeline, target: Function, args: tuple[typing.Any, ...]) -> None:
     def watch() -> None:
         while os.getppid() == lifeline.parent and not lifeline.reader.poll(_POLL_S):
             pass
@@ -110,8 +87,4 @@ def _begin(lifeline: _Lifeline, initialize: Function, args: tuple[typing.Any, ..
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of them: the parent says what is to end
     threading.Thread(target=watch, daemon=True).start()
     compilation.say_failures_once()
-    initialize(*args)
-
-
-def _run(lifeline: _Lifeline, target: Function, args: tuple[typing.Any, ...]) -> None:
-    _begin(lifeline, target, args)
+    target(*args)

@@ -11,10 +11,16 @@ import os
 import pathlib
 import typing
 
-from experiments.harness.ids import parse_ids
+from experiments.harness.dry_run import Planned, describe_plan
+from experiments.harness.ids import Choice, chosen_ids
 from experiments.harness.mesh import HostsConfig
+from experiments.harness.outcomes import forget_failed
 from experiments.harness.workdir import WorkdirError, lock
 from ldm_jax.errors import LdmError
+
+_NAMED = 5  # failures that the line about them names
+Plan = collections.abc.Callable[[typing.Any, pathlib.Path, tuple[str, ...]], collections.abc.Sequence[Planned]]
+"""`plan(config, workdir, environments)`, what a stage would do."""
 
 
 class UnitsFailedError(LdmError):
@@ -29,24 +35,38 @@ class UnitsFailedError(LdmError):
         self.reasons = dict(reasons)
 
     def __str__(self) -> str:
-        said = "; ".join(f"{id}: {reason}" for id, reason in self.reasons.items())
-        return f"{len(self.reasons)} failed, the others are done. Put right what can be and start again. {said}"
+        said = [f"{id}: {reason}" for id, reason in self.reasons.items()]
+        more = f"; and {len(said) - _NAMED} more" if len(said) > _NAMED else ""
+        return (
+            f"{len(said)} failed, the others are done. Put right what can be and start again with --retry=failed. "
+            f"{'; '.join(said[:_NAMED])}{more}"
+        )
 
 
 F = typing.TypeVar("F", bound=collections.abc.Callable[..., typing.Any])
 
 
-def stage(name: str) -> collections.abc.Callable[[F], F]:
+def stage(
+    name: str,
+    *,
+    among: collections.abc.Callable[[pathlib.Path], collections.abc.Iterable[str]] | None = None,
+    plan: Plan | None = None,
+    retries: bool = False,
+) -> collections.abc.Callable[[F], F]:
     """Decorates `run(config, workdir, environments)` of a stage.
 
-    The workdir is made absolute, so that nothing that changes the working directory moves results, the list of
-    environments is read by `parse_ids`, and the workdir is locked until the stage ends.
+    The workdir is made absolute, so that nothing that changes the working directory moves results, the environments are
+    chosen (see `ids.Choice`; a text or several ids will do), and the workdir is locked until the stage ends.
 
     Args:
       name: of the stage.
+      among: `among(workdir)`, the ids that patterns and selections choose from; default: all of the catalog.
+      plan: says what a dry run does; default: each environment, of all that are chosen, is to be done.
+      retries: whether it keeps what failed, so that it can be asked to try again.
 
     Returns:
-      The decorator. What it makes raises WorkdirError where the workdir is none, or another process works in it.
+      The decorator. What it makes raises WorkdirError where the workdir is none, or another process works in it, and
+      what `ids.chosen_ids` raises.
     """
 
     def decorate(run: F) -> F:
@@ -56,10 +76,22 @@ def stage(name: str) -> collections.abc.Callable[[F], F]:
         def inside(*args: typing.Any, **kwargs: typing.Any) -> typing.Any:
             bound = signature.bind(*args, **kwargs)
             given = bound.arguments
-            given["workdir"] = absolute(given["workdir"])
+            config, workdir = given["config"], absolute(given["workdir"])
+            asked = given.get("environments", ())
+            choice = asked if isinstance(asked, Choice) else Choice(asked)
+            ids = chosen_ids(choice, functools.partial(among, workdir) if among else None)
+            if choice.retry and not retries:
+                raise WorkdirError(f"experiments.{name} always tries again what failed: leave out --retry")
+            if choice.dry_run:
+                planned = plan(config, workdir, ids) if plan else [*map(Planned, ids)]
+                print(describe_plan(name, planned, getattr(config, "workers", 1)))
+                return None
+            given["workdir"] = workdir
             if "environments" in given:
-                given["environments"] = parse_ids(given["environments"])
-            with lock(given["workdir"], name) if _locks(given["config"]) else contextlib.nullcontext():
+                given["environments"] = ids
+            with lock(workdir, name) if _locks(config) else contextlib.nullcontext():
+                if choice.retry:
+                    forget_failed(workdir / "references", ids)
                 return run(*bound.args, **bound.kwargs)
 
         return typing.cast(F, inside)
