@@ -74,7 +74,7 @@ class _Encode:
     def __call__(self, environment_index: int, leaves: dict[str, np.ndarray], seeds: np.ndarray) -> Example:
         codec, rows = self.codecs[environment_index], len(seeds)
         features, targets = codec.window(leaves)
-        signature = jax.tree.map(lambda value: np.broadcast_to(value, (rows, *value.shape)), codec.signature)
+        signature = jax.tree.map(lambda value: value[None].repeat(rows, 0), codec.signature)
         return Example(Inputs(features, signature), targets, np.full(rows, self.indices[environment_index], np.int32))
 
 

@@ -160,7 +160,7 @@ def to_slots(layout: ActionLayout, action: PyTree) -> Slots:
     for path, leaf in leaves(layout.space):
         value = get(action, path)
         xp = value.__array_namespace__()
-        rank = len(leaf_shape_dtype(leaf).shape)
+        rank = len(leaf.shape)
         if isinstance(leaf, spaces.Box):
             continuous.append(xp.reshape(value, (*value.shape[: value.ndim - rank], -1)).astype(np.float32))
         else:

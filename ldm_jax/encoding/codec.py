@@ -270,23 +270,27 @@ def _shift(value: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _pad(value: Array, width: int, axis: int) -> Array:
-    missing = width - value.shape[axis]
-    if missing == 0:
-        return value
-    axis %= value.ndim
+    shape = list(value.shape[axis:])
+    shape[0] = width
+    return _pad_end(value, tuple(shape), value.dtype)
+
+
+def _pad_end(value: Array, shape: tuple[int, ...], dtype: typing.Any) -> Array:
+    """Converts an array, and fills its last axes up with zeros to a shape."""
+    axis = value.ndim - len(shape)
+    if value.shape[axis:] == shape:
+        return value.astype(dtype)
     if isinstance(value, np.ndarray):  # NumPy's own pad takes ten times as long for what is small
-        padded = np.zeros((*value.shape[:axis], width, *value.shape[axis + 1 :]), value.dtype)
-        padded[(slice(None),) * axis + (slice(value.shape[axis]),)] = value
+        padded = np.zeros((*value.shape[:axis], *shape), dtype)
+        padded[(slice(None),) * axis + tuple(map(slice, value.shape[axis:]))] = value
         return padded
-    padding = [(0, 0)] * value.ndim
-    padding[axis] = (0, missing)
-    return value.__array_namespace__().pad(value, padding)
+    padding = [(0, 0)] * axis + [(0, width - size) for width, size in zip(shape, value.shape[axis:], strict=True)]
+    return value.__array_namespace__().pad(value.astype(dtype), padding)
 
 
 def _pad_grid(leaf: Leaf, observation: PyTree, grid: Grid) -> Array:
-    value = observations.channels_last(get(observation, leaf.path), leaf_shape_dtype(leaf.space).shape)
-    value = value.astype(grid.dtype)
-    return _pad(_pad(_pad(value, grid.side, -3), grid.side, -2), grid.channels, -1)
+    value = observations.channels_last(get(observation, leaf.path), leaf.space.shape)
+    return _pad_end(value, (grid.side, grid.side, grid.channels), grid.dtype)
 
 
 def _grid_mask(leaf: Leaf, grid: Grid) -> np.ndarray:

@@ -113,7 +113,7 @@ def _concatenate(parts: tuple[Leaf, ...], observation: PyTree, dtype: type) -> A
     for leaf in parts:
         value = get(observation, leaf.path)
         xp = value.__array_namespace__()
-        rank = len(leaf_shape_dtype(leaf.space).shape)
+        rank = len(leaf.space.shape)
         value = (value - first_value(leaf.space)).astype(dtype)
         columns.append(xp.reshape(value, (*value.shape[: value.ndim - rank], -1)))
     return columns[0] if len(columns) == 1 else xp.concatenate(columns, -1)

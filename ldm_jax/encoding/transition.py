@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from ldm_jax.encoding.actions import Distribution, action_layout
-from ldm_jax.spaces import SpaceError, choices, get, leaf_shape_dtype, leaves, unflatten
+from ldm_jax.spaces import SpaceError, get, leaf_shape_dtype, leaves, unflatten
 from ldm_jax.types import Array, PyTree, TimeStep
 
 
@@ -117,9 +117,9 @@ def from_leaves(
     """
     mask, distribution = arrays["label_mask"], None
     if any(name.startswith("reference/") for name in arrays):
-        acted = [leaf.space for leaf in leaves(action_space)]
-        continuous = any(isinstance(space, gymnasium.spaces.Box) and 0 not in space.shape for space in acted)
-        stored = {"logits": any(map(choices, acted)), "mean": continuous, "scale": continuous}
+        acted = [leaf.space for leaf in leaves(action_space) if 0 not in leaf.space.shape]
+        boxes = [isinstance(space, gymnasium.spaces.Box) for space in acted]
+        stored = {"logits": not all(boxes), "mean": any(boxes), "scale": any(boxes)}
         nothing = np.zeros((*mask.shape, 0), np.float32)
         distribution = Distribution(
             **{name: arrays[f"reference/{name}"] if has else nothing for name, has in stored.items()}
