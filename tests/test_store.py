@@ -718,7 +718,8 @@ def test_the_configuration_of_a_dataset_is_kept_and_another_is_refused(tmp_path)
     for opened in (store.create_dataset(tmp_path), store.open_dataset(tmp_path)):
         assert opened == dataset
     message = (
-        r"made with another configuration: data is \{'steps': 64\}, not 'missing'; seed is 0, not 1\. Give the same"
+        r"made with another configuration: data was \{'steps': 64\} there and is absent now; "
+        r"seed was 0 there and is 1 now\. Give the same"
     )
     with pytest.raises(store.StoreError, match=message):
         store.create_dataset(tmp_path, {"seed": 1, "levels": [0, 1]})
