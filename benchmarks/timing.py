@@ -7,6 +7,12 @@ import statistics
 import time
 import typing
 
+import jax
+import jax.numpy as jnp
+
+PRODUCTS = (1024, 2048, 4096)
+"""Sides of the square matrices whose product the machine is measured by."""
+
 Contenders = collections.abc.Mapping[str, collections.abc.Callable[[], object]]
 
 
@@ -56,3 +62,14 @@ def _time(contender: collections.abc.Callable[[], object], calls: int) -> float:
     for _ in range(calls):
         contender()
     return (time.perf_counter() - start) / calls
+
+
+def matrix_products(dtype: str) -> Contenders:
+    """JAX's products of square matrices, by name (`jax 1024`); of side n each takes `2 n**3` operations."""
+    multiply = jax.jit(jnp.matmul)
+
+    def contender(size: int) -> collections.abc.Callable[[], object]:
+        matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
+        return lambda: multiply(matrix, matrix).block_until_ready()
+
+    return {f"jax {size}": contender(size) for size in PRODUCTS}

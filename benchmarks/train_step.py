@@ -30,7 +30,6 @@ import statistics
 import typing
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -44,12 +43,10 @@ from ldm_jax.training import cost
 from ldm_jax.training.loss import Example
 from ldm_jax.training.optimizer import TrainingConfig
 
-from .timing import Times, compare
+from .timing import PRODUCTS, Times, compare, matrix_products
 
 BUCKET = Bucket(numeric=8, categorical=0, grids=(), texts=(), choice_slots=1, choices=8, continuous_slots=0)
 """Of a task as CartPole."""
-
-PRODUCTS = (1024, 2048, 4096)
 
 
 def _example(rows: int, steps: int) -> Example:
@@ -113,12 +110,9 @@ def llama(cfg: ModelConfig, rows: int, steps: int, accumulation: int) -> collect
 def products(dtype: str) -> dict[str, collections.abc.Callable[[], object]]:
     """Square matrix products by name, JAX's and PyTorch's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    multiply = jax.jit(jnp.matmul)
-    contenders: dict[str, collections.abc.Callable[[], object]] = {}
+    contenders = dict(matrix_products(dtype))
     for size in PRODUCTS:
-        matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
         tensor = torch.randn(size, size, dtype=getattr(torch, dtype), device=device)
-        contenders[f"jax {size}"] = lambda matrix=matrix: multiply(matrix, matrix).block_until_ready()
         contenders[f"torch {size}"] = lambda tensor=tensor: (tensor @ tensor)[0, 0].item()
     return contenders
 

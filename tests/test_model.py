@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import strategies as st
 
 from ldm_jax import acting, spaces
 from ldm_jax.encoding.buckets import bucket_for
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.errors import ConfigError
+from ldm_jax.model import encoders
 from ldm_jax.model.config import SIZES, ModelConfig
 from ldm_jax.model.network import Inputs, count_parameters, make_model
 from ldm_jax.training.loss import imitation_loss
@@ -462,3 +464,35 @@ def test_two_tokens_per_step_train_and_do_not_act(params):
         acting.make_agent(cfg, codec, "greedy")
     with pytest.raises(ConfigError, match="without a cache"):
         model.apply(params, {"rows": batch["rows"].inputs}, model.init_cache(2))
+
+
+@hypothesis.given(st.floats(-1e6, 1e6, width=32))
+def test_waves_are_sine_and_cosine(turns):
+    wave = encoders._wave(np.float32(turns))
+    angle = 2 * np.pi * (turns - np.round(turns))
+    np.testing.assert_allclose(wave, (np.sin(angle), np.cos(angle)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("side", "size"), [(8, 1), (12, 1), (48, 3)])
+def test_patches_that_a_stride_joins_lie_together(side, size):
+    places = np.stack(np.meshgrid(*[np.arange(side)] * 2, indexing="ij"), -1)
+    patches = np.asarray(encoders._in_blocks(places[None, None], size)[0, 0])
+    assert len(np.unique(patches.reshape(-1, 2), axis=0)) == side * side
+    for joined, wide in ((1, size), (4, 2 * size), (16, 4 * size)):
+        blocks = patches.reshape(-1, joined * size * size, 2)
+        corners = blocks.min(1)
+        assert (blocks.max(1) - corners == wide - 1).all() and (corners % wide == 0).all()
+        assert (
+            corners[:, 0] * side + corners[:, 1] == np.sort(corners[:, 0] * side + corners[:, 1])
+        ).all() or joined < 16
+
+
+def test_categories_are_encoded_alike_whichever_way_is_cheaper():
+    encoder = encoders.CategoryEncoder(6, 32, NANO, nnx.Rngs(0))
+    mask = np.tile(np.array([1, 1, 1, 1, 1, 0], np.float32), (3, 1))
+    small = np.random.default_rng(0).integers(0, 16, (3, 8, 6)).astype(np.int32)
+    large = small.copy()
+    large[0, 0, 0] = 16  # one value more than fits makes all of them go the other way
+    one, other = (np.asarray(encoder(index, mask)) for index in (small, large))
+    np.testing.assert_allclose(one[1:], other[1:], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(one[0, 0], other[0, 0], atol=1e-3)

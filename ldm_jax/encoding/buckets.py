@@ -143,8 +143,6 @@ def _grid_for(leaf: Leaf) -> Grid:
     height, width, channels = observations.channels_last_shape(struct.shape)
     largest = max(height, width)
     if largest <= GRID_CELLS:
-        return Grid(
-            GRID_CELLS // 2 if largest <= GRID_CELLS // 2 else GRID_CELLS, _round_up("channels", channels), "float32"
-        )
+        return Grid(max(-(-largest // 4) * 4, GRID_CELLS // 2), _round_up("channels", channels), "float32")
     side = -(-largest // GRID_CELLS) * GRID_CELLS
     return Grid(side, _round_up("channels", channels), "uint8" if struct.dtype == np.uint8 else "float32")

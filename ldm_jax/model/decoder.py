@@ -243,7 +243,7 @@ class Block(nnx.Module):
 _POLICIES = jax.checkpoint_policies
 _REMAT_POLICIES = {
     "dots": _POLICIES.save_from_both_policies(
-        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("attended")
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names("attended", "features")
     ),
     "full": None,
 }

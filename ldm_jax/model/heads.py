@@ -14,7 +14,7 @@ from flax import nnx
 from ldm_jax.encoding.actions import NOT_ALLOWED
 from ldm_jax.encoding.codec import Features, Signature
 from ldm_jax.model.config import ModelConfig
-from ldm_jax.model.layers import Film, Linear, normal
+from ldm_jax.model.layers import Film, Linear, normal, project
 from ldm_jax.types import Array
 
 
@@ -63,9 +63,9 @@ class Head(nnx.Module):
         if math.prod(hidden.shape[:-1]) * (2 * width - values) > 2 * width * values:
             # So are the last two: the product of their matrices is the cheaper way through both.
             joined = (self.out.kernel[...] @ kernel_DV.astype(jnp.float32)).astype(x_RTD.dtype)
-            logits = (x_RTD @ kernel_DV)[:, :, None] + slot_AD @ kernel_DV + hidden @ joined
+            logits = project(x_RTD, kernel_DV)[:, :, None] + slot_AD @ kernel_DV + project(hidden, joined)
         else:
-            logits = (x_RTD[:, :, None] + slot_AD + self.out(hidden)) @ kernel_DV
+            logits = project(x_RTD[:, :, None] + slot_AD + self.out(hidden), kernel_DV)
         return logits.astype(jnp.float32)
 
 
@@ -98,8 +98,10 @@ def bin_probabilities(cfg: ModelConfig, mean: Array, scale: Array) -> Array:
     """
     chex.assert_equal_shape([mean, scale])
     sigma = jnp.sqrt(jnp.square(scale) + (cfg.sigma_bins * cfg.bin_width) ** 2)[..., None]
-    cumulative = jax.scipy.special.ndtr((bin_edges(cfg)[1:-1] - mean[..., None]) / sigma)
-    ends = jnp.zeros((*mean.shape, 1), cumulative.dtype)
-    cumulative = jnp.concatenate([ends, cumulative, 1.0 + ends], -1)
+    edges = bin_edges(cfg)
+    edges[[0, -1]] = -np.inf, np.inf
+    lower, upper = (
+        jax.lax.erf((side - mean[..., None]) / (sigma * math.sqrt(2.0))) for side in (edges[:-1], edges[1:])
+    )
     # Rounding can make a difference of a saturated function negative.
-    return jnp.maximum(jnp.diff(cumulative, axis=-1), 0.0)
+    return jnp.maximum((upper - lower) / 2, 0.0)

@@ -17,6 +17,12 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
     return nnx.Param(float(std) * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
+def project(x: Array, kernel_DF: Array) -> Array:
+    """The product of the last axis with a matrix, in the matrix's dtype: plain products, forward and backward."""
+    y = matrix_product(x.reshape(-1, x.shape[-1]).astype(kernel_DF.dtype), kernel_DF)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
 class Linear(nnx.Module):
     """A linear layer over the last axis: one plain matrix product, and two for its gradients."""
 
@@ -27,10 +33,8 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
 
     def __call__(self, x: Array) -> Array:
-        y = matrix_product(x.reshape(-1, x.shape[-1]).astype(self.dtype), self.kernel[...].astype(self.dtype))
-        if hasattr(self, "bias"):
-            y = y + self.bias[...].astype(self.dtype)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        y = project(x, self.kernel[...].astype(self.dtype))
+        return y + self.bias[...].astype(self.dtype) if hasattr(self, "bias") else y
 
 
 def rms_normalize(x: Array) -> Array:

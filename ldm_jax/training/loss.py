@@ -62,19 +62,26 @@ def slot_losses(cfg: ModelConfig, predictions: Predictions, targets: Targets) ->
       Three arrays `float32 [R, T, K + C]`; padded slots hold zeros or anything and must be masked.
     """
     bins = bin_probabilities(cfg, targets.mean, targets.scale)
-    losses, entropies = [], []
+    losses, entropies, totals = [], [], []
     for probabilities, logits in ((targets.probabilities, predictions.choice_logits), (bins, predictions.bin_logits)):
-        log_probabilities = jax.nn.log_softmax(logits, -1)
-        losses.append(-jnp.sum(jnp.where(probabilities > 0, probabilities * log_probabilities, 0.0), -1))
+        # Not by log-probabilities: they would be one more array of this size.
+        total = jax.nn.logsumexp(logits, -1, keepdims=True)
+        likely = jnp.where(probabilities > 0, probabilities * (logits - total), 0.0)
+        losses.append(-jnp.sum(likely, -1))
         entropies.append(jnp.sum(jax.scipy.special.entr(probabilities), -1))
-    if predictions.choice_logits.shape[-1]:
-        right_choice = predictions.choice_logits.argmax(-1) == targets.probabilities.argmax(-1)
-    else:
-        right_choice = jnp.zeros(predictions.choice_logits.shape[:-1], bool)
-    decoded = jax.nn.softmax(predictions.bin_logits, -1) @ bin_centers(cfg)
+        totals.append(total)
+    right_choice = _first_largest(predictions.choice_logits) == _first_largest(targets.probabilities)
+    right_choice &= predictions.choice_logits.shape[-1] > 0
+    decoded = jnp.sum(jnp.exp(predictions.bin_logits - totals[1]) * bin_centers(cfg), -1)
     right_number = jnp.abs(jnp.clip(decoded, -1, 1) - targets.mean) < 0.1
     correct = jnp.concatenate([right_choice, right_number], -1)
     return jnp.concatenate(losses, -1), jnp.concatenate(entropies, -1), correct.astype(jnp.float32)
+
+
+def _first_largest(x: Array) -> Array:
+    """As `argmax` over the last axis, by two plain reductions, which are several times as fast on a CPU."""
+    places = jnp.where(x == x.max(-1, keepdims=True, initial=-jnp.inf), jnp.arange(x.shape[-1]), x.shape[-1])
+    return places.min(-1, initial=x.shape[-1])
 
 
 def select_labels(inputs: Inputs, targets: Targets) -> Targets:
