@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import gymnasium
 import jax
 import numpy as np
@@ -11,11 +9,9 @@ from gymnasium import spaces as gs
 
 from ldm_jax import cards, spaces
 from ldm_jax.encoding.actions import Distribution, action_layout
-from ldm_jax.encoding.buckets import GRID_CELLS, Bucket
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.encoding.observations import observation_layout
 from ldm_jax.encoding.transition import Transition, to_leaves
-from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Inputs
 from ldm_jax.training.loss import Example
 from ldm_jax.types import TimeStep
@@ -100,16 +96,3 @@ def _random_texts(rng: np.random.Generator, steps: int, space: gymnasium.Space) 
     longest = spaces.leaf_shape_dtype(space).shape[0]
     letters = rng.choice(np.frombuffer(b"abcdefghijklmnopqrstuvwxyz ", np.uint8), (steps, longest))
     return np.where(np.arange(longest) < rng.integers(1, space.max_length + 1, (steps, 1)), letters, 0).astype(np.uint8)
-
-
-def widened(cfg: ModelConfig, buckets: list[Bucket]) -> ModelConfig:
-    """The same model with tables wide enough for all buckets."""
-    widest = {
-        name: max([getattr(cfg, name), *(getattr(bucket, name) for bucket in buckets)])
-        for name in ("numeric", "categorical", "choice_slots", "choices", "continuous_slots")
-    }
-    grids = [grid for bucket in buckets for grid in bucket.grids]
-    widest["channels"] = max([cfg.channels, *(grid.channels for grid in grids)])
-    widest["image_side"] = max([cfg.image_side, *(grid.side for grid in grids if grid.side > GRID_CELLS)])
-    widest["text"] = max([cfg.text, *(size for bucket in buckets for size in bucket.texts)])
-    return dataclasses.replace(cfg, **widest)

@@ -50,7 +50,7 @@ from ldm_jax.training import cost
 from ldm_jax.training.loss import Example
 from ldm_jax.types import PyTree, TimeStep
 
-from .kinds import KINDS, PLAIN, make_codec, make_example, widened
+from .kinds import KINDS, PLAIN, make_codec, make_example
 from .timing import PRODUCTS, Contenders, Times, compare, matrix_products
 
 _STREAMS, _LONG_WINDOW = 32, 1024
@@ -115,16 +115,15 @@ def measure_kinds(config: PretrainConfig, tokens: int, arguments: argparse.Names
     """What each kind costs, and what the plain step makes of the machine."""
     names = [PLAIN, *(name for name in KINDS if name != PLAIN and arguments.kinds in name)]
     codecs = {name: make_codec(*spaces, name) for name, spaces in KINDS.items()}
-    cfg = widened(config.model, [codec.bucket for codec in codecs.values()])
     rows = tokens // config.window
     contenders: dict[str, collections.abc.Callable[[], object]] = {}
     for name in names:
         codec = codecs[name]
         batch = jax.device_put({codec.bucket.name: make_example(codec, rows, config.window)})
-        contenders[name] = step_contender(cfg, config, batch)
+        contenders[name] = step_contender(config.fitted([codec]), config, batch)
     products = matrix_products("float32")
     times = compare(contenders | products, arguments.repetitions, seconds=0.0)
-    work = rows * config.window * cost.flops_per_token(cfg, config.window).training
+    work = rows * config.window * cost.flops_per_token(config.model, config.window).training
     gflops = {PLAIN: work / times.median(PLAIN) / 1e9}
     gflops |= {f"jax {size}": 2e-9 * size**3 / times.median(f"jax {size}") for size in PRODUCTS}
     _print(times, gflops)
@@ -139,10 +138,10 @@ def loop_contender(
     config: PretrainConfig, prepared: Prepared, folder: pathlib.Path, opened: contextlib.ExitStack
 ) -> collections.abc.Callable[[], object]:
     """A function that trains on by `_LOOP_STEPS` steps, with loader and rows of metrics."""
-    mesh, batches, model, _ = prepared
+    mesh, batches, cfg, model, _ = prepared
     state = training.init_state(model, config.training, mesh)
-    train_step = training.make_train_step(model, config.model, config.training, mesh)
-    log = opened.enter_context(RunLog(folder, 0, Meter(config.model, config.window, batches, 1.0)))
+    train_step = training.make_train_step(model, cfg, config.training, mesh)
+    log = opened.enter_context(RunLog(folder, 0, Meter(cfg, config.window, batches, 1.0)))
 
     def pause(step: int) -> bool:
         log.flush()
@@ -172,8 +171,8 @@ def measure_mixture(config: PretrainConfig, folder: pathlib.Path, arguments: arg
         with _compilations(compiled):
             loop()
         contenders: Contenders = {
-            PLAIN: step_contender(config.model, config, plain),
-            "step": step_contender(config.model, config, jax.device_put(prepared.batches.train[0])),
+            PLAIN: step_contender(prepared.cfg, config, plain),
+            "step": step_contender(prepared.cfg, config, jax.device_put(prepared.batches.train[0])),
             "loop": loop,
         }
         times = compare(contenders, arguments.repetitions, seconds=0.0)

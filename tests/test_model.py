@@ -466,9 +466,10 @@ def test_two_tokens_per_step_train_and_do_not_act(params):
         model.apply(params, {"rows": batch["rows"].inputs}, model.init_cache(2))
 
 
-@hypothesis.given(st.floats(-1e6, 1e6, width=32))
-def test_waves_are_sine_and_cosine(turns):
-    wave = encoders._wave(np.float32(turns))
+def test_waves_are_sine_and_cosine():
+    turns = np.concatenate([np.linspace(-4, 4, 4001), [0.5, -0.5, 1e4 / 3, 1e6 + 0.25, 1e30]]).astype(np.float32)
+    wave = encoders._wave(turns)
+    turns = turns.astype(np.float64)
     angle = 2 * np.pi * (turns - np.round(turns))
     np.testing.assert_allclose(wave, (np.sin(angle), np.cos(angle)), atol=1e-6)
 
@@ -482,9 +483,6 @@ def test_patches_that_a_stride_joins_lie_together(side, size):
         blocks = patches.reshape(-1, joined * size * size, 2)
         corners = blocks.min(1)
         assert (blocks.max(1) - corners == wide - 1).all() and (corners % wide == 0).all()
-        assert (
-            corners[:, 0] * side + corners[:, 1] == np.sort(corners[:, 0] * side + corners[:, 1])
-        ).all() or joined < 16
 
 
 def test_categories_are_encoded_alike_whichever_way_is_cheaper():

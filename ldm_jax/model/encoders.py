@@ -31,7 +31,7 @@ class CategoryEncoder(nnx.Module):
     """
 
     def __init__(self, components: int, values: int, cfg: ModelConfig, rngs: nnx.Rngs):
-        self.values = values
+        self.values, self.small = values, min(values, _SMALL)
         self.position = normal(rngs, (components, cfg.width), 1.0)
         self.low = normal(rngs, (values, cfg.width), 1.0)
         self.high = normal(rngs, (values, cfg.width), 0.1)
@@ -42,10 +42,10 @@ class CategoryEncoder(nnx.Module):
         weights_RP = mask_RP / jnp.sqrt(jnp.maximum(mask_RP.sum(-1, keepdims=True), 1.0))
         weights_RP = weights_RP.astype(self.mix.dtype)
         rows, steps, components = index_RTP.shape
-        if components < _FEW or rows * steps <= _SMALL or self.values < _SMALL:
+        if components < _FEW or rows * steps <= self.small:
             return self._each(index_RTP, weights_RP)
         # Most categories have few values: then there are fewer pairs than components in the batch.
-        return jax.lax.cond(jnp.all(index_RTP < _SMALL), self._by_pair, self._each, index_RTP, weights_RP)
+        return jax.lax.cond(jnp.all(index_RTP < self.small), self._by_pair, self._each, index_RTP, weights_RP)
 
     def _each(self, index_RTP: Array, weights_RP: Array) -> Array:
         """Every component of every step goes through the hidden layer."""
@@ -56,9 +56,9 @@ class CategoryEncoder(nnx.Module):
     def _by_pair(self, index_RTP: Array, weights_RP: Array) -> Array:
         """Each pair of a component and a small value goes through it once, and a product picks and adds them up."""
         components = index_RTP.shape[-1]
-        embedded = self.low[:_SMALL] + self.high[0] + self.position[:components, None]
-        hidden = jax.nn.gelu(self.mix(embedded)).reshape(components * _SMALL, -1)
-        chosen = jnp.where(index_RTP[..., None] == jnp.arange(_SMALL), weights_RP[:, None, :, None], 0)
+        embedded = self.low[: self.small] + self.high[0] + self.position[:components, None]
+        hidden = jax.nn.gelu(self.mix(embedded)).reshape(components * self.small, -1)
+        chosen = jnp.where(index_RTP[..., None] == jnp.arange(self.small), weights_RP[:, None, :, None], 0)
         return project(chosen.reshape(*index_RTP.shape[:2], -1), hidden)
 
 
