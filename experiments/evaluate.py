@@ -28,9 +28,9 @@ from experiments.harness.stage import stage
 from experiments.harness.workdir import FREE, key_of, listed, pin_config
 from experiments.report.page import write_report
 from experiments.report.targets import PUBLIC_TARGETS
-from ldm_jax import files, playing
+from ldm_jax import acting, files, playing
 from ldm_jax import policy as policies
-from ldm_jax.cards import check_matches
+from ldm_jax.cards import CardError, EnvironmentCard, Reference, check_matches
 from ldm_jax.encoding.buckets import join_buckets
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.errors import ConfigError, LdmError
@@ -40,12 +40,13 @@ from ldm_jax.model.network import count_parameters
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """How the policy is evaluated; its decoding is the one it was saved with, the same in all environments.
+    """How the policy is evaluated; how it takes its actions was said when it was saved: by default, as each card does.
 
     Attributes:
       seed: seed of the episodes.
       num_envs: parallel environments of each id; each starts with an empty context.
       episodes: episodes of each of them, on one context; the first is reported apart, too.
+      both: plays the other form of decoding, too, greedy or sampled, and reports it beside; takes twice the time.
       rows: of a batch that the policy acts in, shared by environments; more take more memory.
       buckets: programs to compile, at most, as long as environments have observations of the same kind.
     """
@@ -53,6 +54,7 @@ class EvaluateConfig:
     seed: int = 1_000_003
     num_envs: int = 64
     episodes: int = 4
+    both: bool = dataclasses.field(default=False, metadata={FREE: True})
     rows: int = dataclasses.field(default=128, metadata={FREE: True})
     buckets: int = dataclasses.field(default=4, metadata={FREE: True})
 
@@ -93,19 +95,18 @@ def run(
     pin_config(workdir, "evaluate", config, owns=("evaluation", "report"))
     digest = fingerprint(policy)
     paths = {id: workdir / "evaluation" / f"{id}.json" for id in ids if not measured[id].missing}
-    missing = [id for id, path in paths.items() if _finished(path, digest) is None]
-    with progress.bar("evaluate", len(missing) * config.num_envs * config.episodes, "episode") as advance:
-        for played in playing.play(policy.cfg, policy.params, _trials(config, policy, missing), config.rows, advance):
-            id = played.trial.codec.card.id
-            if played.error is None:
-                _write(paths[id], played, digest)
-            else:
-                progress.log("failed", id=id, reason=played.error)
-                measured[id] = measured[id]._replace(missing=str(played.error))
+    for id, reason in _evaluate(config, policy, digest, paths, policy.decoding).items():
+        measured[id] = measured[id]._replace(missing=reason)
+    beside = {id: workdir / "evaluation" / "other_decoding" / f"{id}.json" for id in paths} if config.both else {}
+    _evaluate(config, policy, digest, beside, "other")
     for id, path in paths.items():
         measured[id] = measured[id]._replace(model_returns=_finished(path, digest))
     results = scores.score_each(measured.values(), config.seed)
     found = aggregates.scores_json(results, count_parameters(policy.params), policy.decoding, config.seed)
+    for item in found["environments"]:
+        if (id := item["id"]) in paths:
+            item["decoding"] = acting.resolve_decoding(policy.decoding, policy.cards[id])
+            item["other"] = _beside(item, _other(policy, id), _finished(beside[id], digest)) if id in beside else None
     details = {"Evaluation seed": config.seed, "Policy": digest, "ldm_jax": importlib.metadata.version("ldm_jax")}
     training = read_rows(workdir / "metrics.jsonl")
     page = write_report(workdir / "report", found, training, "One policy, many environments", details)
@@ -128,6 +129,7 @@ def _measurement(policy: policies.Policy, workdir: pathlib.Path, id: str, missin
     if id in policy.cards:
         try:
             check_matches(policy.cards[id], scored.policy.spec, "the policy")
+            _check_decoding(policy.cards[id], scored.policy.reference)
         except LdmError as error:
             missing = str(error)
     else:
@@ -138,6 +140,14 @@ def _measurement(policy: policies.Policy, workdir: pathlib.Path, id: str, missin
         reference_returns=scored.reference_returns.array,
         missing=missing,
     )
+
+
+def _check_decoding(card: EnvironmentCard, reference: Reference) -> None:
+    if card.reference.decoding != reference.decoding:
+        raise CardError(
+            f"the policy was trained on a reference of {card.id} scored with decoding {card.reference.decoding}, and "
+            f"this one was scored with {reference.decoding}: train with this reference, or score with that one"
+        )
 
 
 def fingerprint(policy: policies.Policy) -> str:
@@ -159,21 +169,57 @@ def _finished(path: pathlib.Path, digest: str) -> np.ndarray | None:
         return None
 
 
-def _trials(config: EvaluateConfig, policy: policies.Policy, ids: list[str]) -> list[playing.Trial]:
-    """What is to be played; environments of similar spaces share a program, whoever else is evaluated."""
+def _evaluate(
+    config: EvaluateConfig,
+    policy: policies.Policy,
+    digest: str,
+    paths: collections.abc.Mapping[str, pathlib.Path],
+    decoding: acting.Decoding | typing.Literal["other"],
+) -> dict[str, str]:
+    """Plays and writes what is not there yet.
+
+    Returns:
+      Why some could not be played, by id.
+    """
     codecs = {id: Codec(card) for id, card in policy.cards.items()}
+    # Environments of similar spaces share a program, whoever of them is left.
     joined = join_buckets(collections.Counter(codec.bucket for codec in codecs.values()), config.buckets)
-    return [
+    missing = [id for id, path in paths.items() if _finished(path, digest) is None]
+    trials = [
         playing.Trial(
             codec=Codec(codecs[id].card, joined[codecs[id].bucket]),
             make=functools.partial(registry.make, id, config.num_envs),
             rows=config.num_envs,
             episodes=config.episodes,
             key=key_of(config.seed, "evaluate", id),
-            decoding=policy.decoding,
+            decoding=_other(policy, id) if decoding == "other" else decoding,
         )
-        for id in ids
+        for id in missing
     ]
+    failures = dict[str, str]()
+    with progress.bar("evaluate", len(missing) * config.num_envs * config.episodes, "episode") as advance:
+        for played in playing.play(policy.cfg, policy.params, trials, config.rows, advance):
+            id = played.trial.codec.card.id
+            if played.error is None:
+                _write(paths[id], played, digest)
+            else:
+                progress.log("failed", id=id, reason=played.error)
+                failures[id] = str(played.error)
+    return failures
+
+
+def _other(policy: policies.Policy, id: str) -> acting.Decoding:
+    """The form of decoding that the policy is not scored in."""
+    return "greedy" if acting.resolve_decoding(policy.decoding, policy.cards[id]) == "sample" else "sample"
+
+
+def _beside(item: dict[str, typing.Any], decoding: str, returns: np.ndarray | None) -> dict[str, typing.Any] | None:
+    """What is reported of the form that the policy is not scored in."""
+    if returns is None or item["z"] is None:
+        return None
+    mean = float(returns.mean())
+    z = (mean - item["random"]) / (item["reference"] - item["random"])
+    return {"decoding": decoding, "model": mean, "z": z}
 
 
 def _write(path: pathlib.Path, played: playing.Played, digest: str) -> None:

@@ -4,6 +4,7 @@ from . import encoding as encoding
 from . import environment as environment
 from . import errors as errors
 from . import evaluation as evaluation
+from . import mixed as mixed
 from . import model as model
 from . import playing as playing
 from . import policy as policy

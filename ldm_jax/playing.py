@@ -10,6 +10,8 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import queue
+import sys
 import typing
 
 import jax
@@ -18,6 +20,7 @@ import numpy as np
 from ldm_jax.acting import Decoding, check_agent, check_timestep
 from ldm_jax.cards import check_matches
 from ldm_jax.encoding.actions import Slots
+from ldm_jax.encoding.buckets import Bucket
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.environment import Environment, EnvironmentFaultError
 from ldm_jax.errors import ConfigError, LdmError
@@ -29,7 +32,11 @@ from ldm_jax.spaces import zeros
 from ldm_jax.types import Array, Key, TimeStep
 
 BATCHES = 2
-"""Batches at once: one acts while the environments of the other are stepped."""
+"""Batches at once, each played in a thread: one acts while the environments of the other are stepped."""
+_AHEAD = 2
+"""Environments of each that are made before there is place for them."""
+
+_TURN_S = 2e-4
 
 
 class Trial(typing.NamedTuple):
@@ -99,7 +106,7 @@ def play(
     Yields:
       What came of each trial, once.
     """
-    queues: dict[typing.Any, collections.deque[Trial]] = collections.defaultdict(collections.deque)
+    queues: dict[Bucket, collections.deque[Trial]] = collections.defaultdict(collections.deque)
     # Those that may take longest first: at the end, few rows have the batch to themselves.
     for trial in sorted(trials, key=lambda trial: -trial.codec.card.time_limit * trial.episodes):
         try:
@@ -108,24 +115,57 @@ def play(
             yield Played(trial, None, error, {}, 0)
         else:
             queues[trial.codec.bucket].append(trial)
-    sizes = {bucket: _size(queue, rows) for bucket, queue in queues.items()}
+    sizes = {bucket: _size(waiting, rows) for bucket, waiting in queues.items()}
     params = jax.device_put(params)
     with contextlib.ExitStack() as closing:
-        pool = closing.enter_context(concurrent.futures.ThreadPoolExecutor(2 * BATCHES))
-        tables: list[_Table] = []
-        closing.callback(_close, tables)
+        closing.enter_context(_short_turns())
+        makers, players = (
+            closing.enter_context(concurrent.futures.ThreadPoolExecutor(_AHEAD * BATCHES)) for _ in range(2)
+        )
+        told: queue.SimpleQueue[int | Played | _Table] = queue.SimpleQueue()
+        tables: dict[_Table, concurrent.futures.Future[None]] = {}
+        closing.callback(_stop, tables)
         while queues or tables:
-            while queues and len(tables) < BATCHES:
-                bucket = max(queues, key=lambda bucket: len(queues[bucket]) * sizes[bucket])
-                tables.append(_Table(Seats(cfg, params, bucket, sizes[bucket]), queues[bucket], pool, count))
-            if opening := [table.opening for table in tables if table.opening]:
-                # Only where nobody plays is there nothing to do but to wait.
-                wait_s = 0 if any(table.playing for table in tables) else None
-                concurrent.futures.wait(opening, wait_s, concurrent.futures.FIRST_COMPLETED)
-            for table in tables:
-                yield from table.advance()
-            tables[:] = [table for table in tables if not table.finished]
-            queues = {bucket: queue for bucket, queue in queues.items() if queue}
+            while len(tables) < BATCHES:
+                bucket = _next_bucket(queues, sizes, {table.bucket for table in tables})
+                if bucket is None:
+                    break
+                seats = Seats(cfg, params, queues[bucket][0].codec, sizes[bucket])
+                table = _Table(seats, queues[bucket], makers, told.put)
+                tables[table] = players.submit(table.run)
+            match told.get():
+                case Played() as played:
+                    yield played
+                case int() as ended:
+                    count(ended)
+                case table:
+                    tables.pop(table).result()
+            queues = {bucket: waiting for bucket, waiting in queues.items() if waiting}
+
+
+@contextlib.contextmanager
+def _short_turns() -> collections.abc.Iterator[None]:
+    """Lets threads take turns often: one that traces an environment holds up the players by a turn at each step."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _stop(tables: collections.abc.Collection[_Table]) -> None:
+    for table in tables:
+        table.stopped = True
+
+
+def _next_bucket(
+    queues: dict[Bucket, collections.deque[Trial]], sizes: dict[Bucket, int], taken: set[Bucket]
+) -> Bucket | None:
+    """The bucket with most to do that nobody plays in, or one that has enough for two; None where there is none."""
+    rows = {bucket: sum(trial.rows for trial in waiting) for bucket, waiting in queues.items()}
+    open_to = [bucket for bucket in queues if bucket not in taken or rows[bucket] >= 2 * sizes[bucket]]
+    return max(open_to, key=lambda bucket: rows[bucket], default=None)
 
 
 def _check(cfg: ModelConfig, trial: Trial) -> None:
@@ -135,15 +175,10 @@ def _check(cfg: ModelConfig, trial: Trial) -> None:
             raise ConfigError(f"{name} of {trial.codec.card.id} is {getattr(trial, name)}, expected at least 1")
 
 
-def _size(queue: collections.abc.Collection[Trial], rows: int) -> int:
+def _size(waiting: collections.abc.Collection[Trial], rows: int) -> int:
     """The number of rows of a batch: all that a few trials have, what was asked for where there are many."""
-    largest = max(trial.rows for trial in queue)
-    return min(max(rows or 2 * largest, largest), sum(trial.rows for trial in queue))
-
-
-def _close(tables: list[_Table]) -> None:
-    for table in tables:
-        table.close()
+    largest = max(trial.rows for trial in waiting)
+    return min(max(rows or 2 * largest, largest), sum(trial.rows for trial in waiting))
 
 
 class _Guest:
@@ -169,12 +204,12 @@ class _Guest:
         self._finished = np.zeros(trial.rows, np.intp)
         self._total, self._length = np.zeros(trial.rows, np.float32), np.zeros(trial.rows, np.int32)
 
-    def write(self, batch: Seats) -> None:
+    def write(self, seats: Seats) -> None:
         """Says what the rows that still play see."""
         if self.playing.all():
-            batch.write(self.places, self._features)
+            seats.write(self.places, self._features)
         else:
-            batch.write(self.places[self.playing], jax.tree.map(lambda leaf: leaf[self.playing], self._features))
+            seats.write(self.places[self.playing], jax.tree.map(lambda leaf: leaf[self.playing], self._features))
 
     def step(self, slots: Slots) -> int:
         """Does what the policy chose.
@@ -248,84 +283,80 @@ def _open(trial: Trial) -> _Guest | Played:
 
 
 class _Table:
-    """A batch, the environments that have places in it, and those that wait for one."""
+    """A batch, the environments that have places in it, and those that wait for one; plays in a thread of its own."""
 
     def __init__(
         self,
-        batch: Seats,
-        queue: collections.deque[Trial],
-        pool: concurrent.futures.Executor,
-        count: Count,
+        seats: Seats,
+        waiting: collections.deque[Trial],
+        makers: concurrent.futures.Executor,
+        tell: collections.abc.Callable[[int | Played | _Table], None],
     ):
-        self._batch, self._queue, self._pool, self._count = batch, queue, pool, count
+        self.bucket, self.stopped = seats.bucket, False
+        self._seats, self._waiting, self._makers, self._tell = seats, waiting, makers, tell
         self._guests: list[_Guest] = []
-        self.opening: concurrent.futures.Future[_Guest | Played] | None = None
+        self._opening: collections.deque[concurrent.futures.Future[_Guest | Played]] = collections.deque()
+        self._open_more()
 
-    @property
-    def playing(self) -> bool:
-        """Whether anybody plays."""
-        return bool(self._guests)
+    def run(self) -> None:
+        """Plays until nobody is left, and tells of every episode, of every trial, and at last of the end."""
+        try:
+            self._seats.warm_up()
+            while (self._guests or self._opening) and not self.stopped:
+                self._admit()
+                if self._guests:
+                    self._step()
+        finally:
+            self._close()
+            self._tell(self)
 
-    @property
-    def finished(self) -> bool:
-        """Whether nobody plays or waits."""
-        return not (self._guests or self.opening or self._queue)
-
-    def advance(self) -> collections.abc.Iterator[Played]:
-        """One step of all who play; gives what is finished then."""
-        if self._batch.waiting:
-            yield from self._step(self._batch.receive())
-        yield from self._admit()
+    def _step(self) -> None:
         for guest in self._guests:
-            guest.write(self._batch)
-        if self._guests:
-            self._batch.send()
-
-    def _step(self, slots: Slots) -> collections.abc.Iterator[Played]:
-        def step(guest: _Guest) -> int | LdmError:
+            guest.write(self._seats)
+        self._seats.send()
+        slots, ended = self._seats.receive(), 0
+        for guest in [*self._guests]:
+            playing = guest.playing
             try:
-                return guest.step(slots)
+                ended += guest.step(slots)
             except LdmError as error:
-                return error
-
-        # Each environment is stepped by one thread at a time; most let go of the interpreter meanwhile.
-        each = map if len(self._guests) == 1 else self._pool.map
-        before = [(guest, guest.playing) for guest in self._guests]
-        for (guest, playing), done in zip(before, list(each(step, self._guests)), strict=True):
-            if isinstance(done, LdmError):
-                self._batch.leave(guest.places[playing])
-                yield self._see_off(guest, guest.failed(done))
+                self._seats.leave(guest.places[playing])
+                self._see_off(guest, guest.failed(error))
                 continue
-            self._batch.leave(guest.places[playing & ~guest.playing])
-            self._count(done)
+            self._seats.leave(guest.places[playing & ~guest.playing])
             if not guest.playing.any():
-                yield self._see_off(guest, guest.result())
+                self._see_off(guest, guest.result())
+        if ended:
+            self._tell(ended)
 
-    def _see_off(self, guest: _Guest, played: Played) -> Played:
+    def _see_off(self, guest: _Guest, played: Played) -> None:
         self._guests.remove(guest)
         guest.close()
-        return played
+        self._tell(played)
 
-    def _admit(self) -> collections.abc.Iterator[Played]:
-        """Gives places to the environments that are made, while there are any."""
-        while True:
-            if self.opening is None and self._queue:
-                self.opening = self._pool.submit(_open, self._queue.popleft())
-            if self.opening is None or not self.opening.done():
-                return
-            guest = self.opening.result()
+    def _open_more(self) -> None:
+        """Has the next environments made; a few ahead, as each holds memory."""
+        while self._waiting and len(self._opening) < _AHEAD:
+            self._opening.append(self._makers.submit(_open, self._waiting.popleft()))
+
+    def _admit(self) -> None:
+        """Gives places to the environments that are made, in their order; waits for one only where nobody plays."""
+        while self._opening and (self._opening[0].done() or not self._guests):
+            guest = self._opening[0].result()
             if isinstance(guest, Played):
-                yield guest
-            elif guest.trial.rows <= self._batch.free:
-                guest.places = self._batch.seat(guest.trial.codec, guest.seeds, guest.trial.decoding)
+                self._tell(guest)
+            elif guest.trial.rows <= self._seats.free:
+                guest.places = self._seats.seat(guest.trial.codec, guest.seeds, guest.trial.decoding)
                 self._guests.append(guest)
             else:
                 return
-            self.opening = None
+            self._opening.popleft()
+            self._open_more()
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Closes all environments."""
-        opened = [self.opening.result()] if self.opening and not self.opening.exception() else []
+        concurrent.futures.wait(self._opening)
+        opened = [future.result() for future in self._opening if not future.exception()]
         for guest in [*self._guests, *opened]:
             if isinstance(guest, _Guest):
                 guest.close()

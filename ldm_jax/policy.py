@@ -7,6 +7,7 @@ interrupts a save leaves the policy of before or the new one.
 
 from __future__ import annotations
 
+import collections
 import collections.abc
 import contextlib
 import dataclasses
@@ -26,13 +27,15 @@ import numpy as np
 
 from ldm_jax import acting, files
 from ldm_jax.cards import EnvironmentCard, check_matches
+from ldm_jax.encoding.buckets import join_buckets
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.environment import Environment
 from ldm_jax.errors import ConfigError, LdmError
+from ldm_jax.mixed import MixedState, act_mixed, start_mixed
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Model, Params, count_parameters, make_model
 from ldm_jax.training import checkpoints
-from ldm_jax.types import Agent, EnvironmentSpec
+from ldm_jax.types import Agent, EnvironmentSpec, Key, TimeStep
 
 _SCHEMA = 2
 _FILE = "policy.json"
@@ -58,7 +61,7 @@ class Policy:
     cfg: ModelConfig
     params: Params
     cards: dict[str, EnvironmentCard]
-    decoding: acting.Decoding = "greedy"
+    decoding: acting.Decoding = "card"
 
     def __post_init__(self) -> None:
         acting.check_decoding(self.decoding)
@@ -125,6 +128,73 @@ class Policy:
         codec, decoding = Codec(self._card(environment)), self.decoding if decoding is None else decoding
         agent = acting.make_agent(self.cfg, codec, decoding, temperature)
         return self._agents.setdefault(agent, agent)
+
+    def start(self, rows: collections.abc.Mapping[str, int]) -> MixedState:
+        """The memory of rows of several environments that have seen nothing, for `act`.
+
+        Args:
+          rows: how many of each id.
+
+        Returns:
+          The memory; its rows are those of the environments in sorted order of their ids.
+
+        Raises:
+          PolicyError: an id without a card, or environments that cannot share a batch: their grids or texts differ.
+          ActingError: fewer than one row.
+          ConfigError: the environment's spaces do not fit the model.
+        """
+        if few := {id: count for id, count in rows.items() if count < 1} or not rows:
+            raise acting.ActingError(f"got rows {few or rows}, expected at least one row of at least one environment")
+        return start_mixed(self.cfg, self._codecs(rows), rows)
+
+    def act(
+        self,
+        params: Params,
+        memory: MixedState,
+        timesteps: collections.abc.Mapping[str, TimeStep],
+        key: Key,
+        decoding: acting.Decoding | None = None,
+    ) -> tuple[MixedState, dict[str, typing.Any]]:
+        """Acts once in rows of several environments, as one batch; pure.
+
+        It may be traced by `jax.jit`. Called as it is, it compiles for the widths and the number of rows alone,
+        whichever the environments are. `mixed.forget_mixed` makes rows of the memory as new.
+
+        Args:
+          params: of the model.
+          memory: from `start`, or what the last call returned.
+          timesteps: by id, `[B, ...]` each.
+          key: typed key; each row draws from a key of its own.
+          decoding: default: the policy's.
+
+        Returns:
+          The memory, and the actions by id.
+
+        Raises:
+          ActingError: the environments, their rows or parts of a time step are not those of the memory.
+        """
+        codecs = self._codecs(timesteps)
+        return act_mixed(self.cfg, codecs, params, memory, timesteps, key, decoding or self.decoding)
+
+    def _codecs(self, ids: collections.abc.Iterable[str]) -> dict[str, Codec]:
+        """Codecs of one bucket, by id."""
+        known = self._mixed.setdefault(tuple(sorted(ids)), {})
+        if not known:
+            own = {id: Codec(self._card(id)) for id in ids}
+            joined = {*join_buckets(collections.Counter(codec.bucket for codec in own.values()), 1).values()}
+            if len(joined) > 1:
+                raise PolicyError(
+                    f"{', '.join(sorted(own))} cannot share a batch, their grids or texts differ: act in them apart"
+                )
+            (bucket,) = joined
+            for id, codec in own.items():
+                known[id] = Codec(codec.card, bucket)
+                acting.check_agent(self.cfg, known[id], self.decoding)
+        return known
+
+    @functools.cached_property
+    def _mixed(self) -> dict[tuple[str, ...], dict[str, Codec]]:
+        return {}
 
     def _card(self, environment: str | EnvironmentCard | EnvironmentSpec | Environment) -> EnvironmentCard:
         if isinstance(environment, EnvironmentCard):

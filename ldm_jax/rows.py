@@ -7,7 +7,10 @@ every environment of the bucket, and a row's actions do not depend on who else i
 
 from __future__ import annotations
 
+import collections.abc
 import functools
+import itertools
+import math
 import typing
 
 import jax
@@ -15,18 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.acting import ActingError, Decoding, decode, resolve_decoding
+from ldm_jax.cards import EnvironmentCard
 from ldm_jax.encoding.actions import Slots
-from ldm_jax.encoding.buckets import Bucket
 from ldm_jax.encoding.codec import Codec, Features, Signature
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.decoder import Cache, init_cache
+from ldm_jax.model.heads import Predictions
 from ldm_jax.model.network import Inputs, Params, make_model
-from ldm_jax.types import Array, Key
+from ldm_jax.spaces import zeros
+from ldm_jax.types import Array, Key, PyTree, TimeStep
 
 _FORMS: tuple[Decoding, ...] = ("greedy", "mode", "sample")
 
 
-class Draws(typing.NamedTuple):
+class RowDraws(typing.NamedTuple):
     """How each of R rows takes its actions; a pytree.
 
     Attributes:
@@ -42,18 +47,24 @@ class Draws(typing.NamedTuple):
     fresh: Array
 
 
+def form_of(decoding: Decoding, card: EnvironmentCard) -> int:
+    """The `form` of `RowDraws` for a decoding in the environment of a card."""
+    return _FORMS.index(resolve_decoding(decoding, card))
+
+
 def seeds(key: Key, rows: int) -> np.ndarray:
     """Seeds `uint32 [rows, 2]` of the randomness of rows, the same in any batch and any kind of process."""
     return np.asarray(jax.random.bits(key, (rows, 2), np.uint32))
 
 
-@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
-def act_rows(params: Params, cache: Cache, inputs: Inputs, draws: Draws, *, cfg: ModelConfig) -> tuple[Cache, Slots]:
-    """One step of R rows: compiled once for each configuration, bucket and number of rows.
+def _act_rows(
+    params: Params, cache: Cache, inputs: Inputs, draws: RowDraws, *, cfg: ModelConfig
+) -> tuple[Cache, Slots]:
+    """One step of R rows.
 
     Args:
       params: of the model.
-      cache: of R rows; its arrays are used up.
+      cache: of R rows.
       inputs: features and signature of one bucket, leaves `[R, ...]`.
       draws: how each row takes its action.
       cfg: shapes of the model.
@@ -69,9 +80,89 @@ def act_rows(params: Params, cache: Cache, inputs: Inputs, draws: Draws, *, cfg:
     keys = jax.vmap(jax.random.fold_in)(
         jax.random.wrap_key_data(jnp.asarray(draws.seed), impl="threefry2x32"), draws.step
     )
-    forms = [jax.vmap(functools.partial(decode, cfg, decoding=form))(said, key=keys) for form in _FORMS]
-    chosen = [draws.form[:, None] == i for i in range(len(forms))]
-    return after, jax.tree.map(lambda *options: jnp.select(chosen, options), *forms)
+    taken = [_take(cfg, form, said, keys) for form in ("greedy", "mode")]
+    # Most batches have no row that draws: they are not to pay for it.
+    drawn = (draws.form == _FORMS.index("sample")).any()
+    taken.append(jax.lax.cond(drawn, lambda: _take(cfg, "sample", said, keys), lambda: taken[0]))
+    chosen = [draws.form[:, None] == i for i in range(len(_FORMS))]
+    return after, jax.tree.map(lambda *options: jnp.select(chosen, options), *taken)
+
+
+def _take(cfg: ModelConfig, decoding: Decoding, predictions: Predictions, keys: Array) -> Slots:
+    """The actions of rows, each with a key of its own."""
+    return jax.vmap(lambda one, key: decode(cfg, one, decoding, key))(predictions, keys)
+
+
+act_rows = jax.jit(_act_rows, static_argnames="cfg")
+"""One step of R rows, compiled once for each configuration, bucket and number of rows."""
+
+
+class _Packed(typing.NamedTuple):
+    """Where the arrays of a pytree lie in one buffer of bytes; hashable."""
+
+    leaves: tuple[tuple[int, tuple[int, ...], str], ...]
+    structure: typing.Any
+
+    @classmethod
+    def of(cls, tree: PyTree) -> _Packed:
+        leaves, structure = jax.tree.flatten(tree)
+        offsets = itertools.accumulate((-(-leaf.nbytes // _ALIGNED) * _ALIGNED for leaf in leaves), initial=0)
+        return cls(
+            tuple((offset, leaf.shape, leaf.dtype.name) for offset, leaf in zip(offsets, leaves, strict=False)),
+            structure,
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes of the buffer."""
+        return max(offset + math.prod(shape) * np.dtype(dtype).itemsize for offset, shape, dtype in self.leaves)
+
+    def views(self, buffer: np.ndarray) -> PyTree:
+        """The arrays, as parts of the buffer."""
+        return self._read(buffer, lambda part, shape, dtype: part.view(dtype).reshape(shape))
+
+    def unpack(self, buffer: Array) -> PyTree:
+        """The arrays, where they are computed with."""
+        return self._read(buffer, _from_bytes)
+
+    def _read(self, buffer: Array, read: collections.abc.Callable[[typing.Any, tuple[int, ...], str], Array]) -> PyTree:
+        leaves = []
+        for offset, shape, dtype in self.leaves:
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            leaves.append(read(buffer[offset : offset + size], shape, dtype))
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+_ALIGNED = 64
+"""Bytes."""
+
+
+def _from_bytes(part: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    width = np.dtype(dtype).itemsize
+    if dtype == "bool":
+        return part.reshape(shape) != 0
+    return part.reshape(shape) if width == 1 else jax.lax.bitcast_convert_type(part.reshape(*shape, width), dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "packed"), donate_argnames="cache")
+def act_packed(
+    params: Params, cache: Cache, signature: Signature, buffer: Array, *, packed: _Packed, cfg: ModelConfig
+) -> tuple[Cache, Slots]:
+    """`act_rows` in place, of what lies in one buffer: to hand over many small arrays takes longer than to act.
+
+    Args:
+      params: of the model.
+      cache: of R rows; its arrays are used up.
+      signature: leaves `[R, ...]`.
+      buffer: `uint8`, with features and draws.
+      packed: where they lie in it.
+      cfg: shapes of the model.
+
+    Returns:
+      As `act_rows`.
+    """
+    features, draws = packed.unpack(buffer)
+    return _act_rows(params, cache, Inputs(features, signature), draws, cfg=cfg)
 
 
 class Seats:
@@ -82,25 +173,26 @@ class Seats:
       rows: R.
     """
 
-    def __init__(self, cfg: ModelConfig, params: Params, bucket: Bucket, rows: int):
+    def __init__(self, cfg: ModelConfig, params: Params, codec: Codec, rows: int):
         """Makes room.
 
         Args:
           cfg: shapes of the model.
           params: of the model, on the device.
-          bucket: of the environments.
+          codec: of one of the environments; the others' have the same bucket.
           rows: R.
         """
-        self.bucket, self.rows = bucket, rows
+        self.bucket, self.rows = codec.bucket, rows
         self._cfg, self._params = cfg, params
-        # Of their own: arrays that share memory cannot be used up.
-        self._cache = jax.tree.map(jnp.copy, init_cache(cfg, rows))
+        self._cache = init_cache(cfg, rows)
         self._free = np.ones(rows, bool)
-        self._features: Features | None = None
-        self._signature: Signature | None = None
-        self._draws = Draws(
-            np.zeros((rows, 2), np.uint32), np.zeros(rows, np.uint32), np.zeros(rows, np.int32), np.ones(rows, bool)
-        )
+        features, self._signature = _nothing(codec, rows)
+        nobody = np.zeros(rows, np.uint32)
+        draws = RowDraws(np.zeros((rows, 2), np.uint32), nobody, nobody.astype(np.int32), np.ones(rows, bool))
+        self._packed = _Packed.of((features, draws))
+        self._buffer = np.zeros(self._packed.size, np.uint8)
+        self._features, self._draws = self._packed.views(self._buffer)
+        self._told: Signature | None = None
         self._slots: Slots | None = None
 
     @property
@@ -133,7 +225,8 @@ class Seats:
             raise ActingError(f"{codec.card.id} brings {len(seeds)} rows, expected at most {self.free}, the free ones")
         places = np.flatnonzero(self._free)[: len(seeds)]
         self._free[places] = False
-        self._signature = _written(self._signature, codec.signature, places, self.rows)
+        _put(self._signature, codec.signature, places)
+        self._told = None
         self._draws.seed[places], self._draws.step[places] = seeds, 0
         self._draws.form[places] = _FORMS.index(resolve_decoding(decoding, codec.card))
         return places
@@ -144,19 +237,30 @@ class Seats:
 
     def write(self, places: np.ndarray, features: Features) -> None:
         """Says what the rows at some places see, `[len(places), ...]`; not while actions are on their way."""
-        self._features = _written(self._features, features, places, self.rows)
+        _put(self._features, features, places)
+
+    def warm_up(self) -> None:
+        """Compiles what is not compiled yet, by letting nobody act; any thread may do so, before anyone is seated."""
+        self._send()
+        self.receive()
 
     def send(self) -> None:
         """Lets all rows act once; does not wait for what they do.
 
         Raises:
-          ActingError: the actions of the last time were not received, or nothing was written.
+          ActingError: the actions of the last time were not received, or nobody is seated.
         """
-        if self._slots is not None or self._features is None or self._signature is None:
+        if self._slots is not None or self._free.all():
             raise ActingError("a batch acts out of order, expected: seat, then in turn write, send and receive")
+        self._send()
+
+    def _send(self) -> None:
         self._draws.fresh[:] = self._draws.step == 0
-        inputs = Inputs(self._features, self._signature)
-        self._cache, self._slots = act_rows(self._params, self._cache, inputs, self._draws, cfg=self._cfg)
+        if self._told is None:
+            self._told = jax.tree.map(jnp.array, self._signature)  # copied: the next one is written into it
+        self._cache, self._slots = act_packed(
+            self._params, self._cache, self._told, self._buffer, packed=self._packed, cfg=self._cfg
+        )
 
     def receive(self) -> Slots:
         """Waits for the actions of all rows, `[R, K]` and `[R, C]`.
@@ -172,14 +276,16 @@ class Seats:
         return slots
 
 
-_Tree = typing.TypeVar("_Tree", Features, Signature)
+def _nothing(codec: Codec, rows: int) -> Inputs:
+    """Buffers `[rows, ...]` for what rows of the codec's bucket see, with zeros in them."""
+    seen, acted = (zeros(space, (rows,)) for space in (codec.card.observation_space, codec.card.action_space))
+    no_R = np.zeros(rows, bool)
+    nothing = TimeStep(observation=seen, reward=np.zeros(rows, np.float32), terminated=no_R, truncated=no_R, first=no_R)
+    features = codec.features(nothing, acted, no_R)
+    signature = jax.tree.map(lambda leaf: np.zeros((rows, *leaf.shape), leaf.dtype), codec.signature)
+    return Inputs(jax.tree.map(np.zeros_like, features), signature)
 
 
-def _written(buffers: _Tree | None, values: _Tree, places: np.ndarray, rows: int) -> _Tree:
-    """Puts values, with an axis of the places or without, into buffers `[rows, ...]`, made if there are none."""
-    lead: int = isinstance(values, Features)
-    if buffers is None:
-        buffers = jax.tree.map(lambda leaf: np.zeros((rows, *leaf.shape[lead:]), leaf.dtype), values)
+def _put(buffers: PyTree, values: PyTree, places: np.ndarray) -> None:
     for buffer, value in zip(jax.tree.leaves(buffers), jax.tree.leaves(values), strict=True):
         buffer[places] = value
-    return buffers

@@ -42,7 +42,7 @@ FLOORS = (
     {"training", "evaluation"},
     {"acting"},
     {"rows"},
-    {"playing"},
+    {"playing", "mixed"},
     {"policy"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -8,15 +8,16 @@ import examples
 import jax
 import numpy as np
 import pytest
-from compiling import compilations
 
 import environments
-from ldm_jax import acting, cards, playing, rollout, rows
+from ldm_jax import acting, cards, mixed, playing, rollout, rows
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.environment import Environment, EnvironmentFaultError
 from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import SIZES
 from ldm_jax.model.network import make_model
+from ldm_jax.policy import Policy, PolicyError
+from ldm_jax.types import TimeStep
 
 NANO = SIZES["nano"]
 PARAMS = examples.random_params(make_model(NANO))
@@ -53,15 +54,10 @@ def play(*trials, rows=2 * ROWS):
 
 @pytest.fixture(scope="module")
 def together():
-    """What was played together, and what was compiled for it; the first of all to be compiled."""
-    rows.act_rows.clear_cache()
-    with compilations() as lines:
-        played = play(*map(trial, (*HOST, JITTABLE)))
-    return played, lines
-
-
-def acting_programs(lines):
-    return [line for line in lines if line.startswith(("Compiling jit(act_rows)", "Compiling act_rows"))]
+    """What was played together, and how many acting programs were compiled for it."""
+    rows.act_packed.clear_cache()
+    played = play(*map(trial, (*HOST, JITTABLE)))
+    return played, rows.act_packed._cache_size()  # what is compiled by other threads is in no log of this one
 
 
 def assert_same(one, other):
@@ -70,13 +66,12 @@ def assert_same(one, other):
 
 
 def test_the_environments_of_a_bucket_share_one_program(together):
-    played, lines = together
-    buckets = {one.trial.codec.bucket for one in played.values()}
+    played, programs = together
     assert len(played) == 4 and all(one.error is None for one in played.values())
-    assert len(buckets) == 2 and len(acting_programs(lines)) == len(buckets)
-    with compilations() as again:
-        play(trial(HOST[1]), trial(HOST[2], key=jax.random.key(0)), trial(LAKE, "greedy"))
-    assert not acting_programs(again), "neither an environment nor a decoding is compiled for"
+    assert programs == len({one.trial.codec.bucket for one in played.values()}) == 2
+    before = rows.act_packed._cache_size()
+    play(trial(HOST[1]), trial(HOST[2], key=jax.random.key(0)), trial(LAKE, "greedy"))
+    assert rows.act_packed._cache_size() == before, "neither an environment nor a decoding is compiled for"
 
 
 @pytest.mark.parametrize("id", [LAKE, JITTABLE])
@@ -194,7 +189,7 @@ def test_who_stops_early_has_what_was_finished_and_everything_is_closed(together
 
 def test_a_batch_refuses_what_is_out_of_order():
     codec, seeds = Codec(card_of(LAKE)), rows.seeds(jax.random.key(0), 2)
-    batch = rows.Seats(NANO, PARAMS, codec.bucket, 3)
+    batch = rows.Seats(NANO, PARAMS, codec, 3)
     with pytest.raises(acting.ActingError, match="out of order"):
         batch.send()
     with pytest.raises(acting.ActingError, match="no actions on their way"):
@@ -206,3 +201,84 @@ def test_a_batch_refuses_what_is_out_of_order():
         batch.seat(codec, seeds, "greedy")
     batch.leave(places)
     assert batch.free == 3
+
+
+# Acting by hand in several environments at once
+
+IDS = (LAKE, JITTABLE)
+POLICY = Policy(NANO, PARAMS, {id: card_of(id) for id in IDS})
+BATCH = {LAKE: 2, JITTABLE: 3}
+
+
+def steps_of(rows_of, seed):
+    rng = np.random.default_rng(seed)
+    return {
+        id: TimeStep(
+            observation=examples.random_tree(card_of(id).observation_space, (count,), rng),
+            reward=rng.normal(0, 1, count).astype(np.float32),
+            terminated=rng.random(count) < 0.2,
+            truncated=np.zeros(count, bool),
+            first=np.zeros(count, bool),
+        )
+        for id, count in rows_of.items()
+    }
+
+
+def act_by_hand(act, memory, steps=NANO.window + 2, forgotten=None):
+    actions = []
+    for t in range(steps):
+        if forgotten and t == steps // 2:
+            memory = mixed.forget_mixed(memory, forgotten)
+        memory, action = act(PARAMS, memory, steps_of(BATCH, t), jax.random.key(t))
+        actions.append(jax.tree.map(np.asarray, action))
+    return actions
+
+
+def test_a_mixed_batch_acts_as_each_agent_does_traced_or_not():
+    by_hand = act_by_hand(POLICY.act, POLICY.start(BATCH))
+    traced = act_by_hand(jax.jit(POLICY.act), POLICY.start(BATCH))
+    jax.tree.map(np.testing.assert_array_equal, by_hand, traced)
+    for id, count in BATCH.items():
+        agent = POLICY.agent(id)
+        state, step = agent.init(count), jax.jit(agent.step)
+        for t, actions in enumerate(by_hand):
+            state, action, _ = step(PARAMS, state, steps_of(BATCH, t)[id], jax.random.key(0))
+            np.testing.assert_array_equal(action, actions[id])
+
+
+def test_rows_of_a_mixed_batch_forget_apart():
+    forgotten = {JITTABLE: np.array([True, False, True])}
+    steps = 2 * NANO.window
+    whole, cut = (
+        act_by_hand(functools.partial(POLICY.act, decoding="sample"), POLICY.start(BATCH), steps, each)
+        for each in (None, forgotten)
+    )
+    for one, other in zip(whole, cut, strict=True):
+        np.testing.assert_array_equal(one[LAKE], other[LAKE])
+        np.testing.assert_array_equal(one[JITTABLE][1], other[JITTABLE][1])
+    memory = POLICY.start(BATCH)
+    for t in range(3):
+        memory, _ = POLICY.act(PARAMS, memory, steps_of(BATCH, t), jax.random.key(t))
+    memory = mixed.forget_mixed(memory, {id: np.ones(count, bool) for id, count in BATCH.items()})
+    _, fresh = POLICY.act(PARAMS, POLICY.start(BATCH), steps_of(BATCH, 9), jax.random.key(9))
+    _, again = POLICY.act(PARAMS, memory, steps_of(BATCH, 9), jax.random.key(9))
+    jax.tree.map(np.testing.assert_array_equal, fresh, again)
+
+
+def test_a_mixed_batch_refuses_other_rows_and_environments():
+    memory, steps = POLICY.start(BATCH), steps_of(BATCH, 0)
+    with pytest.raises(acting.ActingError, match=r"\[3\], expected .*\[2\]"):
+        POLICY.act(PARAMS, memory, steps_of({LAKE: 3, JITTABLE: 2}, 0), jax.random.key(0))
+    with pytest.raises(acting.ActingError, match=f"time steps of {LAKE}, expected those of {LAKE}, {JITTABLE}"):
+        POLICY.act(PARAMS, memory, {LAKE: steps[LAKE]}, jax.random.key(0))
+    for wrong, message in (({LAKE: [0, 1, 2]}, "expected 2 booleans"), ({"test/Other": [True]}, "rows of test/Other")):
+        with pytest.raises(acting.ActingError, match=message):
+            mixed.forget_mixed(memory, wrong)
+    for few in ({}, {LAKE: 0}):
+        with pytest.raises(acting.ActingError, match="at least one row"):
+            POLICY.start(few)
+    with pytest.raises(PolicyError, match="no card of 'test/Other'"):
+        POLICY.start({"test/Other": 1})
+    image = examples.make_codec("image").card
+    with pytest.raises(PolicyError, match="cannot share a batch"):
+        Policy(NANO, PARAMS, {LAKE: card_of(LAKE), image.id: image}).start({LAKE: 1, image.id: 1})

@@ -64,7 +64,7 @@ class PretrainConfig:
     max_to_keep: int = dataclasses.field(default=2, metadata=_free)
     keep_period: int = dataclasses.field(default=0, metadata=_free)
     log_steps: int = 10
-    decoding: Decoding = "greedy"
+    decoding: Decoding = "card"
     evaluation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig, metadata=_free)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata=_free)
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig, metadata=_free)

@@ -16,17 +16,19 @@ from experiments.harness.batches import Batches
 from experiments.harness.ids import parse_ids
 from experiments.harness.metrics_log import mean_by
 from experiments.harness.workdir import key_of
-from ldm_jax import sharding
-from ldm_jax.acting import Decoding, make_agent
+from ldm_jax import playing, sharding
+from ldm_jax.acting import Decoding, check_agent
 from ldm_jax.cards import check_matches
-from ldm_jax.environment import Environment, EnvironmentFaultError
+from ldm_jax.environment import Environment
 from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Model, Params
-from ldm_jax.rollout import evaluate
 from ldm_jax.training import metrics
 from ldm_jax.training.loss import RowMetrics, imitation_loss
-from ldm_jax.types import Agent, PyTree
+from ldm_jax.types import PyTree
+
+_ROWS = 128
+"""Of a batch that the policy acts in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +98,11 @@ class Validation:
         everywhere = sharding.replicated(mesh) if mesh else None
         self._loss = jax.jit(functools.partial(imitation_loss, model, model_cfg), out_shardings=everywhere)
         self._whole = jax.jit(lambda params: params, out_shardings=everywhere)
-        self._open: dict[str, tuple[Environment, Agent]] = {}
+        self._open: dict[str, Environment] = {}
         self._closing = contextlib.ExitStack()
 
     def __enter__(self) -> Validation:
-        """Makes the environments to act in, once, so that each one's loop is compiled once.
+        """Makes the environments to act in, once, so that each one's step is compiled once.
 
         Raises:
           UnknownEnvironmentError: there is no such environment any more.
@@ -110,10 +112,10 @@ class Validation:
         """
         with contextlib.ExitStack() as closing:
             for id in self._config.ids if self._config.steps and not jax.process_index() else ():
-                agent = make_agent(self._model_cfg, self._known[id], self._decoding)
+                check_agent(self._model_cfg, self._known[id], self._decoding)
                 environment = closing.enter_context(contextlib.closing(registry.make(id, self._config.rows)))
                 check_matches(self._known[id].card, environment.spec, f"the dataset's data of {id}")
-                self._open[id] = environment, agent
+                self._open[id] = environment
             self._closing = closing.pop_all()
         return self
 
@@ -136,7 +138,7 @@ class Validation:
             found["held_out"] = self._held_out_loss(params)
         if self._config.ids:
             params = self.whole(params)
-            found["evaluation"] = {id: result for id in self._open if (result := self._act(id, params))}
+            found["evaluation"] = self._act(params)
         return found
 
     def whole(self, params: Params) -> PyTree:
@@ -161,15 +163,29 @@ class Validation:
             "kl_by_domain": mean_by(self._domains, kl, labelled),
         }
 
-    def _act(self, id: str, params: PyTree) -> dict[str, float]:
-        try:
-            episodes = evaluate(*self._open[id], params, _key(id), self._config.episodes)
-        except EnvironmentFaultError as error:  # training does not depend on it
-            progress.logger.warning("cannot evaluate in %s: %s", id, error)
-            return {}
-        card, mean = self._known[id].card, float(np.mean(episodes.returns, dtype=np.float64))
-        random, reference = card.random_returns.mean, card.reference_returns.mean
-        return {"return": mean, "z": (mean - random) / (reference - random)}
+    def _act(self, params: PyTree) -> dict[str, dict[str, float]]:
+        trials = [
+            playing.Trial(
+                codec=self._known[id],
+                make=functools.partial(self._open.__getitem__, id),
+                rows=self._config.rows,
+                episodes=self._config.episodes,
+                key=_key(id),
+                decoding=self._decoding,
+                keep_open=True,
+            )
+            for id in self._open
+        ]
+        found = dict[str, dict[str, float]]()
+        for played in playing.play(self._model_cfg, params, trials, _ROWS):
+            card = played.trial.codec.card
+            if played.episodes is None:  # training does not depend on it
+                progress.logger.warning("cannot evaluate in %s: %s", card.id, played.error)
+                continue
+            mean = float(np.mean(played.episodes.returns, dtype=np.float64))
+            random, reference = card.random_returns.mean, card.reference_returns.mean
+            found[card.id] = {"return": mean, "z": (mean - random) / (reference - random)}
+        return {id: found[id] for id in self._open if id in found}
 
 
 def _key(id: str) -> jax.Array:
