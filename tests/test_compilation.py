@@ -40,8 +40,7 @@ def test_what_one_process_compiled_another_one_loads_and_what_is_broken_is_made_
     assert kept and start(folder) == (["kept before"] * len(kept) + ["2"], [])
     for path in kept:
         path.write_bytes(path.read_bytes()[:-20])  # as a full disk or a kill leaves it
-    out, log = start(folder)
-    assert out[-1] == "2" and len(log) == 1 and "compiled anew" in log[0] and str(folder) in log[0]
+    assert start(folder) == (["2"], [])
     assert start(folder) == (["kept before"] * len(kept) + ["2"], [])
 
 
@@ -56,7 +55,7 @@ def test_a_disk_that_fills_is_said_in_one_line(tmp_path):
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n" + PROGRAM
     out, log = start(tmp_path, f"import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n{limited}")
     assert out == ["2"] and len(log) == 1 and "not kept" in log[0] and "make room" in log[0]
-    assert start(tmp_path)[0][-1] == "2"
+    assert not programs(tmp_path), "half a program"
 
 
 @pytest.mark.parametrize("folder", ["", "elsewhere"])

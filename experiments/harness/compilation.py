@@ -7,6 +7,7 @@ programs are machine code: each kind of machine has a folder of its own, since a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -93,9 +94,10 @@ def cut_back(folder: pathlib.Path, most_bytes: int) -> None:
 
 
 def say_failures_once() -> None:
-    """Makes one line of the log of each way in which JAX cannot read or write a kept program.
+    """Makes one line of the log of all that JAX says of programs which it cannot write.
 
-    What cannot be read, because its writer was killed or had no room, is removed, so that it is written anew.
+    What cannot be read, because another process is at it, was killed or had no room, is removed and compiled anew,
+    without a word.
     """
     if getattr(warnings.showwarning, "func", None) is not _show:
         warnings.showwarning = functools.partial(_show, warnings.showwarning, set())
@@ -109,13 +111,17 @@ def _show(
         return
     action, program, reason = match.groups()
     folder = os.environ.get(FOLDER, "")
-    if action == "reading":
-        for path in pathlib.Path(folder).glob(f"{program}-*"):
+    with contextlib.suppress(OSError):
+        broken = sorted(pathlib.Path(folder).glob(f"{program}-*"), key=os.path.getmtime)
+        for path in broken if action == "reading" else broken[-1:]:  # what was being written is the newest
             path.unlink(missing_ok=True)
-    if action not in said:
+    if action == "writing" and action not in said:
         said.add(action)
-        words = "compiled anew" if action == "reading" else "not kept; give another --compilation_cache, or make room"
-        logger.warning("%s in %s: %s (%s)", program, folder, words, " ".join(reason.split()))
+        logger.warning(
+            "compiled programs are not kept: %s: %s; make room there, or give another --compilation_cache",
+            folder,
+            " ".join(reason.split()),
+        )
 
 
 def _processor() -> str:
