@@ -25,7 +25,7 @@ from experiments.harness.engine import Limits, run_units, workers_for
 from experiments.harness.ids import spec_of
 from experiments.harness.outcomes import in_one_line, read_outcome
 from experiments.harness.stage import UnitsFailedError, stage
-from experiments.harness.workdir import FREE, listed, pin_config, seed_of
+from experiments.harness.workdir import FREE, listed, pin_config, resolved, seed_of
 from ldm_jax.cards import EnvironmentCard
 from ldm_jax.errors import ConfigError, LdmError, check_finite
 
@@ -104,7 +104,7 @@ def run(config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[s
     """
     todo = _examine(config, workdir, environments)
     pin_config(workdir, "collect", config, owns=("dataset",))
-    dataset = create_dataset(workdir / "dataset")
+    dataset = create_dataset(workdir / "dataset", resolved(config))
     units = [unit for unit in todo.units if not _is_done(dataset, _load(workdir, unit.id))]
     workers = workers_for(len(environments or todo.units), config.workers, config.limits)
     for id, outcome in build_all((unit.id for unit in units), workers).items():

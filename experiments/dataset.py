@@ -188,11 +188,11 @@ def merge_datasets(url: str, sources: collections.abc.Sequence[str]) -> Dataset:
 
 
 def _verify() -> None:
-    if lines := list_damage(open_dataset(flags.FLAGS.dataset)):
+    dataset = open_dataset(flags.FLAGS.dataset)
+    if lines := list_damage(dataset):
         print("\n".join(lines))
-        raise DamagedError(
-            f"{len(lines) - 1} files or leaves of {flags.FLAGS.dataset} are damaged: they are listed above"
-        )
+        raise DamagedError(f"{len(lines) - 1} files or leaves of {dataset.url} are damaged: they are listed above")
+    print(f"{dataset} is whole")
 
 
 def _describe() -> None:
