@@ -21,7 +21,7 @@ from data.store import Dataset, StoreError, append_part, create_dataset, open_da
 from experiments.harness import progress
 from experiments.harness.building import build_all
 from experiments.harness.dry_run import TO_DO, Planned
-from experiments.harness.engine import Limits, run_units, workers_for
+from experiments.harness.engine import Limits, check_limits, run_units, workers_for
 from experiments.harness.ids import spec_of
 from experiments.harness.outcomes import in_one_line, read_outcome
 from experiments.harness.stage import UnitsFailedError, stage
@@ -51,9 +51,9 @@ class CollectStageConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        for name in ("workers", "unit_seconds", "unit_memory_gb"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.workers < 0:
+            raise ConfigError(f"workers is {self.workers}, expected at least 0")
+        check_limits(self.limits, self.workers)
 
     @property
     def limits(self) -> Limits:

@@ -24,6 +24,7 @@ import environments as registry
 from data.references import ReferencePolicyError, load_reference
 from experiments.harness import progress
 from experiments.harness.metrics_log import read_rows
+from experiments.harness.outcomes import read_outcome
 from experiments.harness.stage import stage
 from experiments.harness.workdir import FREE, key_of, listed, pin_config
 from experiments.report.page import write_report
@@ -125,7 +126,8 @@ def _measurement(policy: policies.Policy, workdir: pathlib.Path, id: str, missin
     except ReferencePolicyError as error:
         if not directory.exists():
             raise  # it was named, and is not known: most often it is misspelled
-        return unknown._replace(missing=str(error))
+        outcome = read_outcome(directory)
+        return unknown._replace(missing=outcome.reason if outcome and outcome.verdict == "failed" else str(error))
     if id in policy.cards:
         try:
             check_matches(policy.cards[id], scored.policy.spec, "the policy")

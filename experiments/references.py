@@ -30,7 +30,7 @@ from environments.registry import check_known
 from experiments.harness import progress
 from experiments.harness.building import build_all
 from experiments.harness.dry_run import TO_DO, Planned
-from experiments.harness.engine import Limits, run_units, workers_for
+from experiments.harness.engine import Limits, check_limits, run_units, workers_for
 from experiments.harness.outcomes import TOO_LARGE, UnitOutcome, failure, outcome_table, read_outcome, write_outcome
 from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.workdir import FREE, WorkdirError, pin_config, seed_of
@@ -67,15 +67,10 @@ class ReferencesConfig:
         check_finite(self)
         if not self.budget > 0:
             raise ConfigError(f"budget is {self.budget}, expected a positive fraction")
-        for name, least in (
-            ("num_envs", 1),
-            ("episodes", 1),
-            ("workers", 0),
-            ("unit_seconds", 0),
-            ("unit_memory_gb", 0),
-        ):
+        for name, least in (("num_envs", 1), ("episodes", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        check_limits(self.limits, self.workers)
 
     @property
     def limits(self) -> Limits:

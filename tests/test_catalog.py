@@ -181,7 +181,7 @@ def test_terms_all_hold_and_values_are_one_or_the_other_whatever_their_case():
     assert select("") == [line.id for line in LINES if line.verified]
 
 
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=8, deadline=None)
 @hypothesis.given(st.integers(1, 3), st.integers(1, 60), st.integers(0, 5), st.sampled_from(["family", "library"]))
 def test_a_draw_is_the_same_each_time_and_a_smaller_one_is_part_of_a_larger_one(per, limit, seed, field):
     base = f"library=gymnax,minigrid,jumanji seed={seed}"

@@ -45,6 +45,8 @@ def _work(folder, unit, advance):
                 held.append(bytearray(os.urandom(4)) * (1 << 20))
         case "raises":
             raise OSError(28, "no space left")
+        case "loses":
+            raise ConnectionResetError(104, "the bucket is gone")
     return f"{unit}: done"
 
 
@@ -108,10 +110,11 @@ def test_one_process_works_on_many_units_and_is_replaced_before_it_is_worn(tmp_p
     assert len({*pids}) == 2 and pids == sorted(pids, key=pids.index) and str(os.getpid()) not in pids
 
 
-def test_what_a_unit_raises_ends_everything_with_its_traceback(tmp_path):
-    with pytest.raises(OSError, match="no space left") as caught:
-        _work_in(tmp_path, ["hangs", "raises", "a"], workers=2)
-    assert caught.value.errno == 28 and "in _work" in "".join(caught.value.__notes__)
+@pytest.mark.parametrize(("unit", "number"), [("raises", 28), ("loses", 104)])
+def test_what_a_unit_raises_ends_everything_with_its_traceback(unit, number, tmp_path):
+    with pytest.raises(OSError, match=r"no space left|the bucket is gone") as caught:
+        _work_in(tmp_path, ["hangs", unit, "a"], workers=2)
+    assert caught.value.errno == number and "in _work" in "".join(caught.value.__notes__)
     assert not (tmp_path / "a").exists()
     if (tmp_path / "hangs").exists():
         _await_end(int((tmp_path / "hangs").read_text()))

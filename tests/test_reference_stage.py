@@ -182,7 +182,7 @@ def test_environments_that_die_or_hang_or_whose_library_cannot_be_made_end_by_th
     ids = [*(f"gymnasium/{name}-v7" for name in names), MISSING, UNBUILDABLE]
     (tmp_path / "ids.txt").write_text("# all that is odd\n" + "\n".join(ids))
     process = start(tmp_path, f"--environments=@{tmp_path / 'ids.txt'}", "--config.workers=2")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 1 and "5 failed, the others are done" in err.splitlines()[-1], err
     found = {id: outcome_of(tmp_path / "run", id) for id in ids}
     for id, cause, words in [
@@ -201,8 +201,8 @@ def test_environments_that_die_or_hang_or_whose_library_cannot_be_made_end_by_th
     # Once more, one that hangs with them: what is finished stays as it is.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.json")}
     more = ",".join([*ids, "gymnasium/Hanging-v7"])
-    process = start(tmp_path, f"--environments={more}", "--config.unit_seconds=5")
-    out, err = process.communicate(timeout=300)
+    process = start(tmp_path, f"--environments={more}", "--config.workers=1", "--config.unit_seconds=5")
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 1 and "8 environments" in out and "6 failed" in err, err
     assert outcome_of(tmp_path / "run", "gymnasium/Hanging-v7").cause == "out of time"
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -221,7 +221,7 @@ def test_killed_at_any_moment_a_run_keeps_what_is_finished(tmp_path):
                 time.sleep(draw.random())
                 process.send_signal(signal.SIGKILL)
             time.sleep(0.02)
-        process.communicate(timeout=300)
+        process.communicate(timeout=900)
         now = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/references/gymnasium/*/reference.json")}
         assert {path: now[path] for path in finished} == finished, "what is finished is made once"
         finished = now
@@ -240,7 +240,11 @@ def test_a_dry_run_says_what_would_be_done_and_touches_nothing(tmp_path, monkeyp
     out = capsys.readouterr().out
     states = {line.split()[0]: line for line in out.splitlines() if "/" in line}
     assert verdicts["Plain"] in states[names[0]] and "failed (faults)" in states[names[1]]
-    assert "to do" in states[MISSING] and "to do" in states[UNBUILDABLE] and "min" in states["gymnax/CartPole-v1"]
+    assert (
+        "to do" in states[MISSING]
+        and "to do" in states[UNBUILDABLE]
+        and states["gymnax/CartPole-v1"].endswith((" s", " min"))
+    )
     assert {*states} >= {*environments.select("library=gymnax").ids}
     assert ", 2 finished" in out and "to be built first: nasim" in out and "about" in out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -254,6 +258,7 @@ def test_a_dry_run_says_what_would_be_done_and_touches_nothing(tmp_path, monkeyp
         {"num_envs": 0},
         {"workers": -1},
         {"unit_seconds": -1.0},
+        {"unit_seconds": 9.0, "workers": 0},
         {"unit_memory_gb": float("nan")},
     ],
 )

@@ -20,6 +20,7 @@ import traceback
 import typing
 
 from experiments.harness import processes, progress
+from ldm_jax.errors import ConfigError
 
 U = typing.TypeVar("U")
 R = typing.TypeVar("R")
@@ -45,6 +46,19 @@ class Limits(typing.NamedTuple):
 
     seconds: float = 0.0
     memory_gb: float = 0.0
+
+
+def check_limits(limits: Limits, workers: int) -> None:
+    """Checks that limits make sense, with so many processes.
+
+    Raises:
+      ConfigError: a limit is negative, or there is no process that could be ended.
+    """
+    for name, value in zip(("unit_seconds", "unit_memory_gb"), limits, strict=True):
+        if value < 0:
+            raise ConfigError(f"{name} is {value}, expected at least 0")
+        if value and not workers:
+            raise ConfigError(f"{name} is {value} and workers is 0: limits hold for processes, give at least 1 worker")
 
 
 class Finished(typing.NamedTuple, typing.Generic[U, R]):
@@ -144,6 +158,18 @@ class _Worker(typing.Generic[U, R]):
 
     def listen(self, advance: progress.Advance) -> Finished[U, R] | None:
         """Hears what the process says, up to the result of its unit or its end."""
+        if said := self._hear(advance):
+            kind, value = said
+            if kind == "raised":
+                raise value
+            self.done += 1
+            return Finished(self.unit, value)
+        if self.process.is_alive():
+            return None
+        return self._end(DIED, f"it ends its process {_how(self.process.exitcode or 0)}")
+
+    def _hear(self, advance: progress.Advance) -> tuple[str, typing.Any] | None:
+        """The last word about the unit, if it has been said."""
         try:
             while self.connection.poll():
                 kind, value = self.connection.recv()
@@ -151,16 +177,11 @@ class _Worker(typing.Generic[U, R]):
                     self.begun_s = time.monotonic()
                 elif kind == "advance":
                     advance(value)
-                elif kind == "raised":
-                    raise value
                 else:
-                    self.done += 1
-                    return Finished(self.unit, value)
+                    return kind, value
         except (EOFError, ConnectionError):
             self.process.join(_GONE_S)
-        if self.process.exitcode is None and self.process.is_alive():
-            return None
-        return self._end(DIED, f"it ends its process {_how(self.process.exitcode or 0)}")
+        return None
 
     def end_beyond(self, limits: Limits) -> Finished[U, R] | None:
         """Ends the unit if it has taken more than it may."""
