@@ -14,26 +14,34 @@ from ldm_jax.encoding.buckets import join_buckets
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Inputs
+from ldm_jax.training.bucket_work import bucket_work
 from ldm_jax.training.loss import Example
 
 from .mixture import ALL_STREAMS, BucketRows, Mixture, MixtureError, Streams, WindowSource
-from .shares import Draws, allot, environment_shares
+from .shares import DrawsConfig, allot, environment_shares
 from .store import Dataset
 
-MAX_BUCKETS = 64
+MAX_BUCKETS = 16
 """A training step is one program for all of its buckets, so there are no more than these, however many environments."""
 
 
 def make_codecs(
-    dataset: Dataset, ids: collections.abc.Sequence[str], model: ModelConfig, max_buckets: int = MAX_BUCKETS
+    dataset: Dataset,
+    ids: collections.abc.Sequence[str],
+    model: ModelConfig,
+    max_buckets: int = MAX_BUCKETS,
+    draws: DrawsConfig | None = None,
+    each: float = 0.0,
 ) -> list[Codec]:
-    """The codecs of environments, each checked to fit.
+    """The codecs of environments, each checked to fit, in the buckets that cost least together.
 
     Args:
       dataset: has their cards.
       ids: the environments.
-      model: that they have to fit.
-      max_buckets: those that pad least when joined are, until no more are left; one of each kind of grids and texts is.
+      model: that they have to fit, and whose arithmetic counts.
+      max_buckets: those that cost least when joined are, until no more are left.
+      draws: how often they are drawn.
+      each: what a bucket costs by itself, see `join_buckets`.
 
     Raises:
       StoreError: the dataset has no such environment.
@@ -44,10 +52,21 @@ def make_codecs(
     codecs = [Codec(dataset.card(id)) for id in ids]
     for codec in codecs:
         model.check_fits(codec.bucket, codec.card.id, max(codec.observation_layout.sizes, default=0))
-    joined = join_buckets(collections.Counter(codec.bucket for codec in codecs), max_buckets)
+    own = {codec.bucket for codec in codecs}
+    if len(own) <= (1 if each else max_buckets):
+        return codecs  # nothing to choose, and to count what it costs takes a second
+    shares = dict.fromkeys(own, 0.0)
+    for codec, share in zip(codecs, _shares(dataset, ids, draws or DrawsConfig()), strict=True):
+        shares[codec.bucket] += share
+    joined = join_buckets(shares, max_buckets, bucket_work(model), each=each, pad_parts=True)
     return [
         codec if joined[codec.bucket] == codec.bucket else Codec(codec.card, joined[codec.bucket]) for codec in codecs
     ]
+
+
+def _shares(dataset: Dataset, ids: collections.abc.Sequence[str], draws: DrawsConfig) -> np.ndarray:
+    steps = [sum(part.steps * part.streams for part in dataset.parts(id)) for id in ids]
+    return environment_shares(draws, ids, steps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +111,7 @@ class Shape(typing.NamedTuple):
     window: int
     rows: int
     seed: int
-    draws: Draws = Draws()
+    draws: DrawsConfig = DrawsConfig()
     multiple: int = 1
 
 
@@ -131,9 +150,7 @@ def mix(
         ids = [codec.card.id for codec in encode.codecs]
         return WindowSource(dataset, ids, weights.tolist(), shape.window, shape.seed, encode, streams)
 
-    ids = [codec.card.id for codec in codecs]
-    steps = [sum(part.steps * part.streams for part in dataset.parts(id)) for id in ids]
-    wanted = environment_shares(shape.draws, ids, steps)
+    wanted = _shares(dataset, [codec.card.id for codec in codecs], shape.draws)
     wanted /= wanted[[index for indices in members.values() for index in indices]].sum()
     buckets = sorted(members)
     parts = allot([wanted[members[bucket]] for bucket in buckets], shape.rows, shape.draws.floor, shape.multiple)

@@ -15,7 +15,7 @@ _MOST = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
-class Draws:
+class DrawsConfig:
     """How often environments are drawn: n^alpha times a weight of their own, n being their steps, and not too seldom.
 
     Attributes:
@@ -54,7 +54,7 @@ class Draws:
 
 
 def environment_shares(
-    draws: Draws, ids: collections.abc.Sequence[str], steps: collections.abc.Sequence[int]
+    draws: DrawsConfig, ids: collections.abc.Sequence[str], steps: collections.abc.Sequence[int]
 ) -> np.ndarray:
     """The share of the rows that each environment is to have.
 

@@ -37,6 +37,7 @@ from ldm_jax.encoding.codec import Codec
 from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.evaluation import aggregates, scores
 from ldm_jax.model.network import count_parameters
+from ldm_jax.training.bucket_work import bucket_work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +184,10 @@ def _evaluate(
     Returns:
       Why some could not be played, by id.
     """
-    codecs = {id: Codec(card) for id, card in policy.cards.items()}
+    codecs = {id: policy.codec(card) for id, card in policy.cards.items()}
+    shares = collections.Counter(codec.bucket for codec in codecs.values())
     # Environments of similar spaces share a program, whoever of them is left.
-    joined = join_buckets(collections.Counter(codec.bucket for codec in codecs.values()), config.buckets)
+    joined = join_buckets(shares, config.buckets, bucket_work(policy.cfg))
     missing = [id for id, path in paths.items() if _finished(path, digest) is None]
     trials = [
         playing.Trial(

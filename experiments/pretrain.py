@@ -53,7 +53,13 @@ def run(
         pin_config(workdir, "pretrain", config, owns=("checkpoints", "metrics.jsonl", "tensorboard", "policy"))
         barrier("pinned")
         cards = {codec.card.id: codec.card for codec in batches.codecs}
-        known = {"pretrain": resolved(config), "environments": list(cards), "data": batches.train.fingerprint}
+        buckets = {codec.card.id: codec.bucket for codec in batches.codecs}
+        known = {
+            "pretrain": resolved(config),
+            "environments": list(cards),
+            "buckets": {id: bucket.name for id, bucket in buckets.items()},
+            "data": batches.train.fingerprint,
+        }
         with Checkpoints(workdir / "checkpoints", known, config.max_to_keep, config.keep_period) as checkpoints:
             state = checkpoints.restore(shapes) or training.init_state(model, config.training, mesh)
             start_step = int(state.step)
@@ -67,7 +73,7 @@ def run(
                     state = follow(parts, state, log)
         params = validate.whole(state.params)
         if jax.process_index() == 0 and (start_step < config.training.steps or not (workdir / "policy").exists()):
-            policy.Policy(cfg, params, cards, config.decoding).save(workdir / "policy")
+            policy.Policy(cfg, params, cards, config.decoding, buckets).save(workdir / "policy")
     barrier("saved")
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from ldm_jax import acting, files
 from ldm_jax.cards import EnvironmentCard, check_matches
-from ldm_jax.encoding.buckets import join_buckets
+from ldm_jax.encoding.buckets import Bucket, Grid, bucket_for, join_all, join_two
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.environment import Environment
 from ldm_jax.errors import ConfigError, LdmError
@@ -37,7 +37,7 @@ from ldm_jax.model.network import Model, Params, count_parameters, make_model
 from ldm_jax.training import checkpoints
 from ldm_jax.types import Agent, EnvironmentSpec, Key, TimeStep
 
-_SCHEMA = 2
+_SCHEMA = 3
 _FILE = "policy.json"
 _OURS = re.compile(r"params(-[0-9a-f]{8})?(\..*)?|\.(policy\.json|params-[0-9a-f]{8})\.[0-9a-f]+\.aside.*")
 """Weights, whole or interrupted, and what is written aside."""
@@ -56,12 +56,14 @@ class Policy:
       params: its parameters, a nested dict of arrays.
       cards: of the environments it was trained in, by id.
       decoding: how actions are taken from their distribution unless one says otherwise.
+      buckets: that environments were trained in, by id, where those are not the smallest ones.
     """
 
     cfg: ModelConfig
     params: Params
     cards: dict[str, EnvironmentCard]
     decoding: acting.Decoding = "card"
+    buckets: dict[str, Bucket] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         acting.check_decoding(self.decoding)
@@ -73,7 +75,7 @@ class Policy:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Policy):
             return NotImplemented
-        if (self.cfg, self.decoding, self.cards) != (other.cfg, other.decoding, other.cards):
+        if any(getattr(self, name) != getattr(other, name) for name in ("cfg", "decoding", "cards", "buckets")):
             return False
         mine, theirs = (dict(jax.tree_util.tree_leaves_with_path(policy.params)) for policy in (self, other))
         return mine.keys() == theirs.keys() and all(np.array_equal(mine[path], theirs[path]) for path in mine)
@@ -83,7 +85,7 @@ class Policy:
 
     def __reduce__(self) -> tuple[typing.Any, ...]:
         # Without what is derived: functions of the model cannot be pickled.
-        return Policy, (self.cfg, self.params, self.cards, self.decoding)
+        return Policy, (self.cfg, self.params, self.cards, self.decoding, self.buckets)
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -94,6 +96,10 @@ class Policy:
     def model(self) -> Model:
         """The network as pure functions."""
         return make_model(self.cfg)
+
+    @functools.cached_property
+    def _trained(self) -> frozenset[Bucket]:
+        return frozenset(self.buckets.values())
 
     @functools.cached_property
     def _agents(self) -> dict[Agent, Agent]:
@@ -125,7 +131,7 @@ class Policy:
           ConfigError: the environment's spaces do not fit the model, an unknown decoding, or a temperature that is
             not a positive number.
         """
-        codec, decoding = Codec(self._card(environment)), self.decoding if decoding is None else decoding
+        codec, decoding = self.codec(self._card(environment)), self.decoding if decoding is None else decoding
         agent = acting.make_agent(self.cfg, codec, decoding, temperature)
         return self._agents.setdefault(agent, agent)
 
@@ -180,13 +186,12 @@ class Policy:
         """Codecs of one bucket, by id."""
         known = self._mixed.setdefault(tuple(sorted(ids)), {})
         if not known:
-            own = {id: Codec(self._card(id)) for id in ids}
-            joined = {*join_buckets(collections.Counter(codec.bucket for codec in own.values()), 1).values()}
-            if len(joined) > 1:
+            own = {id: self.codec(self._card(id)) for id in ids}
+            bucket = join_all(codec.bucket for codec in own.values())
+            if not bucket:
                 raise PolicyError(
                     f"{', '.join(sorted(own))} cannot share a batch, their grids or texts differ: act in them apart"
                 )
-            (bucket,) = joined
             for id, codec in own.items():
                 known[id] = Codec(codec.card, bucket)
                 acting.check_agent(self.cfg, known[id], self.decoding)
@@ -195,6 +200,21 @@ class Policy:
     @functools.cached_property
     def _mixed(self) -> dict[tuple[str, ...], dict[str, Codec]]:
         return {}
+
+    def codec(self, card: EnvironmentCard) -> Codec:
+        """The codec to act in an environment with: what the model was trained on is padded as it was then."""
+        own = bucket_for(card.observation_space, card.action_space)
+
+        def holds(bucket: Bucket) -> bool:
+            return join_two(bucket, own, pad_parts=True) == bucket
+
+        if (trained := self.buckets.get(card.id)) and holds(trained):
+            return Codec(card, trained)
+        if not own.grids:
+            return Codec(card, own)
+        # An image of another environment: the nearest of the sides that were trained.
+        sides = {bucket: [(grid.side, grid.channels) for grid in bucket.grids] for bucket in self._trained}
+        return Codec(card, min(filter(holds, sides), key=lambda bucket: (sides[bucket], bucket), default=own))
 
     def _card(self, environment: str | EnvironmentCard | EnvironmentSpec | Environment) -> EnvironmentCard:
         if isinstance(environment, EnvironmentCard):
@@ -243,6 +263,7 @@ class Policy:
                 "model": dataclasses.asdict(self.cfg),
                 "decoding": self.decoding,
                 "cards": {id: card.to_json() for id, card in self.cards.items()},
+                "buckets": {id: dataclasses.asdict(bucket) for id, bucket in self.buckets.items()},
             }
             files.write(target / _FILE, json.dumps(description, indent=1))
             for name in present - {_FILE}:
@@ -304,10 +325,15 @@ def _read(target: pathlib.Path, description: dict[str, typing.Any]) -> Policy:
     try:
         weights, decoding = target / description["weights"], description["decoding"]
         cards = {id: EnvironmentCard.from_json(card) for id, card in description["cards"].items()}
+        buckets = {id: _bucket(**bucket) for id, bucket in description["buckets"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise PolicyError(f"{path} is damaged: {error!r}") from error
     shapes = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
-    return Policy(cfg, checkpoints.load_params(weights, shapes), cards, decoding)
+    return Policy(cfg, checkpoints.load_params(weights, shapes), cards, decoding, buckets)
+
+
+def _bucket(grids: list[dict[str, typing.Any]], texts: list[int], **widths: int) -> Bucket:
+    return Bucket(grids=tuple(Grid(**grid) for grid in grids), texts=tuple(texts), **widths)
 
 
 def _folder(directory: str | os.PathLike[str]) -> pathlib.Path:

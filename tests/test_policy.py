@@ -27,6 +27,7 @@ import environments
 import ldm_jax
 from ldm_jax import acting, rollout
 from ldm_jax.cards import CardError, EnvironmentCard
+from ldm_jax.encoding.buckets import bucket_for, join_two
 from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import SIZES, ModelConfig
 from ldm_jax.model.network import make_model
@@ -69,6 +70,24 @@ def compiled(lines):
 def test_printing_a_policy_says_what_it_is():
     assert repr(make_policy()) == "Policy(0.0796M parameters, 2 environments, card)"
     assert make_policy().ids == ("test/mixed", "test/vector")
+
+
+def test_a_policy_acts_in_the_buckets_it_was_trained_in(tmp_path):
+    def image(side, name="test/some"):
+        return examples.make_card(examples.gs.Box(0, 255, (side, side, 3), np.uint8), examples.gs.Discrete(2), name)
+
+    def bucket(card):
+        return bucket_for(card.observation_space, card.action_space)
+
+    large = join_two(bucket(image(90)), bucket(CARDS["test/vector"]), pad_parts=True)
+    trained = make_policy(buckets={"test/small": large, "test/vector": large})
+    assert trained.codec(image(20, "test/small")).bucket == large
+    assert trained.codec(CARDS["test/vector"]).bucket == large
+    assert trained.codec(image(40)).bucket == large, "an image is cut into patches as those that were trained on"
+    assert trained.codec(image(100)).bucket == bucket(image(100)), "there is none that holds it"
+    assert trained.codec(CARDS["test/mixed"]).bucket == bucket(CARDS["test/mixed"])
+    trained.save(tmp_path / "policy")
+    assert ldm_jax.load(tmp_path / "policy") == pickle.loads(pickle.dumps(trained)) == trained != make_policy()
 
 
 def test_an_unknown_decoding_is_refused_where_it_is_first_seen():
@@ -490,8 +509,8 @@ def test_what_cannot_be_loaded_says_what_to_pass_or_to_do(tmp_path):
         ldm_jax.load(tmp_path / "nothing")
     whole = json.loads(path.read_text())
     for broken, message in (
-        (whole | {"schema": 1}, "schema 1, expected 2: train the policy anew"),
-        ([], "schema None, expected 2"),
+        (whole | {"schema": 2}, "schema 2, expected 3: train the policy anew"),
+        ([], "schema None, expected 3"),
         ({name: part for name, part in whole.items() if name != "cards"}, "damaged: KeyError"),
         ({name: part for name, part in whole.items() if name != "model"}, "damaged: it lacks 'model'"),
         (whole | {"cards": 3}, "damaged"),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.shares import Draws, allot, environment_shares
+from data.shares import DrawsConfig, allot, environment_shares
 from ldm_jax.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ def names(count):
     st.sampled_from(["", "a/0=7", "a=0.01", "a=1e6, a/0=1e-6"]),
 )
 def test_environments_share_by_their_steps_and_weights_and_none_starves(steps, alpha, floor, weights):
-    draws = Draws(alpha, floor, weights)
+    draws = DrawsConfig(alpha, floor, weights)
     ids, least = names(len(steps)), floor / len(steps)
     shares = environment_shares(draws, ids, steps)
     assert shares.sum() == pytest.approx(1) and shares.min() >= least * (1 - 1e-9)
@@ -37,7 +37,7 @@ def test_buckets_share_the_rows_asked_for(data):
     floor, multiple = data.draw(st.sampled_from([0.0, 0.1, 0.5])), data.draw(st.integers(1, 4))
     rows = multiple * data.draw(st.integers(1, 300))
     steps = data.draw(st.lists(st.integers(1, 10**6), min_size=sum(sizes), max_size=sum(sizes)))
-    shares = environment_shares(Draws(1.0, floor), names(len(steps)), steps)
+    shares = environment_shares(DrawsConfig(1.0, floor), names(len(steps)), steps)
     parts = np.split(shares, np.cumsum(sizes)[:-1])
     allotted = allot(parts, rows, floor, multiple)
     total = sum(part.rows for part in allotted)
@@ -58,7 +58,7 @@ def test_buckets_share_the_rows_asked_for(data):
 
 def test_a_batch_does_not_grow_with_the_environments():
     for count in (13, 2000):
-        shares = environment_shares(Draws(), names(count), [1000] * count)
+        shares = environment_shares(DrawsConfig(), names(count), [1000] * count)
         assert sum(part.rows for part in allot(np.array_split(shares, 8), 52)) == 52
     assert [part.rows for part in allot([np.full(n, 1 / 13) for n in (1, 5, 7)], 52)] == [4, 20, 28]
 
@@ -77,7 +77,7 @@ def test_a_batch_does_not_grow_with_the_environments():
 )
 def test_draws_that_cannot_be_say_what_is_expected(change, words):
     with pytest.raises(ConfigError, match=words):
-        environment_shares(Draws(**change), names(2), [1, 1])
+        environment_shares(DrawsConfig(**change), names(2), [1, 1])
 
 
 def test_rows_that_do_not_divide_say_so():

@@ -18,6 +18,7 @@ from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.spaces import SpaceError
 from ldm_jax.training import padding
+from ldm_jax.training.bucket_work import EACH_BUCKET
 
 _SHARES_OVER = 100
 """Batches that realised shares are counted in."""
@@ -96,7 +97,8 @@ def make_batches(
     """
     if not (ids := ids or dataset.ids):
         raise WorkdirError(f"the dataset {dataset.url} has no environment: collect first, or see why all were refused")
-    codecs = _fitting_codecs(dataset, ids, model, shape, held_out)
+    fitting = [codec.card.id for codec in _fitting_codecs(dataset, ids, model, shape, held_out)]
+    codecs = make_codecs(dataset, fitting, model, draws=shape.draws, each=EACH_BUCKET)
 
     def drawn(streams: Streams) -> Mixture:
         return mix(dataset, codecs, shape, streams, share)

@@ -9,7 +9,7 @@ import typing
 import jax
 
 from data.batches import Shape
-from data.shares import Draws
+from data.shares import DrawsConfig
 from data.store import Dataset
 from experiments.harness.batches import Batches, make_batches
 from experiments.harness.mesh import HostsConfig, MeshConfig, device_bytes, make_mesh
@@ -57,7 +57,7 @@ class PretrainConfig:
     window: int = 64
     rows: int = 52
     rows_multiple: int = 1
-    draws: Draws = dataclasses.field(default_factory=Draws)
+    draws: DrawsConfig = dataclasses.field(default_factory=DrawsConfig)
     narrow: bool = True
     held_out: int = 16
     checkpoint_steps: int = 100

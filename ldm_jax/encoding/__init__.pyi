@@ -5,7 +5,9 @@ from .actions import action_layout as action_layout
 from .buckets import Bucket as Bucket
 from .buckets import Grid as Grid
 from .buckets import bucket_for as bucket_for
+from .buckets import join_all as join_all
 from .buckets import join_buckets as join_buckets
+from .buckets import join_two as join_two
 from .codec import Codec as Codec
 from .codec import Features as Features
 from .codec import Signature as Signature

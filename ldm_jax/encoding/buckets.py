@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import functools
+import heapq
 import itertools
+import typing
 
 import gymnasium
 import numpy as np
@@ -56,6 +59,8 @@ class Bucket:
         return f"{observation}_k{self.choice_slots}x{self.choices}_c{self.continuous_slots}"
 
 
+_NUMBERS = ("numeric", "categorical", "choice_slots", "choices", "continuous_slots")
+
 _WIDTHS = {
     "numeric": (0, 8, 32, 128, 256, 512, 2048, 8192),
     "categorical": (0, 1, 4, 16, 64, 256, 1024),
@@ -87,46 +92,141 @@ def bucket_for(observation_space: gymnasium.Space, action_space: gymnasium.Space
     )
 
 
-def join_buckets(environments: collections.abc.Mapping[Bucket, int], most: int) -> dict[Bucket, Bucket]:
-    """Joins buckets, those first that then pad least, until no more are left than asked for.
+def join_buckets(
+    shares: collections.abc.Mapping[Bucket, float],
+    most: int,
+    work: collections.abc.Callable[[Bucket], float],
+    *,
+    each: float = 0.0,
+    pad_parts: bool = False,
+) -> dict[Bucket, Bucket]:
+    """Joins buckets, the pair first that then costs least, while it saves anything or there are too many.
 
-    A training step is compiled for all its buckets together, so that its size grows with their number. Only buckets
-    with the same grids and texts are joined: one is left of each such kind, however few are asked for.
+    A training step is compiled for all its buckets together, so that its size grows with their number, and each has
+    products of its own, smaller ones.
 
     Args:
-      environments: the number of environments, or any weight, of each bucket.
-      most: how many are to be left.
+      shares: of the rows, of each bucket.
+      most: how many are to be left; more are where nothing can be joined.
+      work: what a row of a bucket costs.
+      each: what a bucket costs by itself, as a part of the work of all rows in their own buckets.
+      pad_parts: whether grids and texts are padded to larger ones, and to be there where there are none. The features
+        of an image depend on the side that it is padded to, so that a model has to act in the buckets that it was
+        trained in. Else only buckets with the same grids and texts are joined.
 
     Returns:
       The bucket that takes the place of each.
     """
-    weights = dict(environments)
-    members = {bucket: [bucket] for bucket in weights}
-    while len(weights) > most:
-        pairs = [
-            pair
-            for pair in itertools.combinations(sorted(weights), 2)
-            if (pair[0].grids, pair[0].texts) == (pair[1].grids, pair[1].texts)
-        ]
-        if not pairs:
-            break
-        pair = min(pairs, key=lambda pair: sum(weights[one] * (_numbers(_hull(*pair)) - _numbers(one)) for one in pair))
-        hull = _hull(*pair)
-        weight, joined = sum(weights.pop(one) for one in pair), [old for one in pair for old in members.pop(one)]
-        weights[hull] = weights.get(hull, 0) + weight
-        members[hull] = members.get(hull, []) + joined
-    return {old: bucket for bucket, olds in members.items() for old in olds}
+    known = functools.cache(work)
+    left = {number: (bucket, share) for number, (bucket, share) in enumerate(sorted(shares.items()))}
+    members = {number: [bucket] for number, (bucket, _) in left.items()}
+    each *= sum(share * known(bucket) for bucket, share in left.values())
+    queue: list[tuple[float, int, int, Bucket]] = []
+
+    def offer(one: int, two: int) -> None:
+        (first, share), (second, other_share) = left[one], left[two]
+        if hull := join_two(first, second, pad_parts=pad_parts):
+            more = share * (known(hull) - known(first)) + other_share * (known(hull) - known(second))
+            heapq.heappush(queue, (more, one, two, hull))
+
+    for pair in itertools.combinations(left, 2):
+        offer(*pair)
+    while queue and (queue[0][0] < each or len(left) > most):
+        _, one, two, hull = heapq.heappop(queue)
+        if one in left and two in left:
+            number = max(members) + 1
+            members[number] = members[one] + members[two]
+            share = left.pop(one)[1] + left.pop(two)[1]
+            left[number] = hull, share
+            for other in left.keys() - {number}:
+                offer(other, number)
+    groups = [members[number] for number in left]
+    _move(groups, shares, known, pad_parts=pad_parts)
+    hulls = [(_hull(group, pad_parts=pad_parts), group) for group in groups]
+    return {old: hull for hull, group in hulls for old in group}
 
 
-def _hull(one: Bucket, two: Bucket) -> Bucket:
-    widths = {field.name: max(getattr(one, field.name), getattr(two, field.name)) for field in dataclasses.fields(one)}
-    return Bucket(**widths)
+def _move(
+    groups: list[list[Bucket]],
+    shares: collections.abc.Mapping[Bucket, float],
+    work: collections.abc.Callable[[Bucket], float],
+    *,
+    pad_parts: bool,
+) -> None:
+    """Moves single buckets to other groups while that costs less: pairs were joined without seeing what came later."""
+    hulls = [_hull(group, pad_parts=pad_parts) for group in groups]
+    weights = [sum(shares[bucket] for bucket in group) for group in groups]
+    moved = True
+    while moved:
+        moved = False
+        for bucket in sorted(shares):
+            here = next(number for number, group in enumerate(groups) if bucket in group)
+            if len(groups[here]) == 1:
+                continue
+            share = shares[bucket]
+            rest = _hull([other for other in groups[here] if other != bucket], pad_parts=pad_parts)
+            saved = weights[here] * work(hulls[here]) - (weights[here] - share) * work(rest)
+            wider = {number: join_two(hull, bucket, pad_parts=pad_parts) for number, hull in enumerate(hulls)}
+            costs = {
+                number: (weights[number] + share) * work(hull) - weights[number] * work(hulls[number])
+                for number, hull in wider.items()
+                if hull and number != here
+            }
+            there = min(costs, key=costs.__getitem__, default=here)
+            if there != here and costs[there] < saved * (1 - 1e-9):
+                groups[here].remove(bucket)
+                groups[there].append(bucket)
+                hulls[here], hulls[there] = rest, typing.cast(Bucket, wider[there])
+                weights[here], weights[there] = weights[here] - share, weights[there] + share
+                moved = True
 
 
-def _numbers(bucket: Bucket) -> int:
-    """What a time step reads and predicts; a continuous slot predicts some 256 bins."""
-    predicted = bucket.choice_slots * bucket.choices + 256 * bucket.continuous_slots
-    return 2 * bucket.numeric + bucket.categorical + predicted
+def _hull(buckets: collections.abc.Iterable[Bucket], *, pad_parts: bool) -> Bucket:
+    hull = join_all(buckets, pad_parts=pad_parts)
+    assert hull is not None  # they were joined in pairs
+    return hull
+
+
+def join_all(buckets: collections.abc.Iterable[Bucket], *, pad_parts: bool = False) -> Bucket | None:
+    """The smallest bucket that holds what any of some does; None if there is none.
+
+    Args:
+      buckets: at least one.
+      pad_parts: see `join_buckets`.
+    """
+    hull, *others = buckets
+    for other in others:
+        wider = join_two(hull, other, pad_parts=pad_parts)
+        if wider is None:
+            return None
+        hull = wider
+    return hull
+
+
+def join_two(one: Bucket, two: Bucket, *, pad_parts: bool = False) -> Bucket | None:
+    """The smallest bucket that holds what either of two does; None if there is none.
+
+    Args:
+      one: a bucket.
+      two: another one.
+      pad_parts: see `join_buckets`.
+    """
+    if not pad_parts and (one.grids, one.texts) != (two.grids, two.texts):
+        return None
+    grids = [_join_grids(*pair) for pair in itertools.zip_longest(one.grids, two.grids)]
+    if None in grids:
+        return None
+    widths = {name: max(getattr(one, name), getattr(two, name)) for name in _NUMBERS}
+    texts = tuple(map(max, itertools.zip_longest(one.texts, two.texts, fillvalue=0)))
+    return Bucket(grids=tuple(grid for grid in grids if grid), texts=texts, **widths)
+
+
+def _join_grids(one: Grid | None, two: Grid | None) -> Grid | None:
+    if one is None or two is None:
+        return one or two
+    if one.dtype != two.dtype or (one.side <= GRID_CELLS) != (two.side <= GRID_CELLS):
+        return None  # another encoder reads them
+    return Grid(max(one.side, two.side), max(one.channels, two.channels), one.dtype)
 
 
 def _round_up(kind: str, size: int) -> int:

@@ -29,8 +29,9 @@ class Features(typing.NamedTuple):
     Attributes:
       numeric: `float32 [..., W, 2]`, each number standardized by the card and as symlog of its raw value.
       categorical: `int32 [..., P]`, category of each component, counted from 0.
-      grids: for each spatial leaf, `[..., side, side, channels]`, float32 or (images) uint8.
-      texts: for each Text leaf, `uint8 [..., L]`.
+      grids: for each spatial leaf, `[..., side, side, channels]`, float32 or (images) uint8; zeros where only
+        the bucket has one.
+      texts: for each Text leaf, `uint8 [..., L]`; the same.
       reward: `float32 [..., 2]`, symlog of the reward over the card's scale, and its sign.
       flags: `float32 [..., 3]`, terminated, truncated, first.
       previous: the previous action as slots, `[..., K]` and `[..., C]`.
@@ -56,7 +57,8 @@ class Signature(typing.NamedTuple):
       vector: `float32 [SIGNATURE]`, kinds, sizes and ranges of the spaces; bounded.
       numeric_mask: `float32 [W]`, 1 where there is a number.
       categorical_mask: `float32 [P]`, 1 where there is a component.
-      grid_masks: for each spatial leaf, `float32 [side, side]`, 1 where there is a cell.
+      grid_masks: for each grid, `float32 [side, side]`, 1 where there is a cell; without any, there is no such leaf.
+      text_mask: `float32 [texts]`, 1 where there is such a leaf.
       choice_mask: `bool [K, V]`, true where there is a choice.
       choice_slots: `float32 [K]`, 1 where there is a categorical slot.
       continuous_slots: `float32 [C]`, 1 where there is a continuous slot.
@@ -66,6 +68,7 @@ class Signature(typing.NamedTuple):
     numeric_mask: Array
     categorical_mask: Array
     grid_masks: tuple[Array, ...]
+    text_mask: Array
     choice_mask: Array
     choice_slots: Array
     continuous_slots: Array
@@ -136,7 +139,11 @@ class Codec:
             vector=signature_vector(seen, acted),
             numeric_mask=_ones(seen.numbers, bucket.numeric),
             categorical_mask=_ones(len(seen.sizes), bucket.categorical),
-            grid_masks=tuple(map(_grid_mask, seen.grids, bucket.grids)),
+            grid_masks=(
+                *map(_grid_mask, seen.grids, bucket.grids),
+                *(np.zeros((grid.side, grid.side), np.float32) for grid in bucket.grids[len(seen.grids) :]),
+            ),
+            text_mask=_ones(len(seen.texts), len(bucket.texts)),
             choice_mask=choice_mask,
             choice_slots=_ones(acted.categorical, bucket.choice_slots),
             continuous_slots=_ones(acted.continuous, bucket.continuous_slots),
@@ -175,13 +182,8 @@ class Codec:
         return Features(
             numeric=numeric,
             categorical=categorical,
-            grids=tuple(
-                _pad_grid(leaf, timestep.observation, grid) for leaf, grid in zip(seen.grids, bucket.grids, strict=True)
-            ),
-            texts=tuple(
-                _pad(get(timestep.observation, leaf.path), size, -1)
-                for leaf, size in zip(seen.texts, bucket.texts, strict=True)
-            ),
+            grids=self._grids(timestep.observation, lead, xp),
+            texts=self._texts(timestep.observation, lead, xp),
             reward=xp.stack([symlog(scaled), xp.sign(reward)], -1).astype(np.float32),
             flags=xp.stack(flags, -1).astype(np.float32),
             previous=Slots(
@@ -191,6 +193,17 @@ class Codec:
             has_previous=present.astype(np.float32),
             action_mask=self._action_mask(timestep.action_mask, lead, xp),
         )
+
+    def _grids(self, observation: PyTree, lead: tuple[int, ...], xp: typing.Any) -> tuple[Array, ...]:
+        own, grids = self.observation_layout.grids, self.bucket.grids
+        there = [_pad_grid(leaf, observation, grid) for leaf, grid in zip(own, grids[: len(own)], strict=True)]
+        missing = grids[len(own) :]
+        return *there, *(xp.zeros((*lead, grid.side, grid.side, grid.channels), grid.dtype) for grid in missing)
+
+    def _texts(self, observation: PyTree, lead: tuple[int, ...], xp: typing.Any) -> tuple[Array, ...]:
+        own, sizes = self.observation_layout.texts, self.bucket.texts
+        there = [_pad(get(observation, leaf.path), size, -1) for leaf, size in zip(own, sizes[: len(own)], strict=True)]
+        return *there, *(xp.zeros((*lead, size), np.uint8) for size in sizes[len(own) :])
 
     def _action_mask(self, flat: Array | None, lead: tuple[int, ...], xp: typing.Any) -> Array:
         bucket = self.bucket

@@ -219,9 +219,11 @@ class StepEncoder(nnx.Module):
             x = x + self.categories(features.categorical, signature.categorical_mask)
         # Grids are counted from the front of the table of parts, texts from its back: `check_fits` keeps them apart.
         for i, (grid, mask) in enumerate(zip(features.grids, signature.grid_masks, strict=True)):
-            x = x + self.grid(grid, mask) + self.part[i].astype(self.dtype)
+            has_grid = jnp.any(mask > 0, (-2, -1))[:, None, None]
+            x = x + jnp.where(has_grid, self.grid(grid, mask) + self.part[i].astype(self.dtype), 0)
         for i, text in enumerate(features.texts):
-            x = x + self.text(text) + self.part[-1 - i].astype(self.dtype)
+            has_text = signature.text_mask[:, i, None, None] > 0
+            x = x + jnp.where(has_text, self.text(text) + self.part[-1 - i].astype(self.dtype), 0)
         return x
 
     def _previous(self, features: Features, signature: Signature) -> Array:

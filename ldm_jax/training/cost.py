@@ -275,6 +275,7 @@ def _zeros(bucket: Bucket, rows: int, steps: int) -> Example:
         numeric_mask=row(bucket.numeric),
         categorical_mask=row(bucket.categorical),
         grid_masks=tuple(row(grid.side, grid.side) for grid in bucket.grids),
+        text_mask=row(len(bucket.texts)),
         choice_mask=row(*choices, dtype=jnp.bool_),
         choice_slots=row(bucket.choice_slots),
         continuous_slots=row(numbers),

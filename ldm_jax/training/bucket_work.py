@@ -1,0 +1,74 @@
+"""What a token of a bucket costs, part by part, so that the buckets that cost least can be chosen among thousands."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import functools
+import typing
+
+import jax
+
+from ldm_jax.encoding.buckets import Bucket
+from ldm_jax.model.config import ModelConfig
+from ldm_jax.model.network import make_model
+from ldm_jax.training import cost
+
+EACH_BUCKET = 0.01
+"""What one more bucket costs, as a part of the arithmetic of a step. Measured: `python -m benchmarks.buckets`."""
+
+_ROWS, _STEPS = 8, 64
+"""Of the batch that products are counted in; the mean over its tokens hardly depends on them."""
+
+_MANY = 64
+"""Numbers, components or slots whose cost is counted: enough for what does not grow with them to vanish."""
+
+_NOTHING = Bucket(0, 0, (), (), 0, 0, 0)
+
+
+@functools.lru_cache(maxsize=4)
+def bucket_work(cfg: ModelConfig) -> collections.abc.Callable[[Bucket], float]:
+    """The arithmetic of a token as a function of its bucket: the products of encoders, decoder and head.
+
+    The encoders and the head work on each part of a space alone, and most cost in proportion to its width. So a few
+    parts are counted in the model as it is written, each when first asked for, and all buckets are sums of these.
+
+    Args:
+      cfg: shapes of the model.
+
+    Returns:
+      A function from a bucket that fits it to floating-point operations, forward.
+    """
+    one = dataclasses.replace(cfg, layers=1)
+    model = make_model(one)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+
+    @functools.cache
+    def counted(bucket: Bucket) -> float:
+        inputs = {"rows": cost.example_shapes(bucket, _ROWS, _STEPS).inputs}
+        total = cost.count_matrix_flops(lambda params, inputs: model.apply(params, inputs)[0], params, inputs)
+        return total / (_ROWS * _STEPS)
+
+    @functools.cache
+    def part(**widths: typing.Any) -> float:
+        return counted(dataclasses.replace(_NOTHING, **widths)) - counted(_NOTHING)
+
+    def each(name: str, **widths: int) -> float:
+        count = min(_MANY, getattr(cfg, name))
+        return part(**{name: count}, **widths) / count
+
+    decoder = cost.flops_per_token(cfg, 2 * cfg.window * cfg.tokens_per_step).forward * cfg.tokens_per_step
+    nothing = decoder + cost.bucket_flops(cfg, _NOTHING, _ROWS, _STEPS)
+
+    def work(bucket: Bucket) -> float:
+        total = nothing + sum(part(grids=(grid,)) for grid in bucket.grids)
+        if bucket.texts:
+            total += part(texts=(cfg.text,)) * sum(bucket.texts) / cfg.text
+        for name in ("numeric", "categorical", "continuous_slots"):
+            if width := getattr(bucket, name):
+                total += width * each(name)
+        if bucket.choice_slots:
+            total += bucket.choice_slots * each("choice_slots", choices=bucket.choices)
+        return total
+
+    return work
