@@ -10,6 +10,7 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import gc
 import queue
 import sys
 import typing
@@ -332,6 +333,9 @@ class _Table:
     def _see_off(self, guest: _Guest, played: Played) -> None:
         self._guests.remove(guest)
         guest.close()
+        if guest.environment.spec.jittable and not guest.trial.keep_open:
+            del guest
+            gc.collect()  # what was compiled for it lies in cycles, some 10 MB
         self._tell(played)
 
     def _open_more(self) -> None:
