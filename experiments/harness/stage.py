@@ -38,8 +38,8 @@ class UnitsFailedError(LdmError):
         said = [f"{id}: {reason}" for id, reason in self.reasons.items()]
         more = f"; and {len(said) - _NAMED} more" if len(said) > _NAMED else ""
         return (
-            f"{len(said)} failed, the others are done. Put right what can be and start again with --retry=failed. "
-            f"{'; '.join(said[:_NAMED])}{more}"
+            f"{len(said)} failed, the others are done. Put right what can be and start again, references with "
+            f"--retry=failed. {'; '.join(said[:_NAMED])}{more}"
         )
 
 
