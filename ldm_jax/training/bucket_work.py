@@ -15,7 +15,7 @@ from ldm_jax.model.network import make_model
 from ldm_jax.training import cost
 
 EACH_BUCKET = 0.01
-"""What one more bucket costs, as a part of the arithmetic of a step. Measured: `python -m benchmarks.buckets`."""
+"""What one more bucket costs, as a part of the arithmetic of a step: a guess that no measurement has set yet."""
 
 _ROWS, _STEPS = 8, 64
 """Of the batch that products are counted in; the mean over its tokens hardly depends on them."""
