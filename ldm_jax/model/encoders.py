@@ -97,7 +97,7 @@ class GridEncoder(nnx.Module):
         cells = _in_blocks(grid_RTHWC, 1)[..., 0, :]
         inside = _in_blocks(mask_RHW[:, None, ..., None], 1)[..., 0, :]
         cells, inside = (x.reshape(*x.shape[:2], -1, 4, x.shape[-1]) for x in (cells, inside))
-        features = [jnp.sign(cells) * jnp.log(1 + jnp.abs(cells))]
+        features: list[Array] = [jnp.sign(cells) * jnp.log(1 + jnp.abs(cells))]
         for period in _PERIODS:
             wave = _wave(cells / period)
             features += [wave.sine, jnp.where(inside > 0, wave.cosine, 0)]
