@@ -83,7 +83,13 @@ def _random_leaves(codec: Codec, steps: int) -> dict[str, np.ndarray]:
         np.full((steps, layout.continuous), 0.1, np.float32),
     )
     action, label = (spaces.sample(key, card.action_space, steps) for key in (action_key, label_key))
-    timestep = TimeStep(observed, reward, flags(value=False), flags(value=False), np.arange(steps) == 0)
+    timestep = TimeStep(
+        observation=observed,
+        reward=reward,
+        terminated=flags(value=False),
+        truncated=flags(value=False),
+        first=np.arange(steps) == 0,
+    )
     transition = Transition(timestep, action, label, distribution, flags(value=True))
     transition = jax.tree.map(np.asarray, transition)
     return to_leaves(card.observation_space, card.action_space, transition)

@@ -279,7 +279,7 @@ def load(directory: str | os.PathLike[str]) -> Policy:
     >>> params = ldm_jax.make_model(cfg).init(jax.random.key(0))
     >>> ldm_jax.Policy(cfg, params, cards={}).save("policy")
     >>> ldm_jax.load("policy")  # doctest: +ELLIPSIS
-    Policy(...M parameters, 0 environments, greedy)
+    Policy(...M parameters, 0 environments, card)
 
     Args:
       directory: the folder that `Policy.save` wrote.
