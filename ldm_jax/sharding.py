@@ -37,6 +37,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(tokens|head)/out/kernel$", ("hidden", "width")),
     (r"(low|high)$", (None, "width")),
     (r"numeric$", (None, None, "width")),
+    (r"grid/(cells|patch|gather)$", (None, None, None, "width")),
     (r"head/(choices|bins)$", ("width", None)),
 )
 """Logical axes of each parameter, by the first pattern found in its path; what no pattern finds is replicated."""

@@ -35,7 +35,7 @@ from test_isolation import (
 import environments
 from data import collect as collecting
 from data.references import ReferencePolicy, ScoredReference
-from data.store import create_dataset
+from data.store import create_dataset, open_dataset
 from environments.isolation import IsolatedEnvironment, Isolation, containers, groups, scratch, venvs
 from experiments import collect
 from ldm_jax import cards
@@ -288,7 +288,7 @@ def test_a_group_may_bring_a_containerfile_of_its_own(tmp_path, monkeypatch):
         containers._podman("rmi", name)
 
 
-def test_the_card_of_data_that_were_collected_in_a_container_names_its_image(tmp_path, new_image):
+def test_the_card_of_data_that_were_collected_in_a_container_names_its_image(tmp_path, new_image, monkeypatch):
     id = "gym-classics/5Walk-v0"
     environment = environments.make(id)
     environment.close()
@@ -303,5 +303,12 @@ def test_the_card_of_data_that_were_collected_in_a_container_names_its_image(tmp
     )
     scored = ScoredReference(policy, cards.Returns(((0.0,),)), cards.Returns(((1.0,),)))
     config = collect.CollectStageConfig(data=collecting.CollectConfig(streams=4, steps=32, block=32))
-    dataset = collect._collect(config, create_dataset(tmp_path / "dataset"), scored, lambda steps: None)
-    assert dataset.card(id).image_digest == environment.spec.image_digest == containers.digest(new_image["image"])
+    monkeypatch.setattr(collect, "_load", lambda workdir, id: scored)  # a script is no reference that could be saved
+    create_dataset(tmp_path / "dataset")
+    collected = collect._collect(config, tmp_path, collect.CollectUnit(id, 128), lambda steps: None)
+    assert collected["streams"] == 4
+    assert (
+        open_dataset(tmp_path / "dataset").card(id).image_digest
+        == environment.spec.image_digest
+        == containers.digest(new_image["image"])
+    )

@@ -68,7 +68,7 @@ def compiled(lines):
 
 
 def test_printing_a_policy_says_what_it_is():
-    assert repr(make_policy()) == "Policy(0.0796M parameters, 2 environments, card)"
+    assert repr(make_policy()) == "Policy(0.0811M parameters, 2 environments, card)"
     assert make_policy().ids == ("test/mixed", "test/vector")
 
 

@@ -58,12 +58,18 @@ EXACT_OR_REFUSED = ("WideIntegers", "FarDiscrete")
 def library():
     """The misbehaving library in this interpreter too, while the tests of this file run."""
     before = set(gymnasium.registry)
+    _forget_library()  # it registers its environments when it is imported
     sys.path.insert(0, str(LIBRARY))
     importlib.import_module("misbehaving")
     yield
     sys.path.remove(str(LIBRARY))
     for id in set(gymnasium.registry) - before:
         del gymnasium.registry[id]
+
+
+def _forget_library():
+    for module in [name for name in sys.modules if name.split(".")[0] == "misbehaving"]:
+        del sys.modules[module]
 
 
 def make(where, name, batch_size=ROWS, time_limit=None, options=None):
