@@ -69,3 +69,14 @@ def _chosen(box):
 
 action_spaces = nested(st.one_of(boxes().filter(_chosen), discretes, multi_discretes, multi_binaries))
 any_spaces = nested(st.one_of(boxes(), discretes, multi_discretes, multi_binaries, texts))
+
+
+def library_sample(space):
+    """What the space's own `sample` gives; but the bound of whole numbers to the largest, which it cannot draw."""
+    if isinstance(space, spaces.Dict):
+        return {key: library_sample(child) for key, child in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(library_sample(child) for child in space.spaces)
+    if isinstance(space, spaces.Box) and space.dtype.kind in "iu" and space.high.max(initial=0) >= 2**63 - 1:
+        return space.high[()]
+    return space.sample()

@@ -14,7 +14,7 @@ import pytest
 from gymnasium import spaces as gs
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from spaces_strategies import WHOLE, action_spaces, any_boxes, any_spaces, multi_binaries, nested
+from spaces_strategies import WHOLE, action_spaces, any_boxes, any_spaces, library_sample, multi_binaries, nested
 
 from ldm_jax import spaces
 from ldm_jax.encoding import actions
@@ -272,7 +272,7 @@ def test_zeros_follow_the_leaf_shapes_and_leaves_cover_the_space(space):
 def numpy_batch(space, count, seed):
     """A batch of the library's own samples, in the form that time steps carry."""
     space.seed(seed)
-    samples = [space.sample() for _ in range(count)]
+    samples = [library_sample(space) for _ in range(count)]
     values = []
     for leaf in spaces.leaves(space):
         column = [np.asarray(spaces.get(sample, leaf.path)) for sample in samples]
