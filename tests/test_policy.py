@@ -469,6 +469,7 @@ def test_killed_at_any_moment_a_save_leaves_a_policy(tmp_path, start_saver):
         time.sleep(rng.uniform(0, 2 * seconds))
         # What is there while a process stands still is what would be there had it been killed.
         process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # all of its threads stand still from here on
         shutil.copytree(tmp_path / "policy", tmp_path / str(moment))
         process.send_signal(signal.SIGCONT)
         check_one_of_the_two(ldm_jax.load(tmp_path / str(moment)))
