@@ -20,7 +20,7 @@ ONE_INTERFACE = {
     # what a bridge is
     "register": ("environments/bridges/*",),
     # what a reference's algorithm is
-    **dict.fromkeys(("settle", "train", "agent", "example"), ("data/references/*",)),
+    **dict.fromkeys(("settle", "learn", "agent", "example"), ("data/references/*",)),
     # what a script is
     **dict.fromkeys(("run", "main", "launch", "foresee"), ("experiments/*",)),
 }

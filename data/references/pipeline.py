@@ -99,7 +99,12 @@ def train_reference(
     with opened(make, id, chosen.config.num_envs) as environment, _single_precision():
         cards.check_matches(spec, environment.spec, f"what {id} said of itself when made a moment ago")
         config = algorithm.settle(environment, chosen.config, seed)
-        params = algorithm.train(environment, config, seed, progress)
+        for learned in algorithm.learn(environment, config, seed):
+            if progress is not None:
+                progress(learned.steps, config.budget_steps)
+        if progress is not None:
+            progress(config.budget_steps, config.budget_steps)
+        params = jax.tree.map(np.asarray, learned.params)
     return ReferencePolicy(
         agent=algorithm.agent(spec, config),
         params=with_decoding(params, "sample"),

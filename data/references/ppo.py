@@ -24,13 +24,11 @@ from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from . import action_range
+from .algorithm import REPORTS, Learned
 from .moments import Moments, add_moments, first_moments, init_moments, scale
 from .networks import Network, network
 from .policy import SlotPolicy, sample_slots, slot_agent
 from .ppo_loss import Batch, PPOConfig, advantages, log_prob_and_entropy, loss
-
-REPORTS = 20
-"""How often training reports its progress."""
 
 
 class DivergenceError(LdmError, FloatingPointError):
@@ -89,17 +87,16 @@ def settle(environment: Environment, config: PPOConfig, seed: int) -> PPOConfig:
     return dataclasses.replace(config, action_scale=action_range.find_scale(environment, seed))
 
 
-def train(environment: Environment, config: PPOConfig, seed: int, progress: rollout.Progress | None = None) -> PyTree:
-    """Trains a policy.
+def learn(environment: Environment, config: PPOConfig, seed: int) -> collections.abc.Iterator[Learned]:
+    """Trains a policy, and pauses at each report.
 
     Args:
       environment: `config.num_envs` rows.
       config: hyperparameters, settled.
       seed: of everything random.
-      progress: is told the environment steps done and their total.
 
-    Returns:
-      Parameters for the policy of `agent`, as NumPy arrays: the last ones, or the last before a clear decline.
+    Yields:
+      Parameters for the policy of `agent`: the last ones, or the last before a clear decline.
 
     Raises:
       DivergenceError: training diverged.
@@ -122,11 +119,9 @@ def train(environment: Environment, config: PPOConfig, seed: int, progress: roll
         learner, loop = update_many(learner, loop, key, begin, end)
         _check_finite(spec, learner, end)
         best = _choose(best, learner, biased=begin * config.rollout_length < unbiased_after)
+        kept = {"network": best.learner.params, "moments": best.learner.moments._asdict()}
+        yield Learned(end * config.num_envs * config.rollout_length, kept, _mean_and_error(learner.finished)[0])
         learner = learner._replace(finished=init_moments(1))
-        if progress is not None:
-            steps = config.num_envs * config.rollout_length
-            progress(end * steps, config.updates * steps)
-    return jax.tree.map(np.asarray, {"network": best.learner.params, "moments": best.learner.moments._asdict()})
 
 
 def agent(spec: EnvironmentSpec, config: PPOConfig) -> Agent:
@@ -135,7 +130,7 @@ def agent(spec: EnvironmentSpec, config: PPOConfig) -> Agent:
 
 
 def example(spec: EnvironmentSpec, config: PPOConfig) -> PyTree:
-    """Parameters of the structure and shapes that `train` returns."""
+    """Parameters of the structure and shapes that `learn` yields."""
     parts = _parts(spec, config)
     return {"network": _init_params(parts, 0), "moments": init_moments(parts.network.size)._asdict()}
 

@@ -10,38 +10,18 @@ import typing
 
 from gymnasium import spaces
 
-from ldm_jax.environment import Environment
 from ldm_jax.errors import ConfigError
-from ldm_jax.rollout import Progress
 from ldm_jax.spaces import leaves
-from ldm_jax.types import Agent, EnvironmentSpec, PyTree
+from ldm_jax.types import EnvironmentSpec
 
 from . import ppo, tabular
+from .algorithm import Algorithm
 from .networks import is_image
-
-
-class Algorithm(typing.NamedTuple):
-    """One way to find a reference.
-
-    Attributes:
-      config: the class of its configuration.
-      settle: `settle(environment, config, seed)`, the configuration with what it left open found by trying.
-      train: `train(environment, config, seed, progress)`, the parameters.
-      agent: `agent(spec, config)`, who acts by them.
-      example: `example(spec, config)`, parameters of the same structure and shapes.
-    """
-
-    config: type
-    settle: collections.abc.Callable[[Environment, typing.Any, int], typing.Any]
-    train: collections.abc.Callable[[Environment, typing.Any, int, Progress | None], PyTree]
-    agent: collections.abc.Callable[[EnvironmentSpec, typing.Any], Agent]
-    example: collections.abc.Callable[[EnvironmentSpec, typing.Any], PyTree]
-
 
 ALGORITHMS: collections.abc.Mapping[str, Algorithm] = types.MappingProxyType(
     {
-        "ppo": Algorithm(ppo.PPOConfig, ppo.settle, ppo.train, ppo.agent, ppo.example),
-        "tabular": Algorithm(tabular.TabularConfig, tabular.settle, tabular.train, tabular.agent, tabular.example),
+        "ppo": Algorithm(ppo.PPOConfig, ppo.settle, ppo.learn, ppo.agent, ppo.example),
+        "tabular": Algorithm(tabular.TabularConfig, tabular.settle, tabular.learn, tabular.agent, tabular.example),
     }
 )
 """By the name that a card says."""

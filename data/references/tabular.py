@@ -7,6 +7,7 @@ Source: Strehl and Littman 2008 (count-based bonuses); Bellman 1957 (value itera
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import functools
 
@@ -23,6 +24,7 @@ from ldm_jax.errors import ConfigError, check_finite
 from ldm_jax.spaces import SpaceError
 from ldm_jax.types import Agent, EnvironmentSpec, PyTree, TimeStep
 
+from .algorithm import REPORTS, Learned
 from .policy import SlotPolicy, slot_agent, with_decoding
 
 PAIRS_LIMIT = 50_000
@@ -165,19 +167,16 @@ def settle(environment: Environment, config: TabularConfig, seed: int) -> Tabula
     return config
 
 
-def train(
-    environment: Environment, config: TabularConfig, seed: int, progress: rollout.Progress | None = None
-) -> PyTree:
-    """Explores, learns the model and plans in it.
+def learn(environment: Environment, config: TabularConfig, seed: int) -> collections.abc.Iterator[Learned]:
+    """Explores, learns the model and plans in it, and pauses at each report.
 
     Args:
       environment: `config.num_envs` rows of one category seen and one chosen.
       config: how long.
       seed: of everything random.
-      progress: is told the environment steps done and their total.
 
-    Returns:
-      Parameters for the policy of `agent`, as NumPy arrays.
+    Yields:
+      Parameters for the policy of `agent`.
 
     Raises:
       SpaceError: the environment's spaces are not for a table.
@@ -192,6 +191,7 @@ def train(
     reset_key, key = jax.random.split(jax.random.key(seed))
     loop = rollout.start(environment, explorer, reset_key)
     logits = np.zeros((mdp.states, mdp.actions), np.float32)
+    reports = {config.rounds * (i + 1) // REPORTS for i in range(REPORTS)}
     for round in range(config.rounds):
         params = with_decoding({"logits": logits}, "sample")
         loop, trajectory = rollout.rollout(
@@ -204,10 +204,9 @@ def train(
             raise EnvironmentFaultError(f"{spec.id} gave a reward that is NaN or infinite, expected a finite number")
         greedy = np.exp(_curious(mdp) if round % 2 == 0 else _best(mdp, config))
         logits = np.log((1 - config.epsilon) * greedy + config.epsilon / mdp.actions).astype(np.float32)
-        if progress is not None:
-            steps = config.num_envs * config.rollout_length
-            progress((round + 1) * steps, config.rounds * steps)
-    return {"logits": _best(mdp, config).astype(np.float32)}
+        if round + 1 in reports:
+            steps = (round + 1) * config.num_envs * config.rollout_length
+            yield Learned(steps, {"logits": _best(mdp, config).astype(np.float32)})
 
 
 def agent(spec: EnvironmentSpec, config: TabularConfig) -> Agent:
@@ -218,7 +217,7 @@ def agent(spec: EnvironmentSpec, config: TabularConfig) -> Agent:
 
 
 def example(spec: EnvironmentSpec, config: TabularConfig) -> PyTree:
-    """Parameters of the structure and shapes that `train` returns."""
+    """Parameters of the structure and shapes that `learn` yields."""
     del config
     seen, taken = _discrete(spec.observation_space), _discrete(spec.action_space)
     return {"logits": np.zeros((int(seen.n), int(taken.n)), np.float32)}
