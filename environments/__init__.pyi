@@ -1,3 +1,6 @@
+from .catalog.experts import ExpertError as ExpertError
+from .catalog.experts import ExpertInfo as ExpertInfo
+from .catalog.experts import experts as experts
 from .catalog.selection import SelectionError as SelectionError
 from .catalog.table import Table as Table
 from .conformance import ConformanceError as ConformanceError

@@ -10,6 +10,7 @@ from ldm_jax.types import EnvironmentSpec
 
 from . import registry
 from .catalog import entries, selection
+from .catalog.experts import experts
 from .catalog.table import Table
 from .isolation import groups
 from .registry import UnknownEnvironmentError
@@ -26,7 +27,12 @@ def libraries() -> list[str]:
 
 
 def list_ids(
-    library: str | None = None, *, domain: str | None = None, action: str | None = None, verified: bool | None = True
+    library: str | None = None,
+    *,
+    domain: str | None = None,
+    action: str | None = None,
+    verified: bool | None = True,
+    expert: bool | None = None,
 ) -> list[str]:
     """The ids of one library or of all.
 
@@ -43,6 +49,8 @@ def list_ids(
       domain: what the task is about, `"navigation"`. Of ids outside the catalog this is not known, nor is the action.
       action: the kind of the action space: `"Discrete"`, `"MultiDiscrete"`, `"Box"`, `"Dict"`, ...
       verified: True for those that work, False for those in the catalog that do not, None for both.
+
+      expert: True for those that an expert is listed for, see `experts`; False for the others.
 
     Raises:
       UnknownEnvironmentError: `library` is not known.
@@ -61,7 +69,7 @@ def list_ids(
             except LibraryMissingError as error:
                 if known not in registry.BUILT_IN:
                     warnings.warn(f"left out the environments of {known!r}: {error}", RuntimeWarning, stacklevel=2)
-    return ids
+    return ids if expert is None else [id for id in ids if bool(experts(id)) is expert]
 
 
 def find(
@@ -104,8 +112,8 @@ def select(query: str = "") -> Table:
 
     Terms stand with blanks between and all have to hold. `field=value,other` is one of the values, without regard to
     case, `_` for a blank, patterns as of file names allowed; the fields are id, library, version, task, family, domain,
-    observation and action (the kinds of the spaces), group and verified (`yes`, unless given). `time_limit<=500` and
-    `steps_per_s>=1000` are about numbers.
+    observation and action (the kinds of the spaces), group, expert (`yes` where one is listed) and verified (`yes`,
+    unless given). `time_limit<=500` and `steps_per_s>=1000` are about numbers.
 
     `seed` (0) puts all ids into a line. `per_library`, `per_task`, `per_family` and `per_domain` keep so many of each,
     the first in that line, and `limit` the first of all that are left: a smaller limit is a part of a larger one.

@@ -28,6 +28,7 @@ from .policy import Policy as Policy
 from .policy import load as load
 from .types import Agent as Agent
 from .types import EnvironmentSpec as EnvironmentSpec
+from .types import ExpertLabel as ExpertLabel
 from .types import TimeStep as TimeStep
 
 __version__: str

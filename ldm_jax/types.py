@@ -30,6 +30,19 @@ MAX_TIME_LIMIT = 2**31 - 2
 """The largest time limit, in steps: they are counted in int32, and some libraries count one more."""
 
 
+class ExpertLabel(typing.NamedTuple):
+    """What an expert would do in each of B environments now; a pytree.
+
+    Attributes:
+      action: follows the action space, each leaf `[B, ...]`, within the space where `valid`, and anything elsewhere.
+      valid: `bool [B]`, whether the expert has an answer. To have none is ordinary, and the last observation of an
+        episode, whose action is ignored, has no label.
+    """
+
+    action: PyTree
+    valid: Array
+
+
 class TimeStep(typing.NamedTuple):
     """One step of B parallel environments; a pytree.
 
@@ -42,6 +55,8 @@ class TimeStep(typing.NamedTuple):
       first: `bool [B]`, the observation starts an episode and the previous action was ignored.
       action_mask: `bool [B, M]` or None. M is the number of choices summed over the action space's categorical slots in
         canonical order (`Discrete(n)`: n), true where the choice is allowed.
+      expert: what the expert that the environment was made with would do at this observation, whoever acts; None where
+        it was made without one.
     """
 
     observation: PyTree
@@ -50,6 +65,7 @@ class TimeStep(typing.NamedTuple):
     truncated: Array
     first: Array
     action_mask: Array | None = None
+    expert: ExpertLabel | None = None
 
     @property
     def last(self) -> Array:

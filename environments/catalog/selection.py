@@ -23,8 +23,21 @@ import typing
 from ldm_jax.errors import LdmError
 
 from .entries import Entry
+from .experts import experts
 
-_WORDS = ("id", "library", "version", "task", "family", "domain", "observation", "action", "group", "verified")
+_WORDS = (
+    "id",
+    "library",
+    "version",
+    "task",
+    "family",
+    "domain",
+    "observation",
+    "action",
+    "group",
+    "verified",
+    "expert",
+)
 _NUMBERS = ("time_limit", "steps_per_s")
 _PER = ("per_library", "per_task", "per_family", "per_domain")
 _DRAWS = (*_PER, "limit", "seed")
@@ -174,7 +187,9 @@ def _nothing(term: Term, entries: list[Entry], before: tuple[Term, ...]) -> Sele
 
 
 def _value(entry: Entry, field: str) -> str:
-    return ("yes" if entry.verified else "no") if field == "verified" else getattr(entry, field)
+    if field in ("verified", "expert"):
+        return "yes" if (entry.verified if field == "verified" else experts(entry.id)) else "no"
+    return getattr(entry, field)
 
 
 def _plain(value: str) -> str:
