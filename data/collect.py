@@ -4,6 +4,9 @@ Stream b of B keeps one noise level for all its steps, from 0 (the reference alo
 each step a stream executes, with that probability, a random action in place of the reference's. So the data holds the
 states that the reference never gets itself into, and what it would do there; and a policy that only repeats the last
 action finds no reward in it.
+
+An expert may have no answer: a random action is executed then, and the step has no label. One that answers only for
+where it has led itself is replayed: no stream has noise.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from ldm_jax.rollout import rollout, start
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from .references import ReferencePolicyError, action_range
+from .references.expert import labelled
 from .references.policy import ReferencePolicy
 from .statistics import measure
 from .store import EpisodeIndex
@@ -86,7 +90,7 @@ class Collected(typing.NamedTuple):
       leaves: `[T, B, ...]` by name; see `collect`.
       episodes: the index of the episodes, the ones cut off by the end of the data included.
       statistics: measured on the leaves.
-      random: fraction of the steps that executed the random policy's action.
+      random: fraction of the steps that executed the random policy's action, for want of a label too.
       agreement: fraction of the steps whose executed action equals the label.
     """
 
@@ -110,8 +114,9 @@ class Collected(typing.NamedTuple):
 
 class _Record(typing.NamedTuple):
     label: PyTree
-    distribution: Distribution
+    distribution: Distribution | None
     random: Array
+    labelled: Array
 
 
 def affordable_streams(spec: EnvironmentSpec, config: CollectConfig) -> int:
@@ -131,8 +136,8 @@ def affordable_streams(spec: EnvironmentSpec, config: CollectConfig) -> int:
     return fitting
 
 
-def _stream_bytes(spec: EnvironmentSpec, config: CollectConfig, *, masked: bool) -> int:
-    schema = transition_schema(spec.observation_space, spec.action_space, masked=masked)
+def _stream_bytes(spec: EnvironmentSpec, config: CollectConfig, *, masked: bool, distribution: bool = True) -> int:
+    schema = transition_schema(spec.observation_space, spec.action_space, masked=masked, distribution=distribution)
     return config.steps * sum(math.prod(struct.shape) * struct.dtype.itemsize for struct in schema.values())
 
 
@@ -144,11 +149,13 @@ def _too_large(spec: EnvironmentSpec, config: CollectConfig, streams: int) -> Co
     )
 
 
-def _allocate(spec: EnvironmentSpec, config: CollectConfig, *, masked: bool) -> dict[str, np.ndarray]:
+def _allocate(
+    spec: EnvironmentSpec, config: CollectConfig, *, masked: bool, distribution: bool
+) -> dict[str, np.ndarray]:
     """The leaves, empty; refused before anything is collected where they are too large."""
-    if spec.batch_size * _stream_bytes(spec, config, masked=masked) > config.max_bytes:
+    if spec.batch_size * _stream_bytes(spec, config, masked=masked, distribution=distribution) > config.max_bytes:
         raise _too_large(spec, config, spec.batch_size)
-    schema = transition_schema(spec.observation_space, spec.action_space, masked=masked)
+    schema = transition_schema(spec.observation_space, spec.action_space, masked=masked, distribution=distribution)
     lead = (config.steps, spec.batch_size)
     try:
         return {name: np.empty((*lead, *struct.shape), struct.dtype) for name, struct in schema.items()}
@@ -173,7 +180,8 @@ def collect(
     The leaves are those of `ldm_jax.encoding.transition`.
 
     Args:
-      environment: with `spec.batch_size` = B streams, see `affordable_streams`.
+      environment: with `spec.batch_size` = B streams, see `affordable_streams`; made with the reference's expert where
+        it is one, see `references.pipeline.opened_for`.
       reference: the policy that labels, in the form it was scored in.
       seed: of everything random: the environment's key is the first of two split from it, the actions' the second.
       config: `steps` and `block` count; `streams` is the environment's batch size.
@@ -193,10 +201,10 @@ def collect(
         raise ConfigError(f"{spec.id} has 1 stream, expected at least 2: one of the reference, one random")
     check_matches(reference.spec, spec, f"the reference of {reference.spec.id}")
     environment_key, agent_key = jax.random.split(jax.random.key(seed))
-    levels = noise_levels(spec.batch_size)
+    levels = noise_levels(spec.batch_size) * np.float32(reference.reference.labels_any_state)
     loop = start(environment, reference.agent, environment_key)
     masked = loop.timestep.action_mask is not None
-    leaves = _allocate(spec, config, masked=masked)
+    leaves = _allocate(spec, config, masked=masked, distribution=not reference.reference.expert)
     agent = _noisy(reference, spec, levels, masked=masked)
     loop = loop._replace(carry=agent.init(spec.batch_size))
     random = outside = 0
@@ -208,7 +216,8 @@ def collect(
         record = block.record
         outside += _check(spec, block.timestep, record, begin)
         random += int(record.random.sum())
-        transition = Transition(block.timestep, block.action, record.label, record.distribution, ~block.timestep.last)
+        mask = record.labelled & ~block.timestep.last
+        transition = Transition(block.timestep, block.action, record.label, record.distribution, mask)
         for name, value in to_leaves(spec.observation_space, spec.action_space, transition).items():
             leaves[name][begin : begin + len(value)] = value
         progress(len(record.random) * spec.batch_size)
@@ -274,9 +283,10 @@ def _noisy(reference: ReferencePolicy, spec: EnvironmentSpec, levels: np.ndarray
             renew = jnp.ones_like(renew)  # the action held may no longer be allowed
         fresh = draw(action_key, timestep.action_mask)
         held = _choose(renew, fresh, held)
-        random = jax.random.uniform(coin_key, levels.shape) < levels
+        told = labelled(spec.action_space, timestep) if reference.reference.expert else jnp.ones(levels.shape, bool)
+        random = (jax.random.uniform(coin_key, levels.shape) < levels) | (~told & ~timestep.last)
         action = _choose(random, held, label)
-        return (inner, held), action, _Record(label, _storable(layout, distribution), random)
+        return (inner, held), action, _Record(label, _storable(layout, distribution), random, told)
 
     return Agent(init, step)
 
@@ -299,8 +309,10 @@ def _random_actions(
     return draw
 
 
-def _storable(layout: ActionLayout, distribution: Distribution) -> Distribution:
+def _storable(layout: ActionLayout, distribution: Distribution | None) -> Distribution | None:
     """Log-probabilities in float16: normalized slot by slot, so that none overflows."""
+    if distribution is None:  # an expert says what it does, and no more
+        return None
     rows, offset = [distribution.logits[..., :0]], 0
     for size in layout.sizes:
         logits = jnp.maximum(distribution.logits[..., offset : offset + size], NOT_ALLOWED)
@@ -366,7 +378,8 @@ def _check_labels(spec: EnvironmentSpec, record: _Record, begin: int) -> None:
         spaces.check(spec.action_space, flat, rows, what)
     except spaces.SpaceError as error:
         raise ReferencePolicyError(f"{error}; nothing was stored of it, train the reference again") from error
-    for name, value in {"label": record.label, **record.distribution._asdict()}.items():
+    distribution = {} if record.distribution is None else record.distribution._asdict()
+    for name, value in {"label": record.label, **distribution}.items():
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(value)):
             raise ReferencePolicyError(
                 f"{what}: its {name} is not finite; nothing was stored, train the reference again"
@@ -380,4 +393,4 @@ def _agreement(leaves: dict[str, np.ndarray]) -> float:
         if name.startswith("reference_action/"):
             executed = leaves[name.removeprefix("reference_")]
             same &= (executed == label).reshape(*labelled.shape, -1).all(-1)
-    return float(same[labelled].mean())
+    return float(same[labelled].mean()) if labelled.any() else 0.0

@@ -49,6 +49,7 @@ def measure(spec: EnvironmentSpec, leaves: dict[str, np.ndarray], outside: int =
         steps=steps,
         outside=outside,
         masked="action_mask" in leaves,
+        unlabelled=int((~(leaves["label_mask"] | leaves["terminated"] | leaves["truncated"])).sum()),
     )
 
 

@@ -16,7 +16,7 @@ import typing
 import environments as registry
 from data import collect
 from data.references import ScoredReference, load_reference
-from data.references.pipeline import opened
+from data.references.pipeline import opened_for
 from data.store import Dataset, StoreError, append_part, create_dataset, open_dataset, remove_group
 from experiments.harness import progress
 from experiments.harness.building import build_all
@@ -177,7 +177,7 @@ def _collect(
     try:
         scored = _load(workdir, unit.id)
         streams = collect.affordable_streams(scored.policy.spec, config.data)
-        with opened(registry.make, unit.id, streams) as environment:
+        with opened_for(registry.make, scored.policy, streams) as environment:
             seed = seed_of(config.seed, "collect", unit.id)
             collected = collect.collect(environment, scored.policy, seed, config.data, advance)
         card = EnvironmentCard.of(
@@ -204,6 +204,7 @@ def _collect(
         "episodes": len(collected.episodes.start),
         "random": collected.random,
         "agreement": collected.agreement,
+        "unlabelled": collected.statistics.unlabelled,
         "outside": collected.statistics.outside,
         "megabytes": sum(value.nbytes for value in collected.leaves.values()) / 1e6,
         "seconds": clock(),

@@ -26,7 +26,7 @@ from data.store import Dataset, create_dataset, find_damage, merging, open_datas
 from experiments.harness import progress
 from experiments.harness.flags import run_app
 from experiments.harness.ids import parse_ids
-from ldm_jax.cards import EnvironmentCard
+from ldm_jax.cards import EnvironmentCard, Reference
 from ldm_jax.errors import LdmError
 
 
@@ -122,7 +122,8 @@ def describe_dataset(dataset: Dataset, ids: collections.abc.Sequence[str] = ()) 
         stored = None if None in sizes else sum(size or 0 for size in sizes)
         raw = sum(each.raw for each in members)
         rows.append((domain, str(len(members)), f"{transitions:,}", *_per(transitions, raw, stored)))
-    named = [("environment", "transitions", "bytes", "stored", "episodes", "returns", "random", "reference", "noise")]
+    heads = ("transitions", "bytes", "stored", "episodes", "returns", "random", "reference", "labels", "by", "noise")
+    named = [("environment", *heads)]
     for each in found:
         named.append(
             (
@@ -133,6 +134,8 @@ def describe_dataset(dataset: Dataset, ids: collections.abc.Sequence[str] = ()) 
                 _quantiles(each.returns),
                 f"{each.card.random_returns.mean:.4g}",
                 f"{each.card.reference_returns.mean:.4g}",
+                f"{1 - each.card.statistics.unlabelled / each.card.statistics.steps:.4g}",
+                _who(each.card.reference),
                 f"{each.noise.min():.2f} to {each.noise.max():.2f}" if len(each.noise) else "",
             )
         )
@@ -143,9 +146,17 @@ def describe_dataset(dataset: Dataset, ids: collections.abc.Sequence[str] = ()) 
         "",
         *_columns(rows),
         "",
-        "returns: quantiles 0.1, 0.5 and 0.9 of episodes that ended",
+        "returns: quantiles 0.1, 0.5 and 0.9 of episodes that ended; labels: the share of steps that have one, the "
+        "ends of episodes aside; by: whose they are",
         *_columns(named),
     ]
+
+
+def _who(reference: Reference) -> str:
+    """Whose labels they are, and whether an expert had to be replayed for them."""
+    if not reference.expert:
+        return f"{reference.algorithm} {reference.decoding}"
+    return f"{reference.expert} {reference.expert_version}" + ("" if reference.labels_any_state else " replayed")
 
 
 def _per(transitions: int, raw: int, stored: int | None) -> tuple[str, str]:

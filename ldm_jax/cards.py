@@ -91,6 +91,7 @@ class Statistics:
       steps: the number of steps that this was measured on.
       outside: the number of observations with a part outside the declared bounds.
       masked: whether time steps had an action mask.
+      unlabelled: the number of steps whose action counts and that have no label: an expert had no answer there.
     """
 
     observation_mean: tuple[float, ...]
@@ -101,6 +102,7 @@ class Statistics:
     steps: int
     outside: int = 0
     masked: bool = False
+    unlabelled: int = 0
 
     def __post_init__(self) -> None:
         for name in ("observation_mean", "observation_std", "action_low", "action_high"):
@@ -115,7 +117,7 @@ class Statistics:
             raise CardError("observation_std must be positive: floor it")
         if not 0 < self.reward_scale < math.inf:
             raise CardError(f"reward_scale is {self.reward_scale}, expected a positive number")
-        for name in ("steps", "outside"):
+        for name in ("steps", "outside", "unlabelled"):
             object.__setattr__(self, name, _count(name, getattr(self, name)))
 
     def __repr__(self) -> str:
@@ -136,6 +138,11 @@ class Reference:
       seed: of the training.
       assumed_slots: the places of continuous action slots without bounds whose range was assumed, not known, while it
         was trained: what lies beyond was never tried (`ActionLayout.assumed`).
+      expert: the name of the expert that a library ships and whose answers these are; empty where it was trained.
+      expert_version: of that expert.
+      privileged: whether the expert reads what a policy does not see.
+      labels_any_state: whether the expert can label states that others brought about; where it cannot, it was only
+        replayed, and the data hold no noise.
     """
 
     algorithm: str
@@ -143,6 +150,10 @@ class Reference:
     budget_steps: int
     seed: int
     assumed_slots: tuple[int, ...] = ()
+    expert: str = ""
+    expert_version: str = ""
+    privileged: bool = False
+    labels_any_state: bool = True
 
     def __post_init__(self) -> None:
         if self.decoding not in ("greedy", "sample"):
@@ -151,6 +162,11 @@ class Reference:
         object.__setattr__(self, "seed", operator.index(self.seed))
         places = tuple(_count("assumed_slots", place) for place in self.assumed_slots)
         object.__setattr__(self, "assumed_slots", places)
+
+    def __repr__(self) -> str:
+        """Short: what is as usual is left out."""
+        fields = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return f"Reference({', '.join(f'{field.name}={value!r}' for field, value in fields if value != field.default)})"
 
 
 def _count(name: str, value: typing.Any) -> int:

@@ -16,11 +16,12 @@ from ldm_jax.environment import Environment
 from ldm_jax.evaluation import scores
 
 from . import action_range
+from .expert import ExpertConfig, check_learnable, expert_policy
 from .policy import ReferencePolicy, SlotDecoding, with_decoding
 from .recipes import ALGORITHMS, Recipe, recipe
 
 MakeEnvironment = collections.abc.Callable[..., Environment]
-"""`make(id, batch_size=B)`, as `environments.make`."""
+"""`make(id, batch_size=B)`, as `environments.make`; with `expert=name` too, where a reference is an expert."""
 
 _SCORING = 0x5C0E  # sets the randomness of scoring apart from that of training
 
@@ -33,32 +34,38 @@ class ScoredReference:
       policy: the reference.
       random_returns: of the uniformly random policy.
       reference_returns: of the reference, on other episodes than those that chose its decoding.
+      distilled_returns: of a policy on observations alone that was trained on its labels, where it is privileged.
       admission: whether it is good enough to score others against, and why not.
     """
 
     policy: ReferencePolicy
     random_returns: cards.Returns
     reference_returns: cards.Returns
+    distilled_returns: cards.Returns | None = None
 
     @property
     def admission(self) -> scores.Admission:
         """Whether it is good enough to score others against, and why not."""
-        return scores.admit(self.random_returns.array, self.reference_returns.array)
+        admission = scores.admit(self.random_returns.array, self.reference_returns.array)
+        if not self.policy.reference.privileged:
+            return admission
+        return check_learnable(admission, self.random_returns, self.distilled_returns)
 
 
 @contextlib.contextmanager
-def opened(make: MakeEnvironment, id: str, num_envs: int) -> collections.abc.Iterator[Environment]:
+def opened(make: MakeEnvironment, id: str, num_envs: int, expert: str = "") -> collections.abc.Iterator[Environment]:
     """Makes an environment and closes it; one that fails to close costs nothing of what was done with it.
 
     Args:
       make: makes the environment, `environments.make` or the like.
       id: of the environment.
       num_envs: parallel environments.
+      expert: the name of the expert that labels its time steps; empty for none.
 
     Yields:
       The environment.
     """
-    environment = make(id, batch_size=num_envs)
+    environment = make(id, batch_size=num_envs, expert=expert) if expert else make(id, batch_size=num_envs)
     try:
         yield environment
     finally:
@@ -66,6 +73,13 @@ def opened(make: MakeEnvironment, id: str, num_envs: int) -> collections.abc.Ite
             environment.close()
         except Exception as error:
             warnings.warn(f"{id} failed to close: {type(error).__name__}: {error}; nothing is lost", stacklevel=3)
+
+
+def opened_for(
+    make: MakeEnvironment, policy: ReferencePolicy, num_envs: int
+) -> contextlib.AbstractContextManager[Environment]:
+    """Makes the environment that a reference acts or labels in, with its expert where it is one; see `opened`."""
+    return opened(make, policy.spec.id, num_envs, policy.reference.expert)
 
 
 def _single_precision() -> contextlib.AbstractContextManager[typing.Any]:
@@ -95,6 +109,8 @@ def train_reference(
     with opened(make, id, 1) as environment:
         spec = environment.spec
     chosen = recipe(spec) if how is None else how
+    if isinstance(chosen.config, ExpertConfig):
+        return expert_policy(spec, chosen.config)
     algorithm = ALGORITHMS[chosen.algorithm]
     with opened(make, id, chosen.config.num_envs) as environment, _single_precision():
         cards.check_matches(spec, environment.spec, f"what {id} said of itself when made a moment ago")
@@ -149,7 +165,7 @@ def score_reference(
     """
     root = jax.random.fold_in(jax.random.key(seed), _SCORING)
     each = num_envs * episodes_per_env
-    with opened(make, policy.spec.id, num_envs) as environment, _single_precision():
+    with opened_for(make, policy, num_envs) as environment, _single_precision():
         cards.check_matches(policy.spec, environment.spec, f"the reference of {policy.spec.id}")
 
         def returns(stage: int, decoding: SlotDecoding) -> cards.Returns:
@@ -159,8 +175,8 @@ def score_reference(
                 rollout.evaluate(environment, policy.agent, params, key, episodes_per_env, report).returns
             )
 
-        better: typing.Literal["greedy", "sample"] = (
-            "greedy" if returns(0, "greedy").mean >= returns(1, "sample").mean else "sample"
-        )
+        better: typing.Literal["greedy", "sample"] = "greedy"  # an expert has one form only
+        if not policy.reference.expert and returns(0, "greedy").mean < returns(1, "sample").mean:
+            better = "sample"
         reference_returns, random_returns = returns(2, better), returns(3, "random")
     return ScoredReference(policy.with_decoding(better), random_returns, reference_returns)

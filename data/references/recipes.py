@@ -14,7 +14,7 @@ from ldm_jax.errors import ConfigError
 from ldm_jax.spaces import leaves
 from ldm_jax.types import EnvironmentSpec
 
-from . import ppo, tabular
+from . import expert, ppo, tabular
 from .algorithm import Algorithm
 from .networks import is_image
 
@@ -22,6 +22,7 @@ ALGORITHMS: collections.abc.Mapping[str, Algorithm] = types.MappingProxyType(
     {
         "ppo": Algorithm(ppo.PPOConfig, ppo.settle, ppo.learn, ppo.agent, ppo.example),
         "tabular": Algorithm(tabular.TabularConfig, tabular.settle, tabular.learn, tabular.agent, tabular.example),
+        "expert": Algorithm(expert.ExpertConfig, expert.settle, expert.learn, expert.agent, expert.example),
     }
 )
 """By the name that a card says."""
@@ -37,7 +38,7 @@ class Recipe:
     """
 
     algorithm: str
-    config: ppo.PPOConfig | tabular.TabularConfig
+    config: ppo.PPOConfig | tabular.TabularConfig | expert.ExpertConfig
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:

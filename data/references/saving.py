@@ -71,6 +71,7 @@ def save_reference(directory: str | os.PathLike[str], scored: ScoredReference) -
         "sha256": digest,
         "random_returns": scored.random_returns.values,
         "reference_returns": scored.reference_returns.values,
+        "distilled_returns": scored.distilled_returns and scored.distilled_returns.values,
         "admission": dataclasses.asdict(scored.admission),
     }
     text = json.dumps(description, indent=1, default=_plain)
@@ -130,7 +131,8 @@ def load_reference(directory: str | os.PathLike[str]) -> ScoredReference:
                 "train this reference again"
             )
         returns = (
-            cards.Returns(tuple(map(tuple, description[name]))) for name in ("random_returns", "reference_returns")
+            description[name] and cards.Returns(tuple(map(tuple, description[name])))
+            for name in ("random_returns", "reference_returns", "distilled_returns")
         )
         policy = ReferencePolicy(algorithm.agent(spec, config), params, reference, spec, config)
         return ScoredReference(policy, *returns)

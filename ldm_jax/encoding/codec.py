@@ -256,6 +256,7 @@ class Codec:
         differs = np.zeros(transition.timestep.first.shape, bool)
         for slots in label:
             differs[..., 1:] |= (slots[..., 1:, :] != slots[..., :-1, :]).any(-1)
+        differs[..., 1:] &= transition.label_mask[..., :-1]  # what was no label says nothing of a change
         return Targets(
             probabilities=probabilities * self.signature.choice_slots[:, None],
             mean=_pad(np.clip(mean, -1.0, 1.0), bucket.continuous_slots, -1),

@@ -10,7 +10,8 @@ the same leading axes as all others of its transition: `[T, B]` in the store, `[
     reference_action/<leaf>   the label: what the reference would do, whatever was executed
     reference/logits          its log-probabilities over the flat choices, `NOT_ALLOWED_FLOAT16` where not allowed
     reference/mean, reference/scale   of its continuous slots, in the action space's units
-    label_mask                false on the last step of an episode, whose action is ignored
+    label_mask                false on the last step of an episode, whose action is ignored, and where the reference, an
+                              expert, had no answer: there `reference_action` is any action of the space
 """
 
 from __future__ import annotations

@@ -1,0 +1,183 @@
+"""Laws of references that are experts: who acts, what is labelled, what is masked, and when one is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import CASES, reference_of
+
+import environments
+from data import references
+from data.collect import CollectConfig, collect
+from data.references.expert import LEARNABLE, ExpertConfig, check_learnable, expert_policy
+from data.references.pipeline import opened_for
+from ldm_jax import rollout
+from ldm_jax.cards import EnvironmentCard, Reference, Returns
+from ldm_jax.encoding.codec import Codec
+from ldm_jax.environment import EnvironmentFaultError
+from ldm_jax.errors import ConfigError
+from ldm_jax.evaluation import scores
+from ldm_jax.model.network import Inputs
+from ldm_jax.training.loss import select_labels
+from ldm_jax.types import ExpertLabel, TimeStep
+
+ID = "gymnax/CartPole-v1"
+STREAMS, STEPS = 12, 120
+CONFIG = CollectConfig(streams=STREAMS, steps=STEPS, block=60)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Told:
+    """CartPole with an expert beside it, which is silent where the cart is on the right of `silent_from`."""
+
+    inner: object
+    silent_from: float
+
+    @property
+    def spec(self):
+        return self.inner.spec
+
+    def _tell(self, state, timestep: TimeStep):
+        action, _ = CASES[ID](timestep.observation)
+        valid = (timestep.observation[:, 0] < self.silent_from) & ~timestep.last
+        # What a silent expert leaves in its place is anything.
+        return state, timestep._replace(expert=ExpertLabel(jnp.where(valid, action, 77), valid))
+
+    def reset(self, key):
+        return self._tell(*self.inner.reset(key))
+
+    def step(self, state, action):
+        return self._tell(*self.inner.step(state, action))
+
+    def close(self):
+        self.inner.close()
+
+
+def make(id, batch_size=1, expert="", silent_from=np.inf):
+    inner = environments.make(id, batch_size)
+    return _Told(inner, silent_from) if expert else inner
+
+
+def told(silent_from=np.inf):
+    return functools.partial(make, silent_from=silent_from)
+
+
+def expert_of(spec, **changes):
+    return expert_policy(spec, ExpertConfig("push", "1", **changes))
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return environments.spec(ID)
+
+
+@pytest.fixture(scope="module")
+def silent(spec):
+    """What was collected of an expert that is silent on one side."""
+    with opened_for(told(0.0), expert_of(spec), STREAMS) as environment:
+        return collect(environment, expert_of(spec), 3, CONFIG)
+
+
+def test_an_expert_acts_as_it_is_told_and_is_scored_like_any_reference(spec):
+    policy = references.train_reference(told(), ID, references.Recipe("expert", ExpertConfig("push", "1")))
+    assert policy == expert_of(spec) and policy.reference.budget_steps == 0
+    scored = references.score_reference(told(), policy, num_envs=16, episodes_per_env=2)
+    with opened_for(told(), policy, 16) as environment:
+        scripted = reference_of(CASES[ID], environment)
+        key = jax.random.key(4)
+        one, other = (
+            rollout.evaluate(environment, each.agent, each.params, key, 1).returns for each in (policy, scripted)
+        )
+    np.testing.assert_array_equal(one, other)
+    assert scored.admission.admitted and scored.policy.reference.decoding == "greedy"
+    assert scored.reference_returns.mean > 100 > 40 > scored.random_returns.mean
+
+
+def test_an_expert_is_saved_by_name_and_version_without_weights(spec, tmp_path):
+    returns = [Returns.of(np.full((2, 2), value) + np.eye(2)) for value in (1.0, 9.0, 6.0)]
+    scored = references.ScoredReference(expert_of(spec, privileged=True, labels_any_state=False), *returns)
+    references.save_reference(tmp_path / "one", scored)
+    assert references.load_reference(tmp_path / "one") == scored
+    description = json.loads((tmp_path / "one" / "reference.json").read_text())
+    assert description["reference"]["expert"] == "push" and description["reference"]["expert_version"] == "1"
+    assert description["params"]["policy"] == {}, "there is nothing to weigh"
+
+
+def test_a_step_without_an_answer_is_random_masked_and_counted(silent):
+    leaves = silent.leaves
+    ends, spoke = leaves["terminated"] | leaves["truncated"], leaves["observation/value"][..., 0] < 0
+    np.testing.assert_array_equal(leaves["label_mask"], spoke & ~ends)
+    assert silent.statistics.unlabelled == (~spoke & ~ends).sum() > 0
+    first_stream = leaves["label_mask"][:, 0], leaves["action/value"][:, 0], leaves["reference_action/value"][:, 0]
+    mask, executed, label = first_stream
+    assert (executed == label)[mask].all(), "the first stream executes the expert's answers"
+    assert {*executed[~mask]} == {0, 1}, "and acts at random where it has none"
+    assert leaves["reference_action/value"].max() <= 1, "what is no answer is not stored"
+    expected, _ = CASES[ID](jnp.asarray(leaves["observation/value"]).reshape(-1, 4))
+    everywhere = np.asarray(expected).reshape(STEPS, STREAMS)
+    np.testing.assert_array_equal(
+        leaves["reference_action/value"][leaves["label_mask"]], everywhere[leaves["label_mask"]]
+    )
+    assert silent.random > 0.5 and not any(name.startswith("reference/") for name in leaves)
+
+
+def test_what_stands_where_there_is_no_label_changes_nothing_that_is_learned(spec, silent):
+    zeros = Returns.of(np.zeros((2, 2)))
+    card = EnvironmentCard.of(
+        spec,
+        statistics=silent.statistics,
+        random_returns=zeros,
+        reference_returns=zeros,
+        reference=Reference("expert", "greedy", 0, 0, expert="push"),
+    )
+    assert EnvironmentCard.from_json(json.loads(json.dumps(card.to_json()))) == card
+    codec, found = Codec(card), []
+    for flip in (False, True):
+        leaves = dict(silent.leaves)
+        label, mask = leaves["reference_action/value"], leaves["label_mask"]
+        leaves["reference_action/value"] = np.where(mask | (not flip), label, 1 - label)
+        features, targets = codec.window({name: value[:, 0] for name, value in leaves.items()})
+        signature = jax.tree.map(lambda x: np.asarray(x)[None], codec.signature)
+        inputs = Inputs(jax.tree.map(lambda x: np.asarray(x)[None], features), signature)
+        found.append((features, select_labels(inputs, jax.tree.map(lambda x: np.asarray(x)[None], targets))))
+    assert (silent.leaves["label_mask"][:, 0] == 0).any()
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_an_expert_that_cannot_label_any_state_is_only_replayed(spec):
+    policy = expert_of(spec, labels_any_state=False)
+    with opened_for(told(), policy, STREAMS) as environment:
+        collected = collect(environment, policy, 3, CONFIG)
+    mask = collected.leaves["label_mask"]
+    executed, label = (collected.leaves[f"{name}/value"] for name in ("action", "reference_action"))
+    assert collected.random == 0 and collected.agreement == 1 and (executed == label)[mask].all()
+    assert (collected.episodes.noise == 0).all()
+
+
+def test_an_environment_made_without_its_expert_is_refused(spec):
+    with pytest.raises(EnvironmentFaultError, match="expert=<name>"):
+        collect(environments.make(ID, 2), expert_of(spec), 0, CollectConfig(2, 4, 4))
+
+
+@pytest.mark.parametrize(("config", "message"), [({"name": ""}, "no name"), ({"name": "a", "budget_steps": 3}, "is 3")])
+def test_experts_that_contradict_themselves_are_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        ExpertConfig(**config)
+
+
+@pytest.mark.parametrize(("distilled", "admitted"), [(None, False), (0.4, False), (0.6, True), (1.0, True)])
+def test_a_privileged_expert_is_admitted_where_a_policy_on_observations_keeps_half(distilled, admitted):
+    random, reference = np.array([[0.0, 1.0]] * 8), np.array([[10.0, 11.0]] * 8)
+    admission = scores.admit(random, reference)
+    assert admission.admitted and LEARNABLE == 0.5
+    kept = distilled and Returns.of(np.full((2, 2), random.mean() + distilled * 10.0))
+    found = check_learnable(admission, Returns.of(random), kept)
+    assert found.admitted == admitted and "privileged" in found.reason
+    refused = scores.admit(reference, random)
+    assert check_learnable(refused, Returns.of(random), kept) == refused, "what is not better needs no other reason"
