@@ -15,6 +15,7 @@ from runs import CASES, reference_of
 import environments
 from data import references
 from data.collect import CollectConfig, collect
+from data.distil import DistilConfig, distil, score_distilled
 from data.references.expert import LEARNABLE, ExpertConfig, check_learnable, expert_policy
 from data.references.pipeline import opened_for
 from ldm_jax import rollout
@@ -181,3 +182,18 @@ def test_a_privileged_expert_is_admitted_where_a_policy_on_observations_keeps_ha
     assert found.admitted == admitted and "privileged" in found.reason
     refused = scores.admit(reference, random)
     assert check_learnable(refused, Returns.of(random), kept) == refused, "what is not better needs no other reason"
+
+
+def test_a_policy_is_distilled_from_labels_and_sees_observations_alone(spec):
+    policy = expert_of(spec, privileged=True)
+    random = Returns.of(np.full((8, 2), 20.0) + np.eye(8, 2))
+    scored = references.ScoredReference(policy, random, Returns.of(np.full((8, 2), 400.0) + np.eye(8, 2)))
+    assert not scored.admission.admitted
+    returns = score_distilled(told(), scored, 0, DistilConfig(streams=16, steps=128, updates=300))
+    assert returns.array.shape == (8, 2) and returns.mean > 210
+    assert dataclasses.replace(scored, distilled_returns=returns).admission.admitted
+
+
+def test_nothing_is_distilled_from_no_label(spec):
+    with pytest.raises(references.ReferencePolicyError, match="labelled none"):
+        distil(told(-np.inf), expert_of(spec), 0, DistilConfig(streams=2, steps=4))
