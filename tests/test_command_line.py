@@ -1,0 +1,83 @@
+"""The command line: each verb says what the function behind it says, and a mistake is one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import examples
+import jax
+import numpy as np
+import pytest
+
+import environments
+import ldm_jax
+from experiments import command_line
+
+CATCH = "gymnax/Catch-bsuite"
+
+
+def run(monkeypatch, capsys, *arguments):
+    """What is printed, and the status: the text of an error, or 0."""
+    monkeypatch.setattr(sys, "argv", ["ldm-jax", *arguments])
+    try:
+        command_line.main()
+    except SystemExit as end:
+        return capsys.readouterr().out, end.code or 0
+    return capsys.readouterr().out, 0
+
+
+@pytest.fixture(scope="module")
+def catch_policy(tmp_path_factory):
+    """A policy that has learnt nothing, in one environment that it has a card of."""
+    folder = tmp_path_factory.mktemp("play") / "policy"
+    environment = environments.make(CATCH, batch_size=1)
+    spec = environment.spec
+    made = examples.make_card(spec.observation_space, spec.action_space, CATCH)
+    card = dataclasses.replace(made, library=spec.library, version=spec.version, time_limit=spec.time_limit)
+    cfg = ldm_jax.SIZES["nano"]
+    ldm_jax.Policy(cfg, ldm_jax.make_model(cfg).init(jax.random.key(1)), {CATCH: card}).save(folder)
+    return folder
+
+
+def test_info_names_versions_devices_and_the_catalog(monkeypatch, capsys):
+    text, status = run(monkeypatch, capsys, "info")
+    told = dict(line.split(maxsplit=1) for line in text.splitlines())
+    assert status == 0 and told["ldm_jax"] == ldm_jax.__version__ and told["jax"] == jax.__version__
+    assert told["devices"].startswith(str(jax.device_count())) and "environments" in told["catalog"]
+
+
+def test_list_gives_what_select_gives(monkeypatch, capsys):
+    text, status = run(monkeypatch, capsys, "list", "--domain=board games", "--library=pgx", "--ids")
+    assert status == 0 and text.split() == environments.select("library=pgx domain=board_games").ids
+
+
+def test_play_tells_each_episode_and_the_same_seed_the_same_ones(monkeypatch, capsys, catch_policy):
+    play = ("play", CATCH, f"--policy={catch_policy}", "--episodes=3", "--decoding=sample")
+    text, status = run(monkeypatch, capsys, *play)
+    returns = np.array([float(line.split()[1]) for line in text.splitlines()[1:4]])
+    card = ldm_jax.load(catch_policy).cards[CATCH]
+    random, reference = card.random_returns.mean, card.reference_returns.mean
+    assert status == 0 and set(np.abs(returns)) == {1.0}
+    assert f"mean return {returns.mean():.5g}, z {(returns.mean() - random) / (reference - random):.2f}; " in text
+    assert run(monkeypatch, capsys, *play)[0] == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("list", "--domain=bandts"), "did you mean bandits"),
+        (("check", "gymnax/Catch"), "did you mean gymnax/Catch-bsuite"),
+        (("play", CATCH, "--policy=nowhere"), "there is no such folder"),
+        (("play", "gymnax/CartPole-v1", "--policy=FOLDER"), "has no card of 'gymnax/CartPole-v1'"),
+        (("play", CATCH, "--policy=FOLDER", "--episodes=0"), "expected at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_way_out(monkeypatch, capsys, catch_policy, arguments, said):
+    out, status = run(monkeypatch, capsys, *(each.replace("FOLDER", str(catch_policy)) for each in arguments))
+    assert not out and status.startswith("error: ") and said in status and "\n" not in status
+
+
+def test_verbs_of_datasets_are_those_of_the_script(monkeypatch, capsys):
+    text, status = run(monkeypatch, capsys, "dataset", "--help")
+    assert status == 0 and "verify" in text and "import-minari" in text
