@@ -16,6 +16,7 @@ import environments
 from data import references
 from data.collect import CollectConfig, collect
 from data.distil import DistilConfig, distil, score_distilled
+from data.references.choosing import choose_reference
 from data.references.expert import LEARNABLE, ExpertConfig, check_learnable, expert_policy
 from data.references.pipeline import opened_for
 from ldm_jax import rollout
@@ -197,3 +198,14 @@ def test_a_policy_is_distilled_from_labels_and_sees_observations_alone(spec):
 def test_nothing_is_distilled_from_no_label(spec):
     with pytest.raises(references.ReferencePolicyError, match="labelled none"):
         distil(told(-np.inf), expert_of(spec), 0, DistilConfig(streams=2, steps=4))
+
+
+def test_the_best_of_several_references_is_chosen_by_episodes_of_its_own(spec):
+    def either(id, batch_size=1, expert=""):
+        return make(id, batch_size, expert, np.inf if expert == "push" else -np.inf)
+
+    good, bad = (expert_policy(spec, ExpertConfig(name)) for name in ("push", "silent"))
+    assert choose_reference(either, [bad, good], num_envs=8) == good
+    assert choose_reference(either, [bad], num_envs=8) == bad, "there is nothing to play for"
+    with pytest.raises(ConfigError, match="expected at least one"):
+        choose_reference(either, [])

@@ -71,6 +71,16 @@ _MISSION_LIMIT = 2304  # BabyAI declares 0: each mission brings its own, at most
 _LIMIT_IS_THEIRS = ("jumanji", "minigrid", "mujoco.playground")
 """Families whose simulators themselves use `max_episode_steps`: for an internal limit, a reward, or a schedule."""
 
+_OPTIONS: collections.abc.Mapping[str, collections.abc.Mapping[str, typing.Any]] = types.MappingProxyType(
+    {
+        # Raw actions are unbounded numbers of which only zero and non-zero differ: take the discrete form.
+        "vizdoom": {"use_combined_action": True},
+        # Its default hides the goal, and nobody can be told what to do for a goal that is not shown.
+        "mujoco.metaworld": {"partially_observable": False},
+    }
+)
+"""What is asked of envpool beyond its defaults, by family."""
+
 _MAX_THREADS = 16
 
 _log = logging.getLogger(__name__)
@@ -279,8 +289,7 @@ def make(name: str, batch_size: int, time_limit: int | None) -> EnvpoolEnvironme
       LibraryMissingError: shared libraries that it needs are not there.
     """
     family = _family(name)
-    # Raw VizDoom actions are unbounded numbers of which only zero and non-zero differ: take its discrete form.
-    options: dict[str, typing.Any] = {"use_combined_action": True} if family == "vizdoom" else {}
+    options: dict[str, typing.Any] = dict(_OPTIONS.get(family, {}))
     with _quiet():
         try:
             inner = _envpool().make_spec(name, **options)

@@ -46,7 +46,7 @@ def render_catalog(entries: collections.abc.Sequence[Entry]) -> str:
         f"{_distinct(works, 'task'):,} tasks, {_distinct(works, 'family'):,} families, "
         f"{_distinct(works, 'domain')} domains.\n",
         "## Domains\n",
-        _table(
+        markdown_table(
             ("domain", "ids", "tasks", "families", "libraries"),
             [
                 (domain, *_counts(ours), ", ".join(sorted({entry.library for entry in ours}, key=str.lower)))
@@ -54,7 +54,7 @@ def render_catalog(entries: collections.abc.Sequence[Entry]) -> str:
             ],
         ),
         "## Libraries\n",
-        _table(
+        markdown_table(
             (
                 "library",
                 "version",
@@ -70,7 +70,7 @@ def render_catalog(entries: collections.abc.Sequence[Entry]) -> str:
             [_library(library, [entry for entry in entries if entry.library == library]) for library in libraries],
         ),
         "## What does not work, and why\n",
-        _table(("library", "ids", "reason", "for example"), _reasons(entries)),
+        markdown_table(("library", "ids", "reason", "for example"), _reasons(entries)),
     ]
     return "\n".join(parts)
 
@@ -134,6 +134,12 @@ def _distinct(entries: list[Entry], field: str) -> int:
     return len({getattr(entry, field) for entry in entries})
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown_table(head: tuple[str, ...], rows: collections.abc.Sequence[tuple[str, ...]]) -> str:
+    """A table of Markdown.
+
+    Args:
+      head: names of the columns.
+      rows: their cells.
+    """
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"

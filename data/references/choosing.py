@@ -1,0 +1,58 @@
+"""The best wins: of several references for one environment, trained ones and experts, the one that plays best."""
+
+from __future__ import annotations
+
+import collections.abc
+
+import jax
+
+from ldm_jax import rollout
+from ldm_jax.errors import ConfigError
+
+from .pipeline import MakeEnvironment, opened_for
+from .policy import ReferencePolicy, SlotDecoding, with_decoding
+
+_CHOOSING = 0xBE57  # sets the randomness of choosing apart from that of training and scoring
+
+
+def choose_reference(
+    make: MakeEnvironment,
+    policies: collections.abc.Sequence[ReferencePolicy],
+    seed: int = 0,
+    num_envs: int = 64,
+    episodes_per_env: int = 1,
+) -> ReferencePolicy:
+    """The policy with the highest mean return, each in its better form, on episodes that nothing else is told by.
+
+    Args:
+      make: makes the environment, with `expert=name` too where a reference is an expert.
+      policies: of one environment; the first of equals is chosen.
+      seed: of the episodes, which are the same for all.
+      num_envs: parallel environments.
+      episodes_per_env: in each of them.
+
+    Raises:
+      ConfigError: there is none to choose from.
+    """
+    if not policies:
+        raise ConfigError("got no reference to choose from, expected at least one")
+    if len(policies) == 1:
+        return policies[0]
+    key = jax.random.fold_in(jax.random.key(seed), _CHOOSING)
+
+    def best_mean(policy: ReferencePolicy) -> float:
+        forms: tuple[SlotDecoding, ...] = ("greedy",) if policy.reference.expert else ("greedy", "sample")
+        with opened_for(make, policy, num_envs) as environment, jax.enable_x64(False):
+            played = (
+                rollout.evaluate(
+                    environment,
+                    policy.agent,
+                    with_decoding(policy.params["policy"], form),
+                    jax.random.fold_in(key, place),
+                    episodes_per_env,
+                )
+                for place, form in enumerate(forms)
+            )
+            return max(float(episodes.returns.mean()) for episodes in played)
+
+    return max(policies, key=best_mean)
