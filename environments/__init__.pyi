@@ -5,6 +5,7 @@ from .catalog.selection import SelectionError as SelectionError
 from .catalog.table import Table as Table
 from .conformance import ConformanceError as ConformanceError
 from .conformance import check_environment as check_environment
+from .conformance import check_expert as check_expert
 from .isolation.program import Isolation as Isolation
 from .listing import find as find
 from .listing import libraries as libraries

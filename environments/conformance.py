@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from ldm_jax.types import EnvironmentSpec, PyTree, TimeStep
 
 from . import laws, listing, registry
 from .catalog import entries
+from .isolation.labels import ExpertReport
 
 _Make = collections.abc.Callable[..., Environment]
 _Choose = collections.abc.Callable[[int, TimeStep], PyTree]
@@ -86,6 +88,77 @@ def check_environment(make: str | _Make, *, batch_size: int = 8, steps: int = 40
             for environment in (own, short):
                 environment.close()
                 environment.close()
+
+
+def check_expert(
+    make: str | _Make, name: str = "", *, batch_size: int = 4, steps: int = 40, seed: int = 0
+) -> ExpertReport:
+    """Checks that a live expert keeps the contract; returns what was counted of it when it does.
+
+    Labels are in the space; labelling changes nothing of an episode, which is the same in every number as one without
+    the expert; the same state gives the same label where the expert says what its labels follow from, and the same seed
+    gives the same labels everywhere; and the worker had nothing to leave out.
+
+    Args:
+      make: an id of `environments.list_ids`, or a function that is called as `make(batch_size=B, expert=name)`, where
+        the name is empty for none, and returns a new `Environment`.
+      name: of the expert.
+      batch_size: B.
+      steps: of each run; every second one does what the expert says, the others are random.
+      seed: of the keys and the random actions.
+
+    Raises:
+      ConformanceError: a law is broken; its text names the law, what was seen and what was expected.
+    """
+    id = make if isinstance(make, str) else getattr(make, "__name__", repr(make))
+    build = functools.partial(registry.make, make) if isinstance(make, str) else make
+    with _law(id, "making"):
+        labelled, plain = (build(batch_size=batch_size, expert=expert) for expert in (name, ""))
+    id, key = f"{labelled.spec.id} with {name}", jax.random.key(seed)
+    try:
+        with _law(id, "labels"):
+            actions: list[PyTree] = []
+            run = _run(labelled, key, steps, _half_labelled(labelled, seed, actions))
+            for time_step in run:
+                laws.check_labels(labelled, time_step)
+            report = typing.cast(typing.Any, labelled).expert_report
+            wrong = {
+                kind: report.counts[kind] for kind in ("slow", "raised", "nonsense", "drew") if report.counts[kind]
+            }
+            laws.require(
+                not wrong, f"of {report.counts['asked']} questions {wrong} went wrong: {'; '.join(report.notes)}"
+            )
+            laws.require(report.counts["labels"], f"it had no answer to any of {report.counts['asked']} questions")
+        with _law(id, "repeatable labels"):
+            again = _run(labelled, key, steps, lambda t, _: actions[t])
+            laws.check_same(run, again, "the same key and the same actions")
+        with _law(id, "labelling"):
+            without = _run(plain, key, steps, lambda t, _: actions[t])
+            bare = [time_step._replace(expert=None) for time_step in run]
+            laws.check_same(bare, without, "the same key and the same actions without the expert")
+        return typing.cast(typing.Any, labelled).expert_report
+    finally:
+        labelled.close()
+        plain.close()
+
+
+def _half_labelled(environment: Environment, seed: int, actions: list[PyTree]) -> _Choose:
+    """Random actions, and every second time those of the expert; each is kept in `actions`."""
+    random = _random_actions(environment, seed)
+
+    def choose(t: int, time_step: TimeStep) -> PyTree:
+        action = random(t, time_step)
+        if t % 2 and time_step.expert is not None:
+            label, valid = time_step.expert
+
+            def pick(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+                return np.where(valid.reshape(-1, *[1] * (ours.ndim - 1)), theirs, ours)
+
+            action = jax.tree.map(pick, action, label)
+        actions.append(action)
+        return action
+
+    return choose
 
 
 def _check_runs(id: str, own: Environment, short: Environment, steps: int, seed: int) -> None:

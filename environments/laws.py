@@ -144,6 +144,34 @@ def _check_text(leaf: spaces.Leaf, value: np.ndarray) -> None:
         require(not strange, f"part {leaf.name!r} has the characters {sorted(strange)}, which its space does not")
 
 
+def check_labels(environment: Environment, time_step: TimeStep) -> None:
+    """Checks that a time step has labels, each in the action space and allowed, and none where an episode has ended."""
+    space, B, label = environment.spec.action_space, environment.spec.batch_size, time_step.expert
+    if label is None:
+        raise BrokenError("the time step has no labels, though the environment was made with an expert")
+    valid = np.asarray(label.valid)
+    require(
+        valid.dtype == bool and valid.shape == (B,), f"valid is {valid.dtype}{list(valid.shape)}, expected bool[{B}]"
+    )
+    require(not (valid & time_step.last).any(), "a label is valid at the end of an episode, whose action is ignored")
+    start = 0
+    for leaf in spaces.leaves(space):
+        struct, value = spaces.leaf_shape_dtype(leaf.space), np.asarray(spaces.get(label.action, leaf.path))
+        got, expected = f"{value.dtype}{list(value.shape)}", f"{np.dtype(struct.dtype)}{[B, *struct.shape]}"
+        require(got == expected, f"part {leaf.name!r} of the labels is {got}, expected {expected}")
+        flat = value[valid].reshape(int(valid.sum()), math.prod(struct.shape))
+        if not (sizes := spaces.choices(leaf.space)):
+            low, high = (np.broadcast_to(side, struct.shape).ravel() for side in spaces.bounds(leaf.space))
+            require(((flat >= low) & (flat <= high)).all(), f"part {leaf.name!r} of a label is outside {leaf.space}")
+            continue
+        index = flat.astype(np.int64) - np.ravel(spaces.first_value(leaf.space))
+        require(((index >= 0) & (index < sizes)).all(), f"part {leaf.name!r} of a label is outside {leaf.space}")
+        if time_step.action_mask is not None:
+            chosen = np.take_along_axis(time_step.action_mask[valid], index + start + np.cumsum([0, *sizes[:-1]]), 1)
+            require(chosen.all(), f"part {leaf.name!r} of a label is not allowed by the action mask")
+        start += sum(sizes)
+
+
 def check_reset(time_step: TimeStep) -> None:
     """Checks that all rows of a time step start an episode."""
     require(time_step.first.all(), f"first is {time_step.first}, expected all true")

@@ -36,6 +36,7 @@ from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.types import MAX_TIME_LIMIT, EnvironmentSpec
 
 from .catalog import entries
+from .catalog.experts import ExpertError, ExpertInfo, find_expert
 from .catalog.taxonomy import first_match
 from .isolation import groups
 
@@ -71,7 +72,12 @@ class UnknownEnvironmentError(LdmError, ValueError):
 
 
 def make(
-    id: str, batch_size: int = 1, *, time_limit: int | None = None, isolation: str | Isolation = "auto"
+    id: str,
+    batch_size: int = 1,
+    *,
+    time_limit: int | None = None,
+    isolation: str | Isolation = "auto",
+    expert: str = "",
 ) -> Environment:
     """Makes B parallel environments of one kind.
 
@@ -88,12 +94,15 @@ def make(
         limit, or a default where the library has none.
       isolation: how a library that cannot live in this interpreter is kept apart: the kind alone, or an `Isolation`
         with the number of workers and their limits. What its interpreter needs is built the first time.
+      expert: the name of a live expert, as `environments.experts` has them, which runs beside each environment and
+        labels the time steps (`TimeStep.expert`); empty for none.
 
     Raises:
       UnknownEnvironmentError: no such library or environment, or one that is known not to work.
       LibraryMissingError: the library is not installed; says the extra to install. Or its interpreter cannot be built.
       ConfigError: `batch_size` or `time_limit` is not a positive integer or too large, or `isolation` is asked for
         where the library lives in this interpreter.
+      ExpertError: the environment has no such expert, or it is no live one.
       EnvironmentFaultError: the library cannot make it, or not with this time limit.
       SpaceError: it has a space that is not supported.
     """
@@ -103,7 +112,8 @@ def make(
         time_limit = _check_count(f"time_limit of {id}", time_limit, MAX_TIME_LIMIT)
     adapter = _adapter(library)
     _check_known(library, name, adapter)
-    environment = _make(library, name, adapter, batch_size, time_limit, isolation)
+    asked = _find_live(id, expert) if expert else None
+    environment = _make(library, name, adapter, batch_size, time_limit, isolation, asked)
     try:
         _check_made(environment.spec, id, batch_size, time_limit)
     except EnvironmentFaultError:
@@ -232,20 +242,32 @@ def _make(
     batch_size: int,
     time_limit: int | None,
     isolation: str | Isolation,
+    expert: ExpertInfo | None = None,
 ) -> Environment:
+    asked = {} if expert is None else {"expert": expert}
     if not isinstance(adapter, groups.IsolatedLibrary):
         if isolation != "auto":
             raise ConfigError(
                 f"isolation of {library}/{name} is {isolation!r}, but it runs in this interpreter: leave it at 'auto'"
             )
         with _naming(library, name):
-            return adapter.make(name, batch_size, time_limit)
+            return adapter.make(name, batch_size, time_limit, **asked)
     if isinstance(isolation, str):
         from .isolation.program import Isolation
 
         isolation = Isolation(isolation)
     with _naming(library, name):
-        return adapter.make(name, batch_size, time_limit, isolation)
+        return adapter.make(name, batch_size, time_limit, isolation, **asked)
+
+
+def _find_live(id: str, name: str) -> ExpertInfo:
+    found = find_expert(id, name)
+    if found.kind != "live":
+        raise ExpertError(
+            f"the expert {name!r} of {id} is a function of the observation, expected a live one: make the environment "
+            "without it, and let it act on what is observed"
+        )
+    return found
 
 
 @contextlib.contextmanager

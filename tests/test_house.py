@@ -19,6 +19,8 @@ ONE_INTERFACE = {
     ),
     # what a bridge is
     "register": ("environments/bridges/*",),
+    # what a module of experts beside their simulators is
+    "EXPERTS": ("environments/bridges/experts/*",),
     # what a reference's algorithm is
     **dict.fromkeys(("settle", "learn", "agent", "example"), ("data/references/*",)),
     # what a script is

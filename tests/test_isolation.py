@@ -22,7 +22,7 @@ from spaces_strategies import any_spaces
 
 import environments
 import ldm_jax
-from environments.isolation import IsolatedEnvironment, Isolation, WorkerSpec, scratch
+from environments.isolation import IsolatedEnvironment, Isolation, WorkerSpec, groups, scratch
 from environments.isolation import host as workers
 from environments.isolation.worker import gym_api, values
 from ldm_jax import spaces
@@ -403,14 +403,14 @@ def test_host_and_worker_speak_the_same_protocol():
 
 def test_the_program_of_workers_is_written_for_python_3_7():
     sources = list(workers.SERVER.parent.glob("*.py"))
-    assert len(sources) == 4
-    for source in sources:
+    assert len(sources) == 5
+    for source in (*sources, *(groups.BRIDGES / "experts").glob("*.py")):
         ast.parse(source.read_text(), feature_version=(3, 7))
 
 
 def test_a_worker_of_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(workers, "PROTOCOL", 99)
-    with pytest.raises(ldm_jax.EnvironmentFaultError, match="got the protocol 99, expected 3"):
+    with pytest.raises(ldm_jax.EnvironmentFaultError, match="got the protocol 99, expected 4"):
         IsolatedEnvironment(worker_spec("Steady"), 1, None, Isolation())
 
 

@@ -8,10 +8,12 @@ here as it does in an interpreter of its own, except that its first fault ends t
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import operator
 import os
 import types
+import typing
 from traceback import format_exception_only
 
 import gymnasium
@@ -22,10 +24,14 @@ from ldm_jax.spaces import SpaceError
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from .. import checks
+from ..bridges import experts
 from ..catalog import taxonomy
+from ..catalog.experts import ExpertInfo
 from ..isolation.batch import DEFAULT_TIME_LIMIT, EnvironmentBatch, Spaces, find_limit, read_spaces
+from ..isolation.labels import ExpertReport
 from ..isolation.program import Options, encode_options
 from ..isolation.worker import gym_api, values
+from ..isolation.worker.experts import Experts
 from ..tokens import Token, check_newest
 
 LIBRARY = "gymnasium"
@@ -67,25 +73,40 @@ class GymnasiumEnvironment:
 
     spec: EnvironmentSpec
 
-    def __init__(self, spec: EnvironmentSpec, library: gym_api.Library, first: gymnasium.Env, folder: _Folder):
+    def __init__(
+        self,
+        spec: EnvironmentSpec,
+        library: gym_api.Library,
+        first: gymnasium.Env,
+        folder: _Folder,
+        program: typing.Any,
+    ):
         self.spec, self._folder = spec, folder
         self._token: Token | None = None
         self._step_count = 0
         with folder:
             choices = library.count_choices(first)
-        self._batch = EnvironmentBatch(spec, choices, workers=1)
+        self._batch = EnvironmentBatch(spec, choices, workers=1, has_expert=program is not None)
         try:
             self._batch.place(np.zeros(self._batch.size, np.uint8))
         except MemoryError as error:
             raise EnvironmentFaultError(
                 f"{spec.id} with {spec.batch_size} rows cannot be made: {error}; take fewer rows (batch_size)"
             ) from None
-        self._rows = gym_api.Rows(library, first, self._batch.arrays, range(spec.batch_size))
+        arrays, beside = self._batch.arrays, None
+        if program is not None:
+            beside = Experts(program, first.action_space, arrays)
+        self._rows = gym_api.Rows(library, first, arrays, range(spec.batch_size), experts=beside)
 
     @property
     def rows_outside(self) -> int:
         """Rows since `make` with a number outside the declared bounds: some libraries return those."""
         return self._batch.rows_outside
+
+    @property
+    def expert_report(self) -> ExpertReport | None:
+        """How the expert has done since `make`; None without one."""
+        return self._batch.labels.report() if self._batch.labels else None
 
     def reset(self, key: Array) -> tuple[Token, TimeStep]:
         self._step_count = 0
@@ -111,6 +132,9 @@ class GymnasiumEnvironment:
         self._batch.arrays["command"][:] = command_B
         with self._folder:
             failures = self._rows.obey()
+        if self._batch.labels and self._rows.experts.notes:
+            self._batch.labels.note(*self._rows.experts.notes)
+            self._rows.experts.notes = []
         for row, kind, error in failures:
             place = checks.where(self.spec.id, self._step_count, [row])
             raise EnvironmentFaultError(f"{place}: {kind}: {_summary(error)}") from error
@@ -137,7 +161,11 @@ def domain(name: str) -> str:
 
 
 def make(
-    name: str, batch_size: int, time_limit: int | None, options: Options = types.MappingProxyType({})
+    name: str,
+    batch_size: int,
+    time_limit: int | None,
+    options: Options = types.MappingProxyType({}),
+    expert: ExpertInfo | None = None,
 ) -> GymnasiumEnvironment:
     """Makes B environments by an id of Gymnasium's registry.
 
@@ -146,6 +174,7 @@ def make(
       batch_size: B.
       time_limit: steps; None keeps the registered limit, or takes a default where there is none.
       options: of the library's own `make`; each environment gets them anew.
+      expert: which labels each time step.
 
     Raises:
       ConfigError: an option that could not be carried to another interpreter.
@@ -178,7 +207,10 @@ def make(
         domain=domain(name),
         jittable=False,
     )
-    return GymnasiumEnvironment(spec, library, first, folder)
+    program = None
+    if expert is not None:
+        program = importlib.import_module(f"{experts.__name__}.{expert.module}").EXPERTS[expert.name]
+    return GymnasiumEnvironment(spec, library, first, folder, program)
 
 
 def _read_spaces(id: str, environment: gymnasium.Env) -> Spaces:

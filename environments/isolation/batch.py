@@ -18,6 +18,7 @@ from ldm_jax.types import MAX_TIME_LIMIT, Array, EnvironmentSpec, PyTree, TimeSt
 
 from .. import checks, conversion
 from ..tokens import draw_seeds
+from .labels import Labels
 from .worker.gym_api import RESET, SEED, STEP
 
 DEFAULT_TIME_LIMIT = 1000
@@ -76,20 +77,23 @@ class EnvironmentBatch:
       spec: of the environment.
       choices: entries of its action mask; 0 where it has none.
       workers: how many fill the arrays.
+      has_expert: whether an expert labels each time step.
 
     Attributes:
       layout: where each array is to lie in a buffer.
       size: of that buffer, in bytes.
       arrays: by name, each `[B, ...]`, once there is a buffer.
       rows_outside: rows so far with a number outside the declared bounds.
+      labels: of the expert; None without one.
     """
 
     layout: list[ArrayPlace]
     size: int
     arrays: dict[str, np.ndarray]
     rows_outside: int
+    labels: Labels | None
 
-    def __init__(self, spec: EnvironmentSpec, choices: int, workers: int):
+    def __init__(self, spec: EnvironmentSpec, choices: int, workers: int, *, has_expert: bool = False):
         self.spec, self.rows_outside = spec, 0
         self._observations = checks.Observations(spec.observation_space, spec.batch_size)
         self._action_leaves = spaces.leaves(spec.action_space)
@@ -108,6 +112,8 @@ class EnvironmentBatch:
             wanted["mask"] = ((choices,), np.bool_)
         arrays = {name: ((spec.batch_size, *shape), np.dtype(dtype)) for name, (shape, dtype) in wanted.items()}
         arrays["heartbeat"] = ((workers,), np.dtype(np.uint64))
+        self.labels = Labels(spec.id, spec.action_space, spec.batch_size) if has_expert else None
+        arrays |= self.labels.wanted(workers) if self.labels else {}
         self.layout, self.size = [], 0
         for name, (shape, dtype) in arrays.items():
             self.layout.append(ArrayPlace(name, shape, dtype.str, self.size))
@@ -119,6 +125,8 @@ class EnvironmentBatch:
         self._observed = [self.arrays[f"observation/{i}"] for i in range(len(self._observations.leaves))]
         self._action_slots = [self.arrays[f"action/{i}"] for i in range(len(self._action_leaves))]
         self._values: list[np.ndarray] = []
+        if self.labels:
+            self.labels.place(self.arrays)
 
     def start(self, key: Array) -> np.ndarray:
         """Seeds all rows; returns their commands, `uint8 [B]`."""
@@ -193,13 +201,15 @@ class EnvironmentBatch:
             violations = self._observations.violations(values)
         self._values = values
         self.rows_outside += self._count_outside(violations)
+        mask = arrays["mask"].copy() if "mask" in arrays else None
         return TimeStep(
             observation=spaces.unflatten(self.spec.observation_space, values),
             reward=np.where(neither_B, self._reward_B, np.float32(0)),
             terminated=terminated_B,
             truncated=truncated_B,
             first=first_B,
-            action_mask=arrays["mask"].copy() if "mask" in arrays else None,
+            action_mask=mask,
+            expert=self.labels.receive(self._last_B, mask) if self.labels else None,
         )
 
     def _count_outside(self, violations: list[tuple[checks.CheckedLeaf, np.ndarray]]) -> int:

@@ -28,6 +28,7 @@ from ..cores import available_cores
 from ..tokens import Token, check_newest
 from .batch import EnvironmentBatch, Fault, find_limit, read_spaces
 from .host import Sent, Worker, start_worker
+from .labels import ExpertReport, Labels
 from .program import Isolation, WorkerFaultError, WorkerSpec
 from .scratch import NoRoomError, make_scratch, make_shared_file
 from .venvs import normalize_name
@@ -64,19 +65,21 @@ class IsolatedEnvironment:
     def __init__(self, spec: WorkerSpec, batch_size: int, time_limit: int | None, isolation: Isolation):
         batch_size = operator.index(batch_size)
         self._worker_spec, self._isolation = spec, isolation
-        self._job = spec.job(isolation.memory_limit_bytes, time_limit)
+        self._job = spec.job(isolation, time_limit)
         self.faults, self.reports = collections.Counter(), collections.deque(maxlen=_REPORTS)
         count = min(batch_size, isolation.workers or available_cores())
         edges = np.linspace(0, batch_size, count + 1).round().astype(int)
         self._shares = [range(*map(int, pair)) for pair in itertools.pairwise(edges)]
         self._workers: list[Worker | None] = [None] * count
         self._token: Token | None = None
+        self._labels: Labels | None = None
         self._scratch, self._finalize = self._prepare()
         try:
             self._workers[0] = first = self._start()
             about = first.handshake(isolation.start_timeout_s)
             self.spec = self._describe(about, batch_size)
-            self._batch = EnvironmentBatch(self.spec, about["mask"], len(self._shares))
+            self._batch = EnvironmentBatch(self.spec, about["mask"], len(self._shares), has_expert=bool(spec.expert))
+            self._labels = self._batch.labels
             self._file = make_shared_file(self._batch.size)
             self._batch.place(mmap.mmap(self._file.fileno(), self._batch.size))
             self._attach(0)
@@ -95,6 +98,11 @@ class IsolatedEnvironment:
     def rows_outside(self) -> int:
         """Rows since `make` with a number outside the declared bounds: some libraries return those."""
         return self._batch.rows_outside
+
+    @property
+    def expert_report(self) -> ExpertReport | None:
+        """How the expert has done since `make`; None without one."""
+        return self._labels.report() if self._labels else None
 
     def reset(self, key: Array) -> tuple[Token, TimeStep]:
         if not self._finalize.alive:
@@ -168,6 +176,8 @@ class IsolatedEnvironment:
         for i, worker, sent in waiting:
             try:
                 kind, content = worker.receive(self._isolation.call_timeout_s, heartbeats[i : i + 1], sent)
+                if self._labels:
+                    self._labels.note(*map(str, content.get("notes", ())))
                 if kind == b"F":
                     yield from self._read_faults(i, content)
             except WorkerFaultError as error:
@@ -209,7 +219,8 @@ class IsolatedEnvironment:
         if (worker := self._workers[i]) is not None:
             worker.kill()
         self._workers[i] = None
-        return Fault(error.kind, tuple(self._shares[i]), str(error))
+        why = self._labels.lost(i) if self._labels else ""
+        return Fault(error.kind, tuple(self._shares[i]), str(error) + why)
 
     def _prepare(self) -> tuple[str, weakref.finalize]:
         """A folder for what the workers write, and what ends them and removes it."""

@@ -17,6 +17,7 @@ import typing
 
 from ldm_jax.environment import LibraryMissingError
 
+from ..catalog.experts import ExpertInfo
 from ..catalog.taxonomy import first_match
 from . import venvs
 
@@ -28,6 +29,11 @@ _log = logging.getLogger(__name__)
 
 GROUPS = pathlib.Path(__file__).parents[1] / "images"
 BRIDGES = pathlib.Path(__file__).parents[1] / "bridges"
+
+
+def expert_file(expert: ExpertInfo) -> pathlib.Path:
+    """The file of the program of a live expert."""
+    return BRIDGES / "experts" / f"{expert.module}.py"
 
 
 class _Interpreter(typing.NamedTuple):
@@ -81,8 +87,12 @@ class IsolatedLibrary:
         """
         return dict(_candidates(self))
 
-    def make(self, name: str, batch_size: int, time_limit: int | None, isolation: Isolation) -> IsolatedEnvironment:
-        """Makes B environments in workers; builds their virtual environment if it is not there.
+    def make(
+        self, name: str, batch_size: int, time_limit: int | None, isolation: Isolation, expert: ExpertInfo | None = None
+    ) -> IsolatedEnvironment:
+        """Makes B environments in workers, an expert beside each where one is asked for.
+
+        Their virtual environment is built if it is not there.
 
         Raises:
           LibraryMissingError: it cannot be built.
@@ -90,7 +100,10 @@ class IsolatedLibrary:
         """
         from .environment import IsolatedEnvironment
 
-        return IsolatedEnvironment(self.prepare(name, isolation), batch_size, time_limit, isolation)
+        spec = self.prepare(name, isolation)
+        if expert is not None:
+            spec = dataclasses.replace(spec, expert=expert.name, expert_file=str(expert_file(expert)))
+        return IsolatedEnvironment(spec, batch_size, time_limit, isolation)
 
     def prepare(self, name: str, isolation: Isolation) -> WorkerSpec:
         """What a worker runs to make an environment, with its interpreter, which is built if it is not there."""

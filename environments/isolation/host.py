@@ -23,7 +23,7 @@ from ldm_jax.environment import EnvironmentFaultError
 from .program import QUIET, SERVER, Isolation, WorkerFaultError, WorkerSpec
 from .scratch import make_scratch
 
-PROTOCOL = 3
+PROTOCOL = 4
 HEAD = struct.Struct("<cII")
 """Of a message: its kind, the length of what follows in bytes, and the number of the question."""
 MAX_MESSAGE_BYTES = 1 << 24
@@ -282,7 +282,7 @@ def start_worker(spec: WorkerSpec, job: dict[str, typing.Any], isolation: Isolat
             return LocalProcess(spec.python, scratch, spec.variables, log)
         from .containers import ContainerProcess
 
-        readable = (*spec.path, *filter(None, [spec.bridge]))
+        readable = (*spec.path, *filter(None, [spec.bridge, spec.expert_file]))
         place = (spec.image, scratch, spec.variables, readable)
         return ContainerProcess(*place, isolation.memory_limit_bytes, isolation.start_timeout_s)
 
@@ -304,7 +304,7 @@ def list_registered(spec: WorkerSpec, isolation: Isolation) -> dict[str, str]:
     """
     scratch = make_scratch()
     try:
-        worker = start_worker(spec, spec.job(isolation.memory_limit_bytes), isolation, scratch.path)
+        worker = start_worker(spec, spec.job(isolation), isolation, scratch.path)
         try:
             return worker.handshake(isolation.start_timeout_s)["ids"]
         finally:

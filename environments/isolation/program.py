@@ -10,6 +10,7 @@ import typing
 from ldm_jax.errors import ConfigError, check_finite
 
 from .worker import values
+from .worker.experts import LIMIT_S
 
 KINDS = ("auto", "container", "venv")
 SERVER = pathlib.Path(__file__).parent / "worker" / "server.py"
@@ -55,6 +56,7 @@ class Isolation:
       workers: processes per environment; 0 is one per core, at most one per row.
       call_timeout_s: seconds that one call to the library may take.
       start_timeout_s: seconds for a worker to import its library and make its first environment.
+      label_limit_s: seconds of computing that a label of an expert may take; a later one is left out.
       max_faults: faults survived from one `reset(key)` to the next; one more raises.
       memory_limit_bytes: what one worker may hold.
 
@@ -66,6 +68,7 @@ class Isolation:
     workers: int = 0
     call_timeout_s: float = 60.0
     start_timeout_s: float = 180.0
+    label_limit_s: float = LIMIT_S
     max_faults: int = 10
     memory_limit_bytes: int = 4 << 30
 
@@ -75,7 +78,7 @@ class Isolation:
         check_finite(self)
         if self.workers < 0 or self.max_faults < 0:
             raise ConfigError(f"workers {self.workers} and max_faults {self.max_faults} cannot be negative")
-        if self.call_timeout_s <= 0 or self.start_timeout_s <= 0 or self.memory_limit_bytes <= 0:
+        if self.call_timeout_s <= 0 or min(self.start_timeout_s, self.label_limit_s, self.memory_limit_bytes) <= 0:
             raise ConfigError(f"limits of time and memory must be positive, got {self}")
 
 
@@ -93,6 +96,8 @@ class WorkerSpec:
       domain: what the task is about.
       kwargs: options of the library's own `make`; the library gets them exactly, anew for each environment.
       bridge: file of a module whose `register` puts more ids there; see `environments.bridges`.
+      expert_file: of the module of an expert that labels each step; see `environments.bridges.experts`.
+      expert: its name there; empty for none.
       path: folders to import from, beside the interpreter's own.
       variables: environment variables of the process.
       seed_option: the option of `make` that takes the seed, where `reset` takes none.
@@ -119,6 +124,8 @@ class WorkerSpec:
     # Arrays have no single truth value: specs are compared by what the worker is told.
     kwargs: Options = dataclasses.field(default_factory=dict, compare=False)
     bridge: str = ""
+    expert_file: str = ""
+    expert: str = ""
     path: tuple[str, ...] = ()
     variables: collections.abc.Mapping[str, str] = dataclasses.field(default_factory=dict)
     seed_option: str = ""
@@ -140,11 +147,11 @@ class WorkerSpec:
         """The id of the environment, `library/name`."""
         return f"{self.library}/{self.name}"
 
-    def job(self, memory_limit_bytes: int, time_limit: int | None = None) -> dict[str, typing.Any]:
+    def job(self, isolation: Isolation, time_limit: int | None = None) -> dict[str, typing.Any]:
         """What the worker is told, in JSON values.
 
         Args:
-          memory_limit_bytes: what it may hold.
+          isolation: what it may cost.
           time_limit: steps that the caller wants an episode to have; None takes the spec's.
         """
         told = (
@@ -156,7 +163,10 @@ class WorkerSpec:
             "seed_arguments": self.seed_arguments,
             "global_randomness": self.global_randomness or bool(self.seed_arguments),
             "time_limit": int(time_limit or self.time_limit),
-            "memory_limit": int(memory_limit_bytes),
+            "memory_limit": int(isolation.memory_limit_bytes),
+            "expert": {"file": self.expert_file, "name": self.expert, "limit_s": isolation.label_limit_s}
+            if self.expert
+            else None,
         }
 
 

@@ -210,13 +210,16 @@ class Rows:
       arrays: by name, each `[B, ...]`, but for `heartbeat [workers]`, which counts calls to the library.
       rows: a range.
       worker: which of them this is.
+      experts: of the rows (`experts.Experts`), or None.
       owns_process: whether the interpreter's global generators may be seeded.
       global_randomness: whether each row is to have a state of those generators of its own.
     """
 
-    def __init__(self, library, environment, arrays, rows, worker=0, *, owns_process=False, global_randomness=False):
+    def __init__(
+        self, library, environment, arrays, rows, worker=0, *, experts=None, owns_process=False, global_randomness=False
+    ):
         self.library, self.arrays, self.rows, self.owns_process = library, arrays, rows, owns_process
-        self.environments, self.generators, self.spare = {}, {}, environment
+        self.environments, self.generators, self.spare, self.experts = {}, {}, environment, experts
         self.action_space = environment.action_space
         self.heartbeat = arrays["heartbeat"][worker : worker + 1]
         self.calls = int(self.heartbeat[0])
@@ -264,11 +267,17 @@ class Rows:
             try:
                 if self.states is not None:
                     with own_randomness(self.states, row):
-                        step(row, action) if command == STEP else reset(row, command)
+                        outcome = step(row, action) if command == STEP else reset(row, command)
                 elif command == STEP:
-                    step(row, action)
+                    outcome = step(row, action)
                 else:
-                    reset(row, command)
+                    outcome = reset(row, command)
+                if self.experts is not None:  # outside of the row's own randomness, which it so leaves alone
+                    calls += 1
+                    heartbeat[0] = calls
+                    executed = action if command == STEP else None
+                    place = row, self.environments[row], executed, outcome
+                    self.experts.follow(*place, is_new=command in (SEED, REMAKE))
             except FAILURES as error:
                 faults.append((row, error.kind if isinstance(error, WrongError) else "exception", error))
                 self.drop(row)
@@ -283,7 +292,7 @@ class Rows:
         return [build(self.action_space, iter(row)) for _, *row in zip(self.rows, *values)]
 
     def step(self, row, action):
-        """Steps one row."""
+        """Steps one row; what came of it, as `experts.Experts.follow` takes it."""
         result = self.environments[row].step(action)
         if type(result) is not tuple or len(result) != 5:
             result = self.library.read_step(result)
@@ -292,10 +301,12 @@ class Rows:
             reward = read_reward(reward)
         if not -LARGEST <= reward <= LARGEST:
             reward = math.copysign(math.inf, reward) if reward == reward else reward
-        self.put(row, observation, reward, bool(terminated), bool(truncated), info)
+        terminated, truncated = bool(terminated), bool(truncated)
+        self.put(row, observation, reward, terminated, truncated, info)
+        return observation, reward, terminated or truncated, info
 
     def reset(self, row, command):
-        """Resets one row, or makes it."""
+        """Resets one row, or makes it; what came of it, as `experts.Experts.follow` takes it."""
         seed, library = None, self.library
         if command in (SEED, REMAKE):
             seed = int(self.arrays["seed"][row])
@@ -314,6 +325,7 @@ class Rows:
             self.environments[row] = library.make() if spare is None or library.made_of_seed else spare
         observation, info = library.reset(self.environments[row], seed)
         self.put(row, observation, 0.0, False, False, info)
+        return observation, 0.0, False, info
 
     def put(self, row, observation, reward, terminated, truncated, info):
         """Writes what came of one row into the arrays."""

@@ -14,7 +14,7 @@ host asks and the worker answers, one for one:
   A {worker, first, rows, arrays, size}, with the descriptor of the file of arrays: these rows are yours
       -> K
   G: obey the command of each of your rows
-      -> K, or F {faults: [[row, kind, text], ...]}
+      -> K, or F {faults: [[row, kind, text], ...]}, with {notes: [text, ...]} of what an expert has done wrong
   Q: close the environments and end
       -> K, or K {errors: [text, ...]} of those that raised one
 
@@ -41,7 +41,7 @@ import typing
 
 import numpy as np
 
-PROTOCOL = 3
+PROTOCOL = 4
 HEAD = struct.Struct("<cII")
 """Of a message: its kind, the length of what follows in bytes, and the number of the question."""
 MAX_LOG_BYTES = 1 << 20
@@ -59,6 +59,7 @@ def load(path, name):
 HERE = load(os.path.join(os.path.dirname(os.path.abspath(__file__)), "__init__.py"), "ldm_jax_worker")
 """This folder, which is on no path that this interpreter imports from."""
 gym_api: typing.Any = importlib.import_module(HERE.__name__ + ".gym_api")
+experts: typing.Any = importlib.import_module(HERE.__name__ + ".experts")
 values: typing.Any = importlib.import_module(HERE.__name__ + ".values")
 
 
@@ -167,17 +168,22 @@ def versions():
 # Serving
 
 
-def attach(library, environment, job, content, descriptor):
+def attach(library, environment, program, job, content, descriptor):
     """The rows of this worker in the file of arrays."""
     memory = mmap.mmap(descriptor, content["size"])
     os.close(descriptor)
     arrays = {name: np.ndarray(shape, dtype, memory, offset) for name, shape, dtype, offset in content["arrays"]}
+    beside = None
+    if program is not None:
+        place = program, environment.action_space, arrays, content["worker"]
+        beside = experts.Experts(*place, limit_s=job["expert"]["limit_s"])
     return gym_api.Rows(
         library,
         environment,
         arrays,
         range(content["first"], content["first"] + content["rows"]),
         worker=content["worker"],
+        experts=beside,
         owns_process=True,
         global_randomness=job["global_randomness"],
     )
@@ -191,6 +197,11 @@ def make_library(job):
     fields = ("options", "time_limit", "seed_option", "seed_arguments", "seed_every_reset", "remake", "plain_integers")
     library = gym_api.Library(gym, entries[job["name"]], **{name: job[name] for name in fields})
     return library, library.make()
+
+
+def load_expert(asked):
+    """What makes the expert of a job, or None where it asks for none."""
+    return load(asked["file"], "ldm_jax_experts").EXPERTS[asked["name"]] if asked else None
 
 
 def greet(connection):
@@ -214,6 +225,7 @@ def greet(connection):
             connection.send(b"S", {**about, "ids": list_registry(job)})
             leave()
         library, environment = make_library(job)
+        program = load_expert(job["expert"])
         spec = {
             **about,
             "observation_space": values.describe(environment.observation_space),
@@ -228,7 +240,7 @@ def greet(connection):
         connection.send(b"E", {"reason": "failed", "text": gym_api.report(error)})
         leave()
     connection.send(b"S", spec)
-    return job, library, environment
+    return job, library, environment, program
 
 
 def resident_bytes():
@@ -248,13 +260,13 @@ def main(where):
         end = socket.socket(socket.AF_UNIX)
         end.connect(where)
     connection = Connection(end)
-    job, library, environment = greet(connection)
+    job, library, environment, program = greet(connection)
     rows: typing.Any = None
     calls = 0
     while True:
         kind, content, descriptors = connection.receive()
         if kind == b"A":
-            rows = attach(library, environment, job, content, descriptors[0])
+            rows = attach(library, environment, program, job, content, descriptors[0])
             connection.send(b"K")
             continue
         if kind == b"Q":
@@ -268,7 +280,10 @@ def main(where):
                 os.ftruncate(2, 0)
             if resident_bytes() > job["memory_limit"]:
                 faults.append([-1, "memory", f"the worker holds {resident_bytes() >> 20} MB, more than its limit"])
-        connection.send(b"F", {"faults": faults}) if faults else connection.send(b"K")
+        content = {"faults": faults} if faults else {}
+        if rows.experts is not None and rows.experts.notes:
+            content["notes"], rows.experts.notes = rows.experts.notes, []
+        connection.send(b"F" if faults else b"K", content or None)
 
 
 if __name__ == "__main__":

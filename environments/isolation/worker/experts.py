@@ -1,0 +1,219 @@
+"""Experts beside the environments that they are for: what one would do at every time step, whoever acts.
+
+Runs where `gym_api.py` runs, and is trusted no more than a library: an expert that raises, is slow or answers nonsense
+has no answer, and is counted and told of once. See `environments.bridges.experts` for what an expert is.
+"""
+
+import random
+import time
+
+import numpy as np
+
+from .values import find_leaves
+
+COUNTS = ("asked", "labels", "none", "slow", "raised", "nonsense", "drew")
+"""What is counted of an expert, by worker: questions, labels, answers of None, answers that came too late, errors,
+labels that its space cannot have, and calls that drew from the environment's generator."""
+ASKED, LABELS, NONE, SLOW, RAISED, NONSENSE, DREW = range(len(COUNTS))
+
+LIMIT_S = 1.0
+"""Seconds of computing that a label may take, unless something else is said."""
+
+FAILURES = (Exception, SystemExit)
+_MAX_KEPT = 1 << 16  # labels by state
+_MAX_NOTE_CHARS = 600
+
+
+class Experts:
+    """The experts of some rows, one for each, and their labels in the arrays.
+
+    Args:
+      program: makes an expert of a seed.
+      action_space: the library's own.
+      arrays: of the rows; `label/i`, `label_valid` and `expert` among them.
+      worker: whose line of `expert` counts.
+      limit_s: seconds of computing that a label may take. The processor's, so that a busy machine changes no label.
+
+    Attributes:
+      notes: what has gone wrong for the first time and was not told yet.
+    """
+
+    def __init__(self, program, action_space, arrays, worker=0, *, limit_s=LIMIT_S):
+        self._program, self._limit_s = program, limit_s
+        self._paths = [path for path, _ in find_leaves(action_space)]
+        self._labels = [arrays[f"label/{i}"] for i in range(len(self._paths))]
+        self._valid, self._seeds, self._counts = arrays["label_valid"], arrays["seed"], arrays["expert"][worker]
+        self._of, self._states, self._kept, self._told = {}, {}, {}, set()
+        self._broken, self._trusts_keys = set(), True
+        self._draws = bool(getattr(program, "draws", False))
+        self.notes = []
+
+    def follow(self, row, environment, action, outcome, *, is_new):
+        """Lets the expert of a row see what has happened, and writes what it would do now.
+
+        Args:
+          row: of the batch.
+          environment: of the row.
+          action: that was executed; None where the episode has begun.
+          outcome: observation, reward, whether the episode is over, and what is known beside them.
+          is_new: whether the row was seeded, so that its expert is to be a new one.
+        """
+        self._valid[row] = False
+        observation, reward, ended, info = outcome
+        info = info if isinstance(info, dict) else {}
+        generators = find_generators(environment)
+        before = [generator.bit_generator.state for generator in generators]
+        if self._draws:
+            if is_new:
+                self._states.pop(row, None)
+            self._swap(row)
+        try:
+            if action is None:
+                self._broken.add(row)
+                if is_new or row not in self._of:
+                    self._of[row] = self._program(int(self._seeds[row]))
+                self._of[row].reset(environment, observation, info)
+                self._broken.discard(row)
+            elif row not in self._broken:
+                executed = info.get("action_executed", action)
+                self._of[row].observe(executed, observation, reward, ended, info)
+            if not ended:
+                self._ask(row, environment, observation, info)
+        except FAILURES as error:
+            self._broken.add(row)  # what it remembers is no longer what has happened
+            self._counts[ASKED] += 1
+            self._tell(RAISED, row, describe(error))
+        finally:
+            if self._draws:
+                self._swap(row)
+        after = [generator.bit_generator.state for generator in generators]
+        if not same_states(before, after):
+            for generator, state in zip(generators, before):
+                generator.bit_generator.state = state
+            if not self._draws:
+                self._tell(DREW, row, "it drew from the environment's own generator, which was put back")
+
+    def _ask(self, row, environment, observation, info):
+        counts = self._counts
+        counts[ASKED] += 1
+        if row in self._broken:
+            counts[NONE] += 1
+            return
+        started = time.thread_time()
+        try:
+            action = self._label(row, environment, observation, info)
+        except FAILURES as error:
+            self._tell(RAISED, row, describe(error))
+            return
+        if time.thread_time() - started > self._limit_s:
+            self._tell(SLOW, row, f"it took {time.thread_time() - started:.3g} s, more than {self._limit_s:g} s")
+        elif action is None:
+            counts[NONE] += 1
+        else:
+            problem = self._write(row, action)
+            if problem:
+                self._tell(NONSENSE, row, problem)
+            else:
+                self._valid[row] = True
+                counts[LABELS] += 1
+
+    def _label(self, row, environment, observation, info):
+        expert = self._of[row]
+        if not self._trusts_keys or not hasattr(expert, "key"):
+            return expert.label(environment, observation, info)
+        key = expert.key(environment, observation, info)
+        if key is None:
+            return expert.label(environment, observation, info)
+        kept, times = self._kept.get(key, (None, 0))
+        if times & (times - 1):
+            self._kept[key] = kept, times + 1
+            return kept
+        action = expert.label(environment, observation, info)
+        # What is kept is worked out again the second, third, fifth, ninth time that it is asked for: does it follow?
+        if times and not same_actions(kept, action):
+            self._trusts_keys = False
+            text = f"it says that its labels follow from {str(key)[:200]}, but answers {kept} and {action} there"
+            self._tell(NONSENSE, row, text)
+            return None
+        if len(self._kept) >= _MAX_KEPT:
+            self._kept.clear()
+        self._kept[key] = action, times + 1
+        return action
+
+    def _write(self, row, action):
+        """Writes a label into its place; what is wrong with it, or nothing."""
+        for path, labels in zip(self._paths, self._labels):
+            value = action
+            for key in path:
+                try:
+                    value = value[key]
+                except (KeyError, IndexError, TypeError):
+                    return f"its label {str(action)[:200]} lacks the part {'/'.join(map(str, path))}"
+            try:
+                value = np.asarray(value)
+            except ValueError:
+                return f"its label {str(action)[:200]} is no array"
+            shape = labels.shape[1:]
+            if value.dtype.kind not in "biuf" or (value.shape != shape and not value.size == labels[row].size == 1):
+                return f"its label is {str(action)[:200]}, expected numbers of shape {list(shape)}"
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                return f"its label {str(action)[:200]} is not finite"
+            with np.errstate(all="ignore"):
+                cast = value.astype(labels.dtype).reshape(shape)
+            if labels.dtype.kind in "biu" and (cast != value.reshape(shape)).any():
+                return f"its label is {str(action)[:200]}, expected whole numbers of {labels.dtype}"
+            labels[row] = cast
+        return ""
+
+    def _tell(self, count, row, text):
+        self._counts[count] += 1
+        if count not in self._told:
+            self._told.add(count)
+            self.notes.append(f"row {row}: {COUNTS[count]}: {text[-_MAX_NOTE_CHARS:]}")
+
+    def _swap(self, row):
+        """Puts the expert's states of the two global generators in the place of those of the row, or back."""
+        now = random.getstate(), np.random.get_state()
+        kept = self._states.pop(row, None)
+        if kept is None:
+            seed = (int(self._seeds[row]) ^ 0x5EED) & 0xFFFFFFFF
+            random.seed(seed)
+            np.random.seed(seed)
+        else:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])
+        self._states[row] = now
+
+
+def find_generators(environment):
+    """The environment's own generators of numpy, as far as they have been made."""
+    inner = environment.unwrapped
+    fields = getattr(inner, "__dict__", {})
+    found = [fields.get("_np_random"), fields.get("np_random")]
+    return [generator for generator in found if isinstance(generator, np.random.Generator)]
+
+
+def same_states(before, after):
+    """Whether generators are as they were."""
+    return all(one == other for one, other in zip(before, after))
+
+
+def same_actions(one, other):
+    """Whether two labels are the same; nests are compared as they are."""
+    if one is None or other is None:
+        return one is other
+    if isinstance(one, (dict, list, tuple)):
+        return str(one) == str(other)
+    return np.array_equal(one, other)
+
+
+def describe(error):
+    """The kind and the text of an error, and where it was raised."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        place, trace = (
+            f" ({code.co_filename.rpartition('/')[2]}, line {trace.tb_lineno}, in {code.co_name})",
+            trace.tb_next,
+        )
+    return f"{type(error).__name__}: {error}{place}"

@@ -1,0 +1,127 @@
+"""Experts beside the simulators: their labels, that these change nothing, and misbehaviour of every kind."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+from test_isolation import LIBRARY, make, play, same, worker_spec
+
+import environments
+import ldm_jax
+from environments.isolation import IsolatedEnvironment, Isolation
+
+FILE = str(LIBRARY / "experts.py")
+
+
+def with_expert(name):
+    return {"expert": name, "expert_file": FILE}
+
+
+def make_for_the_kit(batch_size, expert, of="Steady", options=()):
+    spec = worker_spec(of, **dict(options), **(with_expert(expert) if expert else {}))
+    return IsolatedEnvironment(spec, batch_size, None, Isolation(workers=1))
+
+
+def actions(steps, rows=4):
+    return np.random.default_rng(0).integers(0, 3, (steps, rows))
+
+
+def test_an_expert_labels_every_time_step_but_the_last_of_an_episode_whoever_acts():
+    with make("Steady", spec_options=with_expert("Follows"), call_timeout_s=10) as environment:
+        seen = play(environment, actions(40))
+        report = environment.expert_report
+    for time_step in seen:
+        label, valid = time_step.expert
+        np.testing.assert_array_equal(valid, ~time_step.last)
+        np.testing.assert_array_equal(label[valid], 1 + time_step.observation["place"][valid, 1] % 2)
+    assert report.counts["labels"] == report.counts["asked"] == sum(int(step.expert.valid.sum()) for step in seen)
+    assert not report.notes
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A run without an expert, where there is neither an array nor a label."""
+    with make("Steady", workers=1) as environment:
+        seen = play(environment, actions(8))
+        assert environment.expert_report is None
+        assert not {"label/0", "label_valid", "expert"} & environment._batch.arrays.keys()
+    assert all(time_step.expert is None for time_step in seen)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Follows", {}), ("Keys", {}), ("SaysThatItDraws", {}), ("DrawsGlobally", {"global_randomness": True})],
+)
+def test_experts_that_keep_the_contract_pass_the_kit(name, options):
+    made = functools.partial(make_for_the_kit, of="Shared" if options else "Steady", options=options)
+    assert environments.check_expert(made, name, batch_size=2, steps=10).counts["labels"] > 40
+
+
+# What the worker counts, and what it says of the first.
+LEFT_OUT = {
+    "Raises": ("raised", r"RuntimeError: no idea \(experts.py, line \d+, in label\)"),
+    "Exits": ("raised", r"SystemExit: 3"),
+    "Slow": ("slow", "more than 0.01 s"),
+    "Outside": ("nonsense", r"\[4\], which is not allowed in Discrete\(4\)"),
+    "Halves": ("nonsense", "is 1.5, expected whole numbers of int32"),
+    "NotANumber": ("nonsense", "nan is not finite"),
+    "Words": ("nonsense", "is left, expected numbers"),
+    "TooMany": ("nonsense", r"is \[1, 2\], expected numbers of shape \[\]"),
+    "WrongKeys": ("nonsense", "it says that its labels follow from"),
+    "Tires": ("none", ""),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_an_expert_gets_wrong_has_no_label_is_counted_and_told_of_once(name, plain, caplog):
+    count, text = LEFT_OUT[name]
+    limits = {"label_limit_s": 0.01, "call_timeout_s": 10, "workers": 1}
+    with make("Steady", spec_options=with_expert(name), **limits) as environment:
+        seen = play(environment, actions(8))
+        report = environment.expert_report
+        assert not environment.faults
+    assert all(same(one._replace(expert=None), other) for one, other in zip(seen, plain, strict=True))
+    valid = sum(int(step.expert.valid.sum()) for step in seen)
+    assert report.counts[count] > 0
+    assert report.counts["labels"] == valid < report.counts["asked"] == 36
+    assert len(report.notes) <= 2
+    assert not text or any(re.search(text, note) for note in report.notes), report.notes
+    assert not text or "its expert: row" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["Raises", "Outside", "Draws", "WrongKeys", "Meddles", "CannotBeMade"])
+def test_the_kit_finds_an_expert_that_misbehaves(name):
+    law = "labelling" if name == "Meddles" else "labels"
+    with pytest.raises(environments.ConformanceError, match=f"breaks the law of {law}"):
+        environments.check_expert(make_for_the_kit, name, batch_size=2, steps=10)
+
+
+def test_an_expert_that_draws_from_the_environment_s_generator_changes_nothing_and_is_told_of(plain):
+    with make("Steady", spec_options=with_expert("Draws"), workers=1) as environment:
+        seen = play(environment, actions(8))
+        report = environment.expert_report
+    assert all(same(one._replace(expert=None), other) for one, other in zip(seen, plain, strict=True))
+    assert report.counts["drew"] and "drew from the environment's own generator" in report.notes[0]
+
+
+def test_an_expert_that_hangs_costs_the_worker_which_says_so():
+    with make("Steady", spec_options=with_expert("Hangs")) as environment:
+        seen = play(environment, actions(5))
+        assert environment.faults == {"hang": 2}
+        assert "its expert had been asked for a label and had not answered" in environment.reports[0].text
+    assert seen[3].truncated.all() and not seen[3].expert.valid.any()
+    assert seen[4].first.all() and seen[4].expert.valid.all()
+
+
+def test_an_expert_that_is_not_there_is_refused_by_name():
+    with pytest.raises(environments.ExpertError, match=r"no expert 'x': it has babyai-bot"):
+        environments.make("minigrid/BabyAI-GoToLocal-v0", expert="x")
+    with pytest.raises(environments.ExpertError, match="it has none"):
+        environments.make("gymnasium/CartPole-v1", expert="x")
+    with (
+        pytest.raises(ldm_jax.EnvironmentFaultError, match="KeyError: 'Missing'"),
+        make("Steady", spec_options=with_expert("Missing")),
+    ):
+        pass
