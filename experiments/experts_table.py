@@ -16,7 +16,7 @@ from absl import flags
 
 import environments
 from data.references import ReferencePolicyError, ScoredReference, load_reference
-from experiments.harness.expert_facts import read_facts
+from experiments.harness.experts import read_facts
 from experiments.harness.flags import run_app
 from experiments.harness.outcomes import UnitOutcome, read_outcome
 from experiments.report.catalog_page import markdown_table

@@ -19,8 +19,11 @@ from data.distil import DistilConfig, distil, score_distilled
 from data.references.choosing import choose_reference
 from data.references.expert import LEARNABLE, ExpertConfig, check_learnable, expert_policy
 from data.references.pipeline import opened_for
+from environments.catalog.experts import ExpertError, ExpertInfo
+from experiments import experts_table
+from experiments.harness import experts, outcomes
 from ldm_jax import rollout
-from ldm_jax.cards import EnvironmentCard, Reference, Returns
+from ldm_jax.cards import CardError, EnvironmentCard, Reference, Returns
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.environment import EnvironmentFaultError
 from ldm_jax.errors import ConfigError
@@ -209,3 +212,33 @@ def test_the_best_of_several_references_is_chosen_by_episodes_of_its_own(spec):
     assert choose_reference(either, [bad], num_envs=8) == bad, "there is nothing to play for"
     with pytest.raises(ConfigError, match="expected at least one"):
         choose_reference(either, [])
+
+
+def test_the_table_of_experts_says_what_each_returns_and_why_one_is_refused(spec, tmp_path, monkeypatch):
+    infos = {
+        name: ExpertInfo(name, "1", "live", name == "b", True, name == "a", "m", (f"lib/{name}",)) for name in "abc"
+    }
+    monkeypatch.setattr(environments, "experts", lambda id: (infos[id[-1]],))
+    returns = [Returns.of(np.full((2, 2), value) + np.eye(2)) for value in (1.0, 9.0, 2.0)]
+    for name, privileged in (("a", False), ("b", True)):
+        config = ExpertConfig(name, "1", privileged)
+        scored = references.ScoredReference(expert_policy(spec, config), *returns)
+        references.save_reference(tmp_path / "lib" / name, scored)
+        verdict = "admitted" if scored.admission.admitted else "refused"
+        outcomes.write_outcome(tmp_path / "lib" / name, outcomes.UnitOutcome(verdict, scored.admission.reason))
+    experts.write_facts(tmp_path / "lib/a", {"label_seconds": 0.002, "success": 0.75})
+    page = experts_table.render_experts(experts_table.find_rows(tmp_path, ["lib/a", "lib/b", "lib/c"]))
+    assert "**1 ids admitted**, 1 of them" in page and "| lib | 3 | 2 | 1 | 1 | 0 |" in page
+    lines = {line.split(" | ")[0][2:]: line for line in page.splitlines() if line.startswith("| lib/")}
+    assert "| a | library | 9.5 ± 0.29 | 1.5 ± 0.29 | 4 | 0.75 | 500 |  |" in lines["lib/a"]
+    assert "ours" in lines["lib/b"] and "refused: privileged" in lines["lib/b"] and "lib/c" not in lines
+
+
+def test_an_expert_of_another_version_is_another_expert():
+    info = environments.experts("minigrid/BabyAI-GoToLocal-v0")[0]
+    same = Reference("expert", "greedy", 0, 0, expert=info.name, expert_version=info.version)
+    experts.check_expert("minigrid/BabyAI-GoToLocal-v0", same)
+    with pytest.raises(CardError, match="make its reference anew"):
+        experts.check_expert("minigrid/BabyAI-GoToLocal-v0", dataclasses.replace(same, expert_version="0"))
+    with pytest.raises(ExpertError, match="no expert"):
+        experts.check_expert("minigrid/BabyAI-GoToLocal-v0", dataclasses.replace(same, expert="nobody"))

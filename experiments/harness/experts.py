@@ -1,4 +1,4 @@
-"""What is told of an expert beside its returns: what a label costs, and how often an episode was solved."""
+"""Experts where environments and references meet: which an id has, and what is measured of one beside its returns."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import time
 
 import jax
 
+import environments
 from data.references import ScoredReference, random_agent
+from data.references.expert import ExpertConfig, expert_policy
 from data.references.pipeline import MakeEnvironment, opened
-from ldm_jax import files, rollout
+from data.references.policy import ReferencePolicy
+from environments.catalog.experts import find_expert
+from ldm_jax import cards, files, rollout
+from ldm_jax.types import EnvironmentSpec
 
 FILE = "expert.json"
 """Beside the reference that an expert is."""
@@ -19,6 +24,39 @@ FILE = "expert.json"
 _WARM, _STEPS = 8, 24
 _SOLVED_BY_RETURN = ("minigrid/BabyAI-",)
 """Beginnings of ids whose return is positive where the task is solved, and 0 elsewhere."""
+
+
+def expert_policies(spec: EnvironmentSpec) -> list[ReferencePolicy]:
+    """The references that the experts of an environment are.
+
+    Args:
+      spec: of the environment.
+    """
+    return [
+        expert_policy(spec, ExpertConfig(info.name, info.version, info.privileged, info.labels_any_state))
+        for info in environments.experts(spec.id)
+    ]
+
+
+def check_expert(id: str, reference: cards.Reference) -> None:
+    """Checks that the expert that a reference is, if it is one, is still the one that was scored.
+
+    Args:
+      id: of the environment.
+      reference: how the reference was made.
+
+    Raises:
+      CardError: the expert has another version now.
+      ExpertError: the environment has no such expert any more.
+    """
+    if not reference.expert:
+        return
+    now = find_expert(id, reference.expert).version
+    if now != reference.expert_version:
+        raise cards.CardError(
+            f"the expert {reference.expert} of {id} was scored in version {reference.expert_version} and is {now} now: "
+            "make its reference anew, in another workdir"
+        )
 
 
 def measure_expert(make: MakeEnvironment, scored: ScoredReference, num_envs: int) -> dict[str, float]:
