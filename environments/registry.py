@@ -36,7 +36,7 @@ from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.types import MAX_TIME_LIMIT, EnvironmentSpec
 
 from .catalog import entries
-from .catalog.experts import ExpertError, ExpertInfo, find_expert
+from .catalog.experts import ExpertInfo, find_expert
 from .catalog.taxonomy import first_match
 from .isolation import groups
 
@@ -94,15 +94,15 @@ def make(
         limit, or a default where the library has none.
       isolation: how a library that cannot live in this interpreter is kept apart: the kind alone, or an `Isolation`
         with the number of workers and their limits. What its interpreter needs is built the first time.
-      expert: the name of a live expert, as `environments.experts` has them, which runs beside each environment and
-        labels the time steps (`TimeStep.expert`); empty for none.
+      expert: the name of an expert, as `environments.experts` has them, which runs beside each environment or on what
+        it shows, and labels the time steps (`TimeStep.expert`); empty for none.
 
     Raises:
       UnknownEnvironmentError: no such library or environment, or one that is known not to work.
       LibraryMissingError: the library is not installed; says the extra to install. Or its interpreter cannot be built.
       ConfigError: `batch_size` or `time_limit` is not a positive integer or too large, or `isolation` is asked for
         where the library lives in this interpreter.
-      ExpertError: the environment has no such expert, or it is no live one.
+      ExpertError: the environment has no such expert.
       EnvironmentFaultError: the library cannot make it, or not with this time limit.
       SpaceError: it has a space that is not supported.
     """
@@ -112,13 +112,18 @@ def make(
         time_limit = _check_count(f"time_limit of {id}", time_limit, MAX_TIME_LIMIT)
     adapter = _adapter(library)
     _check_known(library, name, adapter)
-    asked = _find_live(id, expert) if expert else None
-    environment = _make(library, name, adapter, batch_size, time_limit, isolation, asked)
+    asked = find_expert(id, expert) if expert else None
+    beside = asked if asked is not None and asked.kind == "live" else None
+    environment = _make(library, name, adapter, batch_size, time_limit, isolation, beside)
     try:
         _check_made(environment.spec, id, batch_size, time_limit)
     except EnvironmentFaultError:
         environment.close()
         raise
+    if asked is not None and asked.kind == "observation":
+        from .observing import ObservedEnvironment
+
+        return ObservedEnvironment(environment, asked)
     return environment
 
 
@@ -258,16 +263,6 @@ def _make(
         isolation = Isolation(isolation)
     with _naming(library, name):
         return adapter.make(name, batch_size, time_limit, isolation, **asked)
-
-
-def _find_live(id: str, name: str) -> ExpertInfo:
-    found = find_expert(id, name)
-    if found.kind != "live":
-        raise ExpertError(
-            f"the expert {name!r} of {id} is a function of the observation, expected a live one: make the environment "
-            "without it, and let it act on what is observed"
-        )
-    return found
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from experiments.harness import progress
 from experiments.harness.building import build_all
 from experiments.harness.dry_run import TO_DO, Planned
 from experiments.harness.engine import Limits, check_limits, run_units, workers_for
-from experiments.harness.experts import check_expert
+from experiments.harness.experts import check_same_expert
 from experiments.harness.ids import spec_of
 from experiments.harness.outcomes import in_one_line, read_outcome
 from experiments.harness.stage import UnitsFailedError, stage
@@ -177,7 +177,7 @@ def _collect(
     clock = progress.clock()
     try:
         scored = _load(workdir, unit.id)
-        check_expert(unit.id, scored.policy.reference)
+        check_same_expert(unit.id, scored.policy.reference)
         streams = collect.affordable_streams(scored.policy.spec, config.data)
         with opened_for(registry.make, scored.policy, streams) as environment:
             seed = seed_of(config.seed, "collect", unit.id)

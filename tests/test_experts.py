@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 
 import jax
@@ -237,8 +239,41 @@ def test_the_table_of_experts_says_what_each_returns_and_why_one_is_refused(spec
 def test_an_expert_of_another_version_is_another_expert():
     info = environments.experts("minigrid/BabyAI-GoToLocal-v0")[0]
     same = Reference("expert", "greedy", 0, 0, expert=info.name, expert_version=info.version)
-    experts.check_expert("minigrid/BabyAI-GoToLocal-v0", same)
+    experts.check_same_expert("minigrid/BabyAI-GoToLocal-v0", same)
     with pytest.raises(CardError, match="make its reference anew"):
-        experts.check_expert("minigrid/BabyAI-GoToLocal-v0", dataclasses.replace(same, expert_version="0"))
+        experts.check_same_expert("minigrid/BabyAI-GoToLocal-v0", dataclasses.replace(same, expert_version="0"))
     with pytest.raises(ExpertError, match="no expert"):
-        experts.check_expert("minigrid/BabyAI-GoToLocal-v0", dataclasses.replace(same, expert="nobody"))
+        experts.check_same_expert("minigrid/BabyAI-GoToLocal-v0", dataclasses.replace(same, expert="nobody"))
+
+
+# Experts that are functions of the observation
+
+
+def test_what_a_library_ships_for_one_simulator_lands_in_another():
+    id = "envpool/LunarLanderContinuous-v3"
+    with (
+        contextlib.closing(environments.make(id, 4)) as plain,
+        contextlib.closing(environments.make(id, 4, expert="lander-heuristic")) as told,
+    ):
+        policy = expert_policy(told.spec, ExpertConfig("lander-heuristic"))
+        returns = rollout.evaluate(told, policy.agent, policy.params, jax.random.key(0), 1).returns
+        assert returns.mean() > 150
+        report = told.expert_report
+        assert report.counts["labels"] == report.counts["asked"] > 100 and not report.notes
+        runs, random = [], references.random_agent(told.spec.action_space)
+        for environment in (told, plain):  # the same keys, with labels and without
+            loop = rollout.start(environment, random, jax.random.key(1))
+            _, run = rollout.rollout(environment, random, (), loop, jax.random.key(2), 40)
+            runs.append(run._replace(timestep=run.timestep._replace(expert=None)))
+        jax.tree.map(np.testing.assert_array_equal, *runs)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("metaworld") is None, reason="Meta-World's policies are not installed")
+def test_meta_worlds_policies_reach_the_goal_that_envpool_shows():
+    with contextlib.closing(environments.make("envpool/MetaWorld/Reach-v3", 4, expert="scripted-policy")) as told:
+        policy = expert_policy(told.spec, ExpertConfig("scripted-policy"))
+        loop = rollout.start(told, policy.agent, jax.random.key(0))
+        _, run = rollout.rollout(told, policy.agent, policy.params, loop, jax.random.key(1), 100)
+        goals = run.timestep.observation[0, :, -3:]
+        assert (goals != 0).all() and len(np.unique(goals[:, 0])) == 4, "shown, and of each row its own"
+        assert (run.timestep.reward[-1] > 9.9).all(), "10 is what Meta-World pays where a task is solved"

@@ -1,8 +1,8 @@
 """The experts that act in the environments of the catalog: which ids each is for, as data, in `expert_lists/*.jsonl`.
 
 An expert is a policy that nobody trains: one that a library ships, or a rule or a search on what a library exposes. The
-lists say what it is called and what it may be asked; its program is in the bridge of its library (kind `live`) or among
-the references (kind `observation`).
+lists say what it is called and what it may be asked; its program is among `bridges/experts`, and runs beside the
+simulator (kind `live`) or on what is shown, whichever library shows it (kind `observation`).
 """
 
 from __future__ import annotations

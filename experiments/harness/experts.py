@@ -38,7 +38,7 @@ def expert_policies(spec: EnvironmentSpec) -> list[ReferencePolicy]:
     ]
 
 
-def check_expert(id: str, reference: cards.Reference) -> None:
+def check_same_expert(id: str, reference: cards.Reference) -> None:
     """Checks that the expert that a reference is, if it is one, is still the one that was scored.
 
     Args:
