@@ -17,15 +17,17 @@ import environments as registry
 from data import collect
 from data.references import ScoredReference, load_reference
 from data.references.pipeline import opened_for
-from data.store import Dataset, StoreError, append_part, create_dataset, open_dataset, remove_group
+from data.store import MANIFEST, Dataset, StoreError, append_part, create_dataset, open_dataset, remove_group
+from data.store.merging import copy_parts
 from experiments.harness import progress
-from experiments.harness.building import build_all
+from experiments.harness.building import build_all, build_for
 from experiments.harness.dry_run import TO_DO, Planned
-from experiments.harness.engine import Limits, check_limits, run_units, workers_for
+from experiments.harness.engine import run_units, workers_for
 from experiments.harness.experts import check_same_expert
 from experiments.harness.ids import spec_of
 from experiments.harness.outcomes import in_one_line, read_outcome
 from experiments.harness.stage import UnitsFailedError, stage
+from experiments.harness.units import LOCAL, Engine, Job, Limits, Travel, check_limits, needs_of
 from experiments.harness.workdir import FREE, listed, pin_config, resolved, seed_of
 from ldm_jax.cards import EnvironmentCard
 from ldm_jax.errors import ConfigError, LdmError, check_finite
@@ -41,7 +43,9 @@ class CollectStageConfig:
       workers: processes, each with one environment at a time; the data do not depend on it. 0 is for this process, in
         which a crash of one environment ends all.
       unit_seconds: that one environment may take; 0 for any number. It has failed then, and the others go on.
-      unit_memory_gb: that its process may hold; 0 for any amount.
+      unit_memory_gb: that its process may hold, and that is set aside for it; 0 for any amount, and one gigabyte.
+      unit_cores: that are set aside for it: no machine works on more environments than it has cores for.
+      build_seconds: that the interpreter of one group of libraries may take to be built; 0 for any number.
     """
 
     seed: int = 0
@@ -49,17 +53,20 @@ class CollectStageConfig:
     workers: int = dataclasses.field(default=2, metadata={FREE: True})
     unit_seconds: float = dataclasses.field(default=0.0, metadata={FREE: True})
     unit_memory_gb: float = dataclasses.field(default=0.0, metadata={FREE: True})
+    unit_cores: float = dataclasses.field(default=1.0, metadata={FREE: True})
+    build_seconds: float = dataclasses.field(default=3600.0, metadata={FREE: True})
 
     def __post_init__(self) -> None:
         check_finite(self)
         if self.workers < 0:
             raise ConfigError(f"workers is {self.workers}, expected at least 0")
         check_limits(self.limits, self.workers)
+        needs_of(self.unit_cores, self.limits)
 
     @property
     def limits(self) -> Limits:
         """Of each environment."""
-        return Limits(self.unit_seconds, self.unit_memory_gb)
+        return Limits(self.unit_seconds, self.unit_memory_gb, self.build_seconds)
 
 
 def _listed(workdir: pathlib.Path) -> tuple[str, ...]:
@@ -89,18 +96,22 @@ def foresee(config: CollectStageConfig, workdir: pathlib.Path, environments: tup
 
 
 @stage("collect", among=_listed, plan=foresee)
-def run(config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> None:
+def run(
+    config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[str, ...] = (), *, engine: Engine = LOCAL
+) -> None:
     """Collects in every environment whose reference was admitted.
 
     Args:
       config: what to collect.
       workdir: has `references/`.
       environments: ids to collect; empty for all that have a reference.
+      engine: where they are worked on.
 
     Raises:
       WorkdirError: the workdir cannot be used.
       ReferencePolicyError: an id that was named has no reference, or a damaged one; nothing has been done then.
       StoreError: its `dataset/` is not one, or cannot be written.
+      ClusterError: the cluster cannot be reached or used; what is collected stays.
       UnitsFailedError: some environments failed; the others are collected.
     """
     todo = _examine(config, workdir, environments)
@@ -108,12 +119,20 @@ def run(config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[s
     dataset = create_dataset(workdir / "dataset", resolved(config))
     units = [unit for unit in todo.units if not _is_done(dataset, _load(workdir, unit.id))]
     workers = workers_for(len(environments or todo.units), config.workers, config.limits)
-    for id, outcome in build_all((unit.id for unit in units), workers).items():
+    for id, outcome in build_all((unit.id for unit in units), workers, config.build_seconds, engine).items():
         todo.fail(id, outcome.reason)
     units = [unit for unit in units if unit.id not in todo.failed]
-    collect_one = functools.partial(_collect, config, workdir)
     with progress.bar("collect", sum(unit.steps for unit in units), "step") as advance:
-        working = run_units(units, collect_one, workers=workers, limits=config.limits, advance=advance)
+        working = run_units(
+            units,
+            Job(functools.partial(_collect, config), _prepare),
+            workers=workers,
+            engine=engine,
+            needs=needs_of(config.unit_cores, config.limits),
+            limits=config.limits,
+            travel=Travel(workdir, _needed, _moved, _arrived),
+            advance=advance,
+        )
         with contextlib.closing(working):
             for id, result, _, reason in ((each.unit.id, *each[1:]) for each in working):
                 if isinstance(result, dict):
@@ -125,9 +144,10 @@ def run(config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[s
 
 
 class CollectUnit(typing.NamedTuple):
-    """One environment to collect, and the steps that it will take."""
+    """One environment to collect, the workdir of its reference and of the dataset, and the steps that it will take."""
 
     id: str
+    workdir: pathlib.Path
     steps: int
 
 
@@ -151,7 +171,7 @@ def _examine(config: CollectStageConfig, workdir: pathlib.Path, named: tuple[str
             scored = _load(workdir, id)
             if scored.admission.admitted:
                 streams = collect.affordable_streams(scored.policy.spec, config.data)
-                found.units.append(CollectUnit(id, streams * config.data.steps))
+                found.units.append(CollectUnit(id, workdir, streams * config.data.steps))
             else:
                 progress.log("refused", id=id, reason=scored.admission.reason)
         except LdmError as error:
@@ -170,13 +190,38 @@ def _is_done(dataset: Dataset, scored: ScoredReference) -> bool:
     return card.reference == scored.policy.reference and card.reference_returns == scored.reference_returns
 
 
-def _collect(
-    config: CollectStageConfig, workdir: pathlib.Path, unit: CollectUnit, advance: progress.Advance
-) -> dict[str, typing.Any] | str:
+def _prepare(unit: CollectUnit) -> str | None:
+    failed = build_for(unit.id)
+    return failed.reason if failed else None
+
+
+def _needed(unit: CollectUnit) -> list[str]:
+    return [f"references/{unit.id}", f"dataset/{MANIFEST}"]  # a dataset of the same kind, with nothing in it
+
+
+def _moved(unit: CollectUnit, root: pathlib.Path) -> CollectUnit:
+    return unit._replace(workdir=root)
+
+
+def _arrived(unit: CollectUnit, root: pathlib.Path) -> None:
+    """Takes what was collected elsewhere: compared with its checksums, and added as if it had been collected here."""
+    arrived = root / "dataset"
+    if arrived.exists():  # else it failed
+        (arrived / MANIFEST).write_bytes((unit.workdir / "dataset" / MANIFEST).read_bytes())
+        copy_parts(_emptied(unit), open_dataset(arrived))
+
+
+def _emptied(unit: CollectUnit) -> Dataset:
+    """The dataset, without what was collected before of the environment, with another reference."""
+    dataset = open_dataset(unit.workdir / "dataset")
+    return remove_group(dataset, unit.id) if unit.id in dataset.ids else dataset
+
+
+def _collect(config: CollectStageConfig, unit: CollectUnit, advance: progress.Advance) -> dict[str, typing.Any] | str:
     """Collects and stores; returns what the log says of it, or the reason why the environment failed."""
     clock = progress.clock()
     try:
-        scored = _load(workdir, unit.id)
+        scored = _load(unit.workdir, unit.id)
         check_same_expert(unit.id, scored.policy.reference)
         streams = collect.affordable_streams(scored.policy.spec, config.data)
         with opened_for(registry.make, scored.policy, streams) as environment:
@@ -191,9 +236,7 @@ def _collect(
         )
     except (Exception, SystemExit) as error:
         return in_one_line(error)
-    dataset = open_dataset(workdir / "dataset")  # what goes wrong with it would go wrong with the next one, too
-    if unit.id in dataset.ids:
-        dataset = remove_group(dataset, unit.id)
+    dataset = _emptied(unit)  # what goes wrong with it would go wrong with the next one, too
     try:
         append_part(dataset, card, collected.leaves, collected.episodes)
     except StoreError:
@@ -214,6 +257,7 @@ def _collect(
 
 
 if __name__ == "__main__":
+    from experiments import collect as collect_stage  # by its own name: other machines run another script
     from experiments.harness.flags import launch
 
-    launch(run, {"default": CollectStageConfig()})
+    launch(collect_stage.run, {"default": collect_stage.CollectStageConfig()})

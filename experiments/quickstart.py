@@ -19,6 +19,7 @@ from experiments.harness.dry_run import TO_DO, Planned
 from experiments.harness.ids import find_unfit, parse_ids
 from experiments.harness.mesh import make_mesh
 from experiments.harness.stage import UnitsFailedError, stage
+from experiments.harness.units import LOCAL, Engine
 from experiments.harness.workdir import pin_config
 from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import SIZES
@@ -88,13 +89,16 @@ def foresee(config: QuickstartConfig, workdir: pathlib.Path, environments: tuple
 
 
 @stage("quickstart", plan=foresee, retries=True)
-def run(config: QuickstartConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
+def run(
+    config: QuickstartConfig, workdir: pathlib.Path, environments: tuple[str, ...] = (), *, engine: Engine = LOCAL
+) -> dict[str, typing.Any]:
     """Runs all stages.
 
     Args:
       config: of the stages.
       workdir: everything is written there; it must be empty, or begun with the same configuration.
       environments: overrides `config.environments`; empty for those.
+      engine: where references and data are made; what is trained is trained here.
 
     Returns:
       The contents of `report/scores.json`.
@@ -112,9 +116,9 @@ def run(config: QuickstartConfig, workdir: pathlib.Path, environments: tuple[str
         raise UnitsFailedError(failed)
     pin_config(workdir, "quickstart", dataclasses.replace(config, environments=ids), owns=("*",))
     with _going_on(failed):
-        references.run(config.references, workdir, tuple(id for id in ids if id not in failed))
+        references.run(config.references, workdir, tuple(id for id in ids if id not in failed), engine=engine)
     with _going_on(failed):
-        collect.run(config.collect, workdir, tuple(id for id in ids if id not in failed))
+        collect.run(config.collect, workdir, tuple(id for id in ids if id not in failed), engine=engine)
     pretrain.run(config.pretrain, workdir)
     return evaluate.run(config.evaluate, workdir, ids, failed)
 

@@ -7,6 +7,7 @@ all went well. Killed and started again, it trains only what is missing; `--retr
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import dataclasses
 import functools
@@ -28,11 +29,12 @@ from data.references.ppo import PPOConfig
 from environments import UnknownEnvironmentError
 from environments.registry import check_known
 from experiments.harness import progress
-from experiments.harness.building import build_all
+from experiments.harness.building import build_all, build_for
 from experiments.harness.dry_run import TO_DO, Planned
-from experiments.harness.engine import Limits, check_limits, run_units, workers_for
+from experiments.harness.engine import run_units, workers_for
 from experiments.harness.outcomes import TOO_LARGE, UnitOutcome, failure, outcome_table, read_outcome, write_outcome
 from experiments.harness.stage import UnitsFailedError, stage
+from experiments.harness.units import LOCAL, Engine, Job, Limits, Travel, check_limits, needs_of
 from experiments.harness.workdir import FREE, WorkdirError, pin_config, seed_of
 from ldm_jax.encoding.buckets import bucket_for
 from ldm_jax.environment import LibraryMissingError
@@ -52,7 +54,9 @@ class ReferencesConfig:
       workers: processes; small networks do not fill two cores. Results do not depend on it. 0 is for this process,
         in which a crash of one environment ends all.
       unit_seconds: that one environment may take; 0 for any number. It has failed then, and the others go on.
-      unit_memory_gb: that its process may hold; 0 for any amount.
+      unit_memory_gb: that its process may hold, and that is set aside for it; 0 for any amount, and one gigabyte.
+      unit_cores: that are set aside for it: no machine works on more environments than it has cores for.
+      build_seconds: that the interpreter of one group of libraries may take to be built; 0 for any number.
     """
 
     seed: int = 0
@@ -62,6 +66,8 @@ class ReferencesConfig:
     workers: int = dataclasses.field(default=2, metadata={FREE: True})
     unit_seconds: float = dataclasses.field(default=0.0, metadata={FREE: True})
     unit_memory_gb: float = dataclasses.field(default=0.0, metadata={FREE: True})
+    unit_cores: float = dataclasses.field(default=1.0, metadata={FREE: True})
+    build_seconds: float = dataclasses.field(default=3600.0, metadata={FREE: True})
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -71,11 +77,12 @@ class ReferencesConfig:
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {least}")
         check_limits(self.limits, self.workers)
+        needs_of(self.unit_cores, self.limits)
 
     @property
     def limits(self) -> Limits:
         """Of each environment."""
-        return Limits(self.unit_seconds, self.unit_memory_gb)
+        return Limits(self.unit_seconds, self.unit_memory_gb, self.build_seconds)
 
 
 class ReferenceUnit(typing.NamedTuple):
@@ -106,17 +113,21 @@ def foresee(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple
 
 
 @stage("references", plan=foresee, retries=True)
-def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> None:
+def run(
+    config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str, ...], *, engine: Engine = LOCAL
+) -> None:
     """Makes the references that are missing.
 
     Args:
       config: how.
       workdir: gets `references/`.
       environments: their ids.
+      engine: where they are worked on.
 
     Raises:
       UnknownEnvironmentError: an id that is not known; nothing has been done then.
       WorkdirError: the workdir cannot be used, or no environment was named.
+      ClusterError: the cluster cannot be reached or used; what is finished stays.
       UnitsFailedError: some environments have no reference in the end; the others do.
     """
     if not environments:
@@ -140,21 +151,38 @@ def run(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple[str
         if isinstance(known, UnitOutcome):
             settle(id, _Made(known))
     workers = workers_for(len(environments), config.workers, config.limits)
-    for id, outcome in build_all((id for id in found if id not in outcomes), workers).items():
+    unbuilt = (id for id in found if id not in outcomes)
+    for id, outcome in build_all(unbuilt, workers, config.build_seconds, engine).items():
         settle(id, _Made(outcome))
     units = [unit for id, unit in found.items() if isinstance(unit, ReferenceUnit) and id not in outcomes]
     if workers > 1:  # the longest first: else one of them may be what all wait for in the end
         units.sort(key=lambda unit: -unit.steps)
-    with progress.bar("references", sum(unit.steps for unit in units), "step") as advance:
-        make = functools.partial(_make, config)
-        working = run_units(units, make, workers=workers, limits=config.limits, advance=advance)
-        with contextlib.closing(working):
-            for each in working:
-                settle(each.unit.id, each.result or _Made(UnitOutcome("failed", each.reason, each.cause)))
+    for id, made in _train(config, workdir, units, workers, engine):
+        settle(id, made)
     print(outcome_table({id: outcomes[id] for id in environments}))
     failed = {id: outcomes[id].reason for id in environments if outcomes[id].verdict == "failed"}
     if failed:
         raise UnitsFailedError(failed)
+
+
+def _train(
+    config: ReferencesConfig, workdir: pathlib.Path, units: list[ReferenceUnit], workers: int, engine: Engine
+) -> collections.abc.Iterator[tuple[str, _Made]]:
+    """What comes of each unit, by its id, as soon as it is known."""
+    with progress.bar("references", sum(unit.steps for unit in units), "step") as advance:
+        working = run_units(
+            units,
+            Job(functools.partial(_make, config), _prepare),
+            workers=workers,
+            engine=engine,
+            needs=needs_of(config.unit_cores, config.limits),
+            limits=config.limits,
+            travel=Travel(workdir, _needed, _moved, _arrived),
+            advance=advance,
+        )
+        with contextlib.closing(working):
+            for each in working:
+                yield each.unit.id, each.result or _Made(UnitOutcome("failed", each.reason, each.cause))
 
 
 def _examine(config: ReferencesConfig, id: str, directory: pathlib.Path) -> ReferenceUnit | UnitOutcome:
@@ -196,6 +224,29 @@ def _outcome(scored: ScoredReference) -> UnitOutcome:
     return UnitOutcome("admitted" if admission.admitted else "refused", admission.reason)
 
 
+def _prepare(unit: ReferenceUnit) -> _Made | None:
+    failed = build_for(unit.id)
+    return _Made(failed) if failed else None
+
+
+def _needed(unit: ReferenceUnit) -> list[str]:
+    return [f"references/{unit.id}"]  # what an attempt before has left there
+
+
+def _moved(unit: ReferenceUnit, root: pathlib.Path) -> ReferenceUnit:
+    return unit._replace(directory=root / "references" / unit.id)
+
+
+def _arrived(unit: ReferenceUnit, root: pathlib.Path) -> None:
+    """Takes a reference that was made elsewhere: whole, since what says that it is there comes last."""
+    folder = _moved(unit, root).directory
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.name == "reference.json"):
+        target = unit.directory / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+
+
 def _make(config: ReferencesConfig, unit: ReferenceUnit, advance: progress.Advance) -> _Made:
     """Trains, scores and saves; whatever the environment does is its own failure, `sys.exit` included."""
     clock, seed = progress.clock(), seed_of(config.seed, "references", unit.id)
@@ -226,6 +277,7 @@ def _make(config: ReferencesConfig, unit: ReferenceUnit, advance: progress.Advan
 
 
 if __name__ == "__main__":
+    from experiments import references  # by its own name: other machines run another script
     from experiments.harness.flags import launch
 
-    launch(run, {"default": ReferencesConfig()})
+    launch(references.run, {"default": references.ReferencesConfig()})

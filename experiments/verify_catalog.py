@@ -20,14 +20,17 @@ from environments.catalog import entries
 from environments.isolation import groups, venvs
 from environments.verification import STEPS, entry, name_anew, verify_id
 from experiments.harness import progress, signals
-from experiments.harness.engine import OUT_OF_TIME, Finished, Limits, run_units
+from experiments.harness.building import build_for
+from experiments.harness.engine import run_units
+from experiments.harness.flags import define_engine, engine_of
+from experiments.harness.units import LOCAL, OUT_OF_TIME, Engine, Finished, Job, Limits
 from experiments.report import catalog_page
 from ldm_jax import files
 from ldm_jax.errors import LdmError
 
 
 def verify_library(
-    library: str, output: pathlib.Path, *, workers: int, timeout_s: float, retry: bool
+    library: str, output: pathlib.Path, *, workers: int, timeout_s: float, retry: bool, engine: Engine = LOCAL
 ) -> list[entries.Entry]:
     """Tries every id of a library that has not been tried yet, and writes its part of the catalog.
 
@@ -37,6 +40,7 @@ def verify_library(
       workers: ids that are tried at the same time.
       timeout_s: seconds that one id may take.
       retry: whether to try again what did not work.
+      engine: where they are tried.
 
     Returns:
       All that is known of the library's ids.
@@ -63,7 +67,13 @@ def verify_library(
         journal.open("a", encoding="utf-8") as file,
         progress.bar(library, len(candidates), "id", done=len(found)) as advance,
         contextlib.closing(
-            run_units(todo, functools.partial(_try, todo), workers=workers, limits=Limits(timeout_s))
+            run_units(
+                todo,
+                Job(functools.partial(_try, todo), _prepare),
+                workers=workers,
+                engine=engine,
+                limits=Limits(timeout_s),
+            )
         ) as working,
     ):
         for each in working:
@@ -90,6 +100,11 @@ def _reason(ended: Finished[str, entries.Entry], timeout_s: float) -> str:
     if ended.cause == OUT_OF_TIME:
         return f"it does not reset and step {STEPS} times within {timeout_s:g} s"
     return ended.reason
+
+
+def _prepare(id: str) -> entries.Entry | None:
+    failed = build_for(id)
+    return entry(id, reason=failed.reason) if failed else None
 
 
 def _try(reasons: collections.abc.Mapping[str, str], id: str, advance: progress.Advance) -> entries.Entry:
@@ -120,6 +135,7 @@ def launch() -> None:
     workers = flags.DEFINE_integer("workers", 2, "ids that are tried at the same time", lower_bound=1)
     timeout_s = flags.DEFINE_float("timeout_s", 180.0, "seconds that one id may take")
     retry = flags.DEFINE_bool("retry", False, "try again what did not work")
+    define_engine(flags.FLAGS)
     summary = flags.DEFINE_bool("summary", False, "print what is in the catalog, and try nothing")
     page = flags.DEFINE_string("page", "", "file to write the summary to, and try nothing")
 
@@ -134,7 +150,12 @@ def launch() -> None:
         for library in libraries.value or [*registry.BUILT_IN, *groups.isolated_libraries()]:
             try:
                 found = verify_library(
-                    library, folder, workers=workers.value, timeout_s=timeout_s.value, retry=retry.value
+                    library,
+                    folder,
+                    workers=workers.value,
+                    timeout_s=timeout_s.value,
+                    retry=retry.value,
+                    engine=engine_of(flags.FLAGS),
                 )
                 progress.log("catalog", library=library, verified=sum(line.verified for line in found), ids=len(found))
             except LdmError as error:
@@ -154,4 +175,6 @@ def launch() -> None:
 
 
 if __name__ == "__main__":
-    launch()
+    from experiments import verify_catalog  # by its own name: other machines run another script
+
+    verify_catalog.launch()

@@ -18,6 +18,7 @@ HOMES = {
     "minari": {"data/minari_format.py", "benchmarks/store.py"},
     "orbax": {"ldm_jax/training/checkpoints.py"},
     "podman": {"environments/isolation/containers.py"},
+    "ray": {"experiments/harness/cluster.py"},
     "flax": {f"ldm_jax/model/{name}.py" for name in ("layers", "encoders", "decoder", "heads", "network")},
     "absl": {"experiments/"},
     "ml_collections": {"experiments/"},
@@ -28,7 +29,7 @@ HOMES = {
 # Each environment library is imported by the adapter of its name, inside functions.
 LIBRARIES = ("gymnax", "envpool", "jumanji", "pgx", "navix", "xminigrid", "brax", "craftax")
 # `import ldm_jax` in a notebook brings what the core computes with and nothing of the rest.
-HEAVY = ("tensorstore", "grain", "orbax", "matplotlib", "absl.flags", "tqdm", "pandas", "podman", *LIBRARIES)
+HEAVY = ("tensorstore", "grain", "orbax", "matplotlib", "absl.flags", "tqdm", "pandas", "podman", "ray", *LIBRARIES)
 # Each folder, and the folders it may import.
 MAY_IMPORT = {"ldm_jax": {"ldm_jax"}, "environments": {"ldm_jax", "environments"}, "data": {"ldm_jax", "data"}}
 # The rooms of the core, modules and folders, floor by floor: each imports itself and what is on the floors below.

@@ -14,7 +14,8 @@ import time
 import pytest
 
 from experiments.harness import processes
-from experiments.harness.engine import DIED, OUT_OF_MEMORY, OUT_OF_TIME, Limits, run_units
+from experiments.harness.engine import run_units
+from experiments.harness.units import DIED, OUT_OF_MEMORY, OUT_OF_TIME, Job, Limits
 
 
 def _answer(value, connection):
@@ -40,9 +41,8 @@ def _work(folder, unit, advance):
         case "hangs":
             time.sleep(600)
         case "leaks":
-            held = []
-            while len(held) < 4000:
-                held.append(bytearray(os.urandom(4)) * (1 << 20))
+            held = [bytearray(b"x") * (64 << 20) for _ in range(40)]
+            time.sleep(600 + len(held))
         case "raises":
             raise OSError(28, "no space left")
         case "loses":
@@ -51,7 +51,7 @@ def _work(folder, unit, advance):
 
 
 def _work_in(folder, units, **options):
-    return [*run_units(units, functools.partial(_work, folder), **options)]
+    return [*run_units(units, Job(functools.partial(_work, folder)), **options)]
 
 
 def _is_alive(pid):
@@ -121,7 +121,7 @@ def test_what_a_unit_raises_ends_everything_with_its_traceback(unit, number, tmp
 
 
 def test_units_are_ended_with_whoever_waits_for_them(tmp_path):
-    working = run_units(["hangs", "a"], functools.partial(_work, tmp_path), workers=2)
+    working = run_units(["hangs", "a"], Job(functools.partial(_work, tmp_path)), workers=2)
     with contextlib.closing(working):
         assert next(working).unit == "a"
         while not (tmp_path / "hangs").exists():
@@ -138,13 +138,14 @@ def test_without_processes_units_run_here_in_their_order(tmp_path):
 def test_processes_die_with_the_one_that_was_killed(kind, tmp_path):
     block = {
         "child": "with processes.child(test_processes._sleep) as (_, connection): connection.recv(); time.sleep(60)",
-        "units": "[*engine.run_units(['hangs'], functools.partial(test_processes._work, folder), workers=1)]",
+        "units": "job = units.Job(functools.partial(test_processes._work, folder)); "
+        "[*engine.run_units(['hangs'], job, workers=1)]",
     }[kind]
     program = tmp_path / "program.py"
     program.write_text(
         "import functools, pathlib, sys, time\n"
         f"sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
-        "import test_processes\nfrom experiments.harness import engine, processes\n"
+        "import test_processes\nfrom experiments.harness import engine, processes, units\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
         "if __name__ == '__main__':\n"
         f"    {block}\n"

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments.harness import compilation, signals
 from experiments.harness.ids import Choice
 from experiments.harness.progress import logger
+from experiments.harness.units import LOCAL, Engine
 from ldm_jax.errors import LdmError, check_finite
 
 
@@ -98,12 +99,32 @@ def _define_choice(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_enum("retry", "", ["", "failed"], "what to try again of what is finished", flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "say what would be done, and do nothing", flag_values=values)
+    define_engine(values)
     flags.register_multi_flags_validator(
         ["workdir", "dry_run"],
         lambda given: given["workdir"] is not None or given["dry_run"],
         "--workdir has to be given",
         flag_values=values,
     )
+
+
+def define_engine(values: flags.FlagValues) -> None:
+    """Defines `--engine` and `--ray_address`; `engine_of` reads them."""
+    kinds = ["local", "ray"]
+    flags.DEFINE_enum("engine", "local", kinds, "processes of this machine, or a Ray cluster", flag_values=values)
+    address = "of the cluster: host:port, or auto for the one that this machine is part of"
+    flags.DEFINE_string("ray_address", "auto", address, flag_values=values)
+
+
+def engine_of(values: flags.FlagValues) -> Engine:
+    """Where the flags say that units are worked on.
+
+    Raises:
+      absl.flags.Error: there is an address and nothing that is to be done there.
+    """
+    if values.engine == "local" and values["ray_address"].present:
+        raise flags.Error(f"got --ray_address={values.ray_address} for this machine: give --engine=ray with it")
+    return LOCAL if values.engine == "local" else Engine("ray", values.ray_address)
 
 
 def call(run: Run[T], config: T, values: flags.FlagValues) -> None:
@@ -123,7 +144,7 @@ def call(run: Run[T], config: T, values: flags.FlagValues) -> None:
         resolved = rebuild(config, values.config)
     except ValueError as error:
         raise flags.Error(str(error)) from error
-    choice = Choice(values.environments, values.select, values.retry, values.dry_run)
+    choice = Choice(values.environments, values.select, values.retry, values.dry_run, engine_of(values))
     run(resolved, pathlib.Path(values.workdir or _NO_WORKDIR), choice)
 
 

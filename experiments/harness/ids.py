@@ -10,6 +10,7 @@ import pathlib
 import typing
 
 import environments
+from experiments.harness.units import LOCAL, Engine
 from experiments.harness.workdir import WorkdirError
 from ldm_jax.encoding.buckets import bucket_for
 from ldm_jax.encoding.observations import observation_layout
@@ -26,12 +27,14 @@ class Choice(typing.NamedTuple):
       select: a selection from the catalog, see `environments.select`.
       retry: "failed" to try again what has failed before.
       dry_run: whether to say what would be done, and do nothing.
+      engine: where it is done: on this machine or on a cluster.
     """
 
     environments: str | collections.abc.Iterable[str] = ""
     select: str = ""
     retry: str = ""
     dry_run: bool = False
+    engine: Engine = LOCAL
 
 
 Among = collections.abc.Callable[[], collections.abc.Iterable[str]]

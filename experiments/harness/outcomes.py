@@ -10,7 +10,7 @@ import pathlib
 import typing
 
 from data.references import DivergenceError, ReferencePolicyError
-from experiments.harness.engine import OUT_OF_MEMORY
+from experiments.harness.units import OUT_OF_MEMORY
 from ldm_jax import files, spaces
 from ldm_jax.environment import LibraryMissingError
 from ldm_jax.errors import LdmError

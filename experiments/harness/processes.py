@@ -40,7 +40,7 @@ class _Lifeline(typing.NamedTuple):
 
 @contextlib.contextmanager
 def child(target: Function, *args: typing.Any) -> collections.abc.Iterator[Child]:
-    """Runs a function in a process of its own, which is killed when the block ends.
+    """Runs a function in a process of its own, which is killed when the block ends, with all that it has started.
 
     Args:
       target: a function of a module, called as `target(*args, connection)` with the other end of the pipe.
@@ -57,18 +57,35 @@ def child(target: Function, *args: typing.Any) -> collections.abc.Iterator[Child
         try:
             yield Child(process, ours)
         finally:
+            started = _descendants(process.pid or 0)  # before it is gone, and they have another parent
             process.kill()
+            _kill(started)
             process.join()
 
 
 def resident_bytes(pid: int) -> int:
     """The memory that a process and those it has started hold, in bytes; 0 where there is none."""
-    try:
-        held = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-        children = [path.read_text().split() for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")]
-    except (OSError, IndexError):
-        return 0
-    return held + sum(resident_bytes(int(each)) for some in children for each in some)
+    total = 0
+    for each in (pid, *_descendants(pid)):
+        with contextlib.suppress(OSError, IndexError):
+            total += int(pathlib.Path(f"/proc/{each}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return total
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and those that they have, as far as they are not its grandparent's."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in map(int, path.read_text().split()):
+                found += [child, *_descendants(child)]
+    return found
+
+
+def _kill(pids: collections.abc.Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -82,6 +99,7 @@ def _run(lifeline: _Lifeline, target: Function, args: tuple[typing.Any, ...]) ->
     def watch() -> None:
         while os.getppid() == lifeline.parent and not lifeline.reader.poll(_POLL_S):
             pass
+        _kill(_descendants(os.getpid()))  # a build, say, that would go on beside the next one
         os._exit(1)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all of them: the parent says what is to end

@@ -56,7 +56,8 @@ def stage(
     """Decorates `run(config, workdir, environments)` of a stage.
 
     The workdir is made absolute, so that nothing that changes the working directory moves results, the environments are
-    chosen (see `ids.Choice`; a text or several ids will do), and the workdir is locked until the stage ends.
+    chosen (see `ids.Choice`; a text or several ids will do), and the workdir is locked until the stage ends. A stage
+    with an argument `engine` is told where to work.
 
     Args:
       name: of the stage.
@@ -82,6 +83,12 @@ def stage(
             ids = chosen_ids(choice, functools.partial(among, workdir) if among else None)
             if choice.retry and not retries:
                 raise WorkdirError(f"experiments.{name} always tries again what failed: leave out --retry")
+            if "engine" in signature.parameters:
+                given.setdefault("engine", choice.engine)
+            elif not choice.engine.is_local:
+                raise WorkdirError(
+                    f"experiments.{name} runs on this machine alone: leave out --engine={choice.engine.kind}"
+                )
             if choice.dry_run:
                 planned = plan(config, workdir, ids) if plan else [*map(Planned, ids)]
                 print(describe_plan(name, planned, getattr(config, "workers", 1)))
