@@ -28,7 +28,7 @@ from experiments.harness.outcomes import read_outcome
 from experiments.harness.stage import stage
 from experiments.harness.workdir import FREE, key_of, listed, pin_config
 from experiments.report.page import write_report
-from experiments.report.targets import PUBLIC_TARGETS
+from experiments.report.targets import find_target
 from ldm_jax import acting, files, playing
 from ldm_jax import policy as policies
 from ldm_jax.cards import CardError, EnvironmentCard, Reference, check_matches
@@ -118,7 +118,8 @@ def run(
 
 def _measurement(policy: policies.Policy, workdir: pathlib.Path, id: str, missing: str) -> scores.Measurement:
     """What is known of an environment before the policy acts in it; `missing` says why it will not."""
-    unknown = scores.Measurement(id, "unknown", None, None, None, PUBLIC_TARGETS.get(id), missing)
+    target = find_target(id)
+    unknown = scores.Measurement(id, "unknown", None, None, None, target and target.target_return, missing)
     directory = workdir / "references" / id
     if missing and not (directory / "reference.json").exists():
         return unknown

@@ -16,16 +16,14 @@ import typing
 
 import environments as registry
 from data.references import (
-    Recipe,
     ReferencePolicyError,
     load_reference,
-    recipe,
     save_reference,
     score_reference,
     train_reference,
 )
+from data.references.candidates import TOTAL_STEPS, total_steps
 from data.references.pipeline import ScoredReference, opened
-from data.references.ppo import PPOConfig
 from environments import UnknownEnvironmentError
 from environments.registry import check_known
 from experiments.harness import progress
@@ -36,6 +34,7 @@ from experiments.harness.outcomes import TOO_LARGE, UnitOutcome, failure, outcom
 from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.units import LOCAL, Engine, Job, Limits, Travel, check_limits, needs_of
 from experiments.harness.workdir import FREE, WorkdirError, pin_config, seed_of
+from experiments.report.targets import find_target
 from ldm_jax.encoding.buckets import bucket_for
 from ldm_jax.environment import LibraryMissingError
 from ldm_jax.errors import ConfigError, LdmError, check_finite
@@ -48,9 +47,12 @@ class ReferencesConfig:
 
     Attributes:
       seed: of training and scoring.
-      budget: fraction of each recipe's environment steps that is spent.
+      budget: share that is spent of an environment's training steps, `data.references.candidates.total_steps`; they are
+        those of all candidates together.
       num_envs: parallel environments of scoring.
-      episodes: in each of them, of each policy scored.
+      episodes: in each of them in one round; rounds are played until the errors are small enough.
+      least_episodes: of each policy scored, whatever they tell.
+      most_episodes: of each policy scored, however noisy; fewer where they would take a quarter of training's steps.
       workers: processes; small networks do not fill two cores. Results do not depend on it. 0 is for this process,
         in which a crash of one environment ends all.
       unit_seconds: that one environment may take; 0 for any number. It has failed then, and the others go on.
@@ -62,7 +64,9 @@ class ReferencesConfig:
     seed: int = 0
     budget: float = 1.0
     num_envs: int = 64
-    episodes: int = 4
+    episodes: int = 1
+    least_episodes: int = 64
+    most_episodes: int = 4096
     workers: int = dataclasses.field(default=2, metadata={FREE: True})
     unit_seconds: float = dataclasses.field(default=0.0, metadata={FREE: True})
     unit_memory_gb: float = dataclasses.field(default=0.0, metadata={FREE: True})
@@ -73,9 +77,11 @@ class ReferencesConfig:
         check_finite(self)
         if not self.budget > 0:
             raise ConfigError(f"budget is {self.budget}, expected a positive fraction")
-        for name, least in (("num_envs", 1), ("episodes", 1), ("workers", 0)):
+        for name, least in (("num_envs", 1), ("episodes", 1), ("least_episodes", 2), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if self.most_episodes < self.least_episodes:
+            raise ConfigError(f"most_episodes is {self.most_episodes}, expected at least {self.least_episodes}")
         check_limits(self.limits, self.workers)
         needs_of(self.unit_cores, self.limits)
 
@@ -204,19 +210,17 @@ def _foreseen(config: ReferencesConfig, id: str) -> int | UnitOutcome:
     try:
         spec = registry.spec(id)
     except UnknownEnvironmentError:
-        return round(config.budget * PPOConfig().budget_steps)  # the catalog does not have it; training will see
-    found = _recipe(config, spec)
-    return found if isinstance(found, UnitOutcome) else found.config.budget_steps
+        return round(config.budget * TOTAL_STEPS)  # the catalog does not have it; training will see
+    return _too_large(spec) or max(1, round(config.budget * total_steps(spec)))
 
 
-def _recipe(config: ReferencesConfig, spec: EnvironmentSpec) -> Recipe | UnitOutcome:
+def _too_large(spec: EnvironmentSpec) -> UnitOutcome | None:
+    """Why there is no reference: what no model can be given needs none."""
     try:
-        bucket_for(spec.observation_space, spec.action_space)  # what no model can be given needs no reference
+        bucket_for(spec.observation_space, spec.action_space)
     except LdmError as error:
         return failure(error, TOO_LARGE)
-    chosen = recipe(spec)
-    budget = max(1, round(config.budget * chosen.config.budget_steps))
-    return dataclasses.replace(chosen, config=dataclasses.replace(chosen.config, budget_steps=budget))
+    return None
 
 
 def _outcome(scored: ScoredReference) -> UnitOutcome:
@@ -252,24 +256,34 @@ def _make(config: ReferencesConfig, unit: ReferenceUnit, advance: progress.Advan
     clock, seed = progress.clock(), seed_of(config.seed, "references", unit.id)
     try:
         with opened(registry.make, unit.id, 1) as environment:
-            chosen = _recipe(config, environment.spec)
-        if isinstance(chosen, UnitOutcome):
-            return _Made(chosen)
-        policy = train_reference(registry.make, unit.id, chosen, seed, progress.up_to(advance))
+            refused = _too_large(environment.spec)
+        if refused:
+            return _Made(refused)
+        published = find_target(unit.id)
+        target = published and published.target_return
+        told = progress.up_to(advance)
+        policy = train_reference(registry.make, unit.id, None, seed, told, config.budget, target)
         trained_s = clock()
-        scored = score_reference(registry.make, policy, seed, config.num_envs, config.episodes)
+        played = (config.num_envs, config.episodes, config.least_episodes, config.most_episodes)
+        scored = score_reference(registry.make, policy, seed, *played)
     except (Exception, SystemExit) as error:
         return _Made(failure(error))
     try:
         save_reference(unit.directory, scored)
     except ReferencePolicyError as error:  # something else is in the folder
         return _Made(failure(error))
+    made = scored.policy.reference
     facts = {
-        "algorithm": scored.policy.reference.algorithm,
-        "decoding": scored.policy.reference.decoding,
+        "algorithm": made.algorithm,
+        "candidate": made.candidate,
+        "candidates": len(made.candidates),
+        "steps": made.steps,
+        "decoding": made.decoding,
         "random": scored.random_returns.mean,
         "reference": scored.reference_returns.mean,
         "admitted": scored.admission.admitted,
+        "episodes": scored.reference_returns.episodes,
+        "share_of_target": scored.share_of_target,
         "train_seconds": trained_s,
         "score_seconds": round(clock() - trained_s, 1),
     }

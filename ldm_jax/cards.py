@@ -134,7 +134,7 @@ class Reference:
     Attributes:
       algorithm: `"ppo"`, `"tabular"`, ...
       decoding: `"greedy"` or `"sample"`, whichever scored better; scores and labels follow it.
-      budget_steps: environment steps spent on training.
+      budget_steps: environment steps that its training was planned for.
       seed: of the training.
       assumed_slots: the places of continuous action slots without bounds whose range was assumed, not known, while it
         was trained: what lies beyond was never tried (`ActionLayout.assumed`).
@@ -143,6 +143,14 @@ class Reference:
       privileged: whether the expert reads what a policy does not see.
       labels_any_state: whether the expert can label states that others brought about; where it cannot, it was only
         replayed, and the data hold no noise.
+      candidate: what was special about it among those tried.
+      candidates: all that were tried.
+      steps: environment steps of all of them together, what chose among them included.
+      seconds: that it took; the only field that two equal runs may differ in, and not compared.
+      curve: environment steps of its own training, and the mean return of the episodes that training ended then.
+      forms: name, mean return, its standard error and number of episodes of the greedy and the sampled form, on the
+        episodes that chose between them and are not reported.
+      public_target: a published return for the task, None where none is known.
     """
 
     algorithm: str
@@ -154,19 +162,52 @@ class Reference:
     expert_version: str = ""
     privileged: bool = False
     labels_any_state: bool = True
+    candidate: str = ""
+    candidates: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    steps: int = dataclasses.field(default=0, repr=False)
+    seconds: float = dataclasses.field(default=0.0, compare=False, repr=False)
+    curve: tuple[tuple[int, float], ...] = dataclasses.field(default=(), repr=False)
+    forms: tuple[tuple[str, float, float, int], ...] = dataclasses.field(default=(), repr=False)
+    public_target: float | None = None
 
     def __post_init__(self) -> None:
         if self.decoding not in ("greedy", "sample"):
             raise CardError(f"decoding is {self.decoding!r}, expected 'greedy' or 'sample'")
-        object.__setattr__(self, "budget_steps", _count("budget_steps", self.budget_steps))
+        for name in ("budget_steps", "steps"):
+            object.__setattr__(self, name, _count(name, getattr(self, name)))
         object.__setattr__(self, "seed", operator.index(self.seed))
         places = tuple(_count("assumed_slots", place) for place in self.assumed_slots)
         object.__setattr__(self, "assumed_slots", places)
+        for name in ("curve", "forms"):
+            object.__setattr__(self, name, tuple(map(tuple, getattr(self, name))))
+        object.__setattr__(self, "candidates", tuple(self.candidates))
+        numbers = [value for row in (*self.curve, *self.forms) for value in row if isinstance(value, float)]
+        _check_finite("the reference", [*numbers, self.seconds, self.public_target or 0.0])
 
     def __repr__(self) -> str:
         """Short: what is as usual is left out."""
-        fields = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        fields = ((field, getattr(self, field.name)) for field in dataclasses.fields(self) if field.repr)
         return f"Reference({', '.join(f'{field.name}={value!r}' for field, value in fields if value != field.default)})"
+
+
+WEAK = 0.5
+"""A reference that gets less of the way from random to a public target is weak: z against it is easily had."""
+
+
+def share_of_target(random: Returns, reference: Returns, target: float | None) -> float | None:
+    """How much of the way from random to a public target a reference gets.
+
+    Args:
+      random: returns of the random policy.
+      reference: returns of the reference.
+      target: a published return, or None.
+
+    Returns:
+      The share, 1 at the target; None where there is no target above random.
+    """
+    if target is None or not target > random.mean:
+        return None
+    return (reference.mean - random.mean) / (target - random.mean)
 
 
 def _count(name: str, value: typing.Any) -> int:
@@ -213,6 +254,17 @@ class EnvironmentCard:
     reference: Reference
     image_digest: str = ""
     split: str = "train"
+
+    @property
+    def share_of_target(self) -> float | None:
+        """How much of the way from random to the public target the reference gets, None where none is known."""
+        return share_of_target(self.random_returns, self.reference_returns, self.reference.public_target)
+
+    @property
+    def weak(self) -> bool:
+        """Whether the reference is known to be weak: less than `WEAK` of the way to a public target."""
+        share = self.share_of_target
+        return share is not None and share < WEAK
 
     def __repr__(self) -> str:
         seen, acted = (_shorten(space) for space in (self.observation_space, self.action_space))

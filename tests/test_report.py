@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from experiments.report import page
+from environments.catalog import entries
+from experiments.report import page, targets
 from ldm_jax.evaluation import aggregates, scores
 
 # id, domain, random, reference, spread of one episode, z, public target
@@ -134,3 +135,26 @@ def test_a_score_that_is_not_a_number_is_refused_before_anything_is_written(tmp_
     with pytest.raises(ValueError, match="not JSON compliant"):
         page.write_report(tmp_path / "report", found, [], "A")
     assert not (tmp_path / "report").exists()
+
+
+# Public targets
+
+
+def test_every_public_target_is_a_number_with_a_source_for_a_task_of_the_catalog():
+    listed = {entry.id for entry in entries.entries_of(entries.catalogued())}
+    found = targets.read_targets()
+    assert len(found) > 200 and len({target.id for target in found}) == len(found)
+    for target in found:
+        assert target.target is None or math.isfinite(target.target)
+        assert target.source and target.confidence in ("high", "medium", "low", "bound")
+        assert target.metric.startswith(("return", "success_rate"))
+        assert target.listed == (target.id in listed), target.id
+        assert {*target.aliases} <= listed, target.id
+
+
+def test_a_target_is_found_by_id_alias_and_task_and_compared_only_where_it_is_a_return():
+    assert targets.find_target("gymnax/CartPole-v1") == targets.find_target("gymnasium/CartPole-v1")
+    assert targets.find_target("envpool/LunarLander-v2").target_return == 242.1
+    assert targets.find_target("gymnasium/Nothing-v0") is None
+    rate = next(target for target in targets.read_targets() if target.metric == "success_rate")
+    assert targets.find_target(rate.id) == rate and rate.target_return is None

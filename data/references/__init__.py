@@ -4,7 +4,7 @@ from .action_range import ActionRangeError
 from .pipeline import ScoredReference, score_reference, train_reference
 from .policy import ReferencePolicy, random_agent
 from .ppo import DivergenceError
-from .recipes import Recipe, recipe
+from .recipes import Recipe
 from .saving import ReferencePolicyError, load_reference, save_reference
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "ScoredReference",
     "load_reference",
     "random_agent",
-    "recipe",
     "save_reference",
     "score_reference",
     "train_reference",

@@ -1,27 +1,24 @@
-"""From an environment's id to a scored reference policy: train, choose the decoding, score, admit or refuse."""
+"""From an environment's id to a scored reference policy: search, choose the decoding, score, admit or refuse."""
 
 from __future__ import annotations
 
-import collections.abc
 import contextlib
 import dataclasses
 import typing
-import warnings
 
 import jax
 import numpy as np
 
 from ldm_jax import cards, rollout
-from ldm_jax.environment import Environment
 from ldm_jax.evaluation import scores
 
 from . import action_range
 from .expert import ExpertConfig, check_learnable, expert_policy
+from .opening import MakeEnvironment, opened, opened_for
 from .policy import ReferencePolicy, SlotDecoding, with_decoding
-from .recipes import ALGORITHMS, Recipe, recipe
-
-MakeEnvironment = collections.abc.Callable[..., Environment]
-"""`make(id, batch_size=B)`, as `environments.make`; with `expert=name` too, where a reference is an expert."""
+from .recipes import ALGORITHMS, Recipe
+from .scoring import LEAST_STEPS, STEPS_SHARE, Rounds, play_rounds, told_apart
+from .search import Found, search, train_one
 
 _SCORING = 0x5C0E  # sets the randomness of scoring apart from that of training
 
@@ -33,7 +30,7 @@ class ScoredReference:
     Attributes:
       policy: the reference.
       random_returns: of the uniformly random policy.
-      reference_returns: of the reference, on other episodes than those that chose its decoding.
+      reference_returns: of the reference, on other episodes than those that chose it and its decoding.
       distilled_returns: of a policy on observations alone that was trained on its labels, where it is privileged.
       admission: whether it is good enough to score others against, and why not.
     """
@@ -51,35 +48,15 @@ class ScoredReference:
             return admission
         return check_learnable(admission, self.random_returns, self.distilled_returns)
 
+    @property
+    def share_of_target(self) -> float | None:
+        """How much of the way from random to the public target it gets, None where none is known."""
+        return cards.share_of_target(self.random_returns, self.reference_returns, self.policy.reference.public_target)
 
-@contextlib.contextmanager
-def opened(make: MakeEnvironment, id: str, num_envs: int, expert: str = "") -> collections.abc.Iterator[Environment]:
-    """Makes an environment and closes it; one that fails to close costs nothing of what was done with it.
-
-    Args:
-      make: makes the environment, `environments.make` or the like.
-      id: of the environment.
-      num_envs: parallel environments.
-      expert: the name of the expert that labels its time steps; empty for none.
-
-    Yields:
-      The environment.
-    """
-    environment = make(id, batch_size=num_envs, expert=expert) if expert else make(id, batch_size=num_envs)
-    try:
-        yield environment
-    finally:
-        try:
-            environment.close()
-        except Exception as error:
-            warnings.warn(f"{id} failed to close: {type(error).__name__}: {error}; nothing is lost", stacklevel=3)
-
-
-def opened_for(
-    make: MakeEnvironment, policy: ReferencePolicy, num_envs: int
-) -> contextlib.AbstractContextManager[Environment]:
-    """Makes the environment that a reference acts or labels in, with its expert where it is one; see `opened`."""
-    return opened(make, policy.spec.id, num_envs, policy.reference.expert)
+    @property
+    def weak(self) -> bool:
+        """Whether it is known to be weak: it gets less than `cards.WEAK` of the way to a public target."""
+        return self.share_of_target is not None and self.share_of_target < cards.WEAK
 
 
 def _single_precision() -> contextlib.AbstractContextManager[typing.Any]:
@@ -88,16 +65,24 @@ def _single_precision() -> contextlib.AbstractContextManager[typing.Any]:
 
 
 def train_reference(
-    make: MakeEnvironment, id: str, how: Recipe | None = None, seed: int = 0, progress: rollout.Progress | None = None
+    make: MakeEnvironment,
+    id: str,
+    how: Recipe | None = None,
+    seed: int = 0,
+    progress: rollout.Progress | None = None,
+    budget: float = 1.0,
+    target: float | None = None,
 ) -> ReferencePolicy:
     """Trains a reference policy.
 
     Args:
       make: makes the environment, `environments.make` or the like.
       id: of the environment.
-      how: the recipe; the one that `recipes.recipe` chooses, if None.
+      how: the recipe; if None, candidates are found by the environment's spaces and a probe, and the best is kept.
       seed: of everything random.
       progress: is told the environment steps done and their total.
+      budget: where candidates are found, the share that is spent of `candidates.total_steps`, all of them together.
+      target: a public return of the task, None where none is known; a search that reaches it stops.
 
     Returns:
       The policy, decoding by sampling.
@@ -106,30 +91,34 @@ def train_reference(
       ActionRangeError: the action space declares no bounds, and none were found.
       DivergenceError: training diverged.
     """
-    with opened(make, id, 1) as environment:
-        spec = environment.spec
-    chosen = recipe(spec) if how is None else how
-    if isinstance(chosen.config, ExpertConfig):
-        return expert_policy(spec, chosen.config)
-    algorithm = ALGORITHMS[chosen.algorithm]
-    with opened(make, id, chosen.config.num_envs) as environment, _single_precision():
-        cards.check_matches(spec, environment.spec, f"what {id} said of itself when made a moment ago")
-        config = algorithm.settle(environment, chosen.config, seed)
-        for learned in algorithm.learn(environment, config, seed):
-            if progress is not None:
-                progress(learned.steps, config.budget_steps)
-        if progress is not None:
-            progress(config.budget_steps, config.budget_steps)
-        params = jax.tree.map(np.asarray, learned.params)
+    if how is not None and isinstance(how.config, ExpertConfig):
+        with opened(make, id, 1) as environment:
+            return expert_policy(environment.spec, how.config)
+    with _single_precision():
+        if how is None:
+            found = search(make, id, budget, seed, target, progress)
+        else:
+            found = train_one(make, id, how, seed, progress)
+    return _policy(found, seed, target)
+
+
+def _policy(found: Found, seed: int, target: float | None) -> ReferencePolicy:
+    recipe, spec, config = found.candidate.recipe, found.spec, found.config
     return ReferencePolicy(
-        agent=algorithm.agent(spec, config),
-        params=with_decoding(params, "sample"),
+        agent=ALGORITHMS[recipe.algorithm].agent(spec, config),
+        params=with_decoding(found.params, "sample"),
         reference=cards.Reference(
-            algorithm=chosen.algorithm,
+            algorithm=recipe.algorithm,
             decoding="sample",
             budget_steps=config.budget_steps,
-            seed=seed,
+            seed=seed + found.candidate.seed,
             assumed_slots=tuple(np.flatnonzero(action_range.unbounded(spec.action_space)).tolist()),
+            candidate=found.candidate.name,
+            candidates=found.tried,
+            steps=found.steps,
+            seconds=found.seconds,
+            curve=found.curve,
+            public_target=target,
         ),
         spec=spec,
         config=config,
@@ -141,21 +130,26 @@ def score_reference(
     policy: ReferencePolicy,
     seed: int = 0,
     num_envs: int = 64,
-    episodes_per_env: int = 4,
+    episodes_per_env: int = 1,
+    least: int = 64,
+    most: int = 4096,
     progress: rollout.Progress | None = None,
 ) -> ScoredReference:
     """Scores a reference and a random policy on fresh episodes, equally many in every one of the parallel environments.
 
     The better of greedy and sampled decoding is found on episodes of its own, and scored afresh: choosing by the
-    reported episodes would flatter it.
+    reported episodes would flatter it. Episodes are played by the round until the errors are small enough, whichever
+    way they lean, or have cost a quarter of the steps of training.
 
     Args:
       make: makes the environment, as for training.
       policy: the reference, whichever way it decodes.
       seed: of the episodes.
       num_envs: parallel environments.
-      episodes_per_env: E; `num_envs * episodes_per_env` of at least 100 make a score.
-      progress: is told the episodes done and their total.
+      episodes_per_env: E of one round.
+      least: episodes of each policy, at least two, whatever they tell.
+      most: episodes of each policy, however noisy.
+      progress: is told the episodes done and how many there may be.
 
     Returns:
       The reference in its better decoding, and the scores.
@@ -164,19 +158,37 @@ def score_reference(
       CardError: the environment is no longer the one that the reference was trained in.
     """
     root = jax.random.fold_in(jax.random.key(seed), _SCORING)
-    each = num_envs * episodes_per_env
+    trained = max(policy.reference.steps, policy.reference.budget_steps)
+    steps = int(max(LEAST_STEPS, STEPS_SHARE * trained)) // 2
+    rounds = Rounds(num_envs, episodes_per_env, least, most, steps)
     with opened_for(make, policy, num_envs) as environment, _single_precision():
         cards.check_matches(policy.spec, environment.spec, f"the reference of {policy.spec.id}")
 
-        def returns(stage: int, decoding: SlotDecoding) -> cards.Returns:
-            report = None if progress is None else (lambda done, _: progress(stage * each + done, 4 * each))
-            params, key = with_decoding(policy.params["policy"], decoding), jax.random.fold_in(root, stage)
-            return cards.Returns.of(
-                rollout.evaluate(environment, policy.agent, params, key, episodes_per_env, report).returns
-            )
+        def play(stage: int, form: SlotDecoding, number: int) -> rollout.EpisodeReturns:
+            key = jax.random.fold_in(jax.random.fold_in(root, stage), number)
+            params = with_decoding(policy.params["policy"], form)
+            episodes = rollout.evaluate(environment, policy.agent, params, key, episodes_per_env)
+            if progress is not None:
+                progress(min((number + 1) * episodes.returns.size, most), most)
+            return episodes
 
         better: typing.Literal["greedy", "sample"] = "greedy"  # an expert has one form only
-        if not policy.reference.expert and returns(0, "greedy").mean < returns(1, "sample").mean:
-            better = "sample"
-        reference_returns, random_returns = returns(2, better), returns(3, "random")
-    return ScoredReference(policy.with_decoding(better), random_returns, reference_returns)
+        forms: tuple[tuple[str, float, float, int], ...] = ()
+        if not policy.reference.expert:
+            both = play_rounds(lambda i, n: play(i, _FORMS[i], n), rounds, told_apart)
+            forms = tuple(
+                (form, each.mean, each.standard_error, each.episodes) for form, each in zip(_FORMS, both, strict=True)
+            )
+            better = "greedy" if both[0].mean >= both[1].mean else "sample"
+        pair: tuple[SlotDecoding, ...] = (better, "random")
+        reference, random = play_rounds(lambda i, n: play(2 + i, pair[i], n), rounds, _z_is_told)
+    policy = policy.with_decoding(better)
+    policy = dataclasses.replace(policy, reference=dataclasses.replace(policy.reference, forms=forms))
+    return ScoredReference(policy, random, reference)
+
+
+_FORMS: tuple[typing.Literal["greedy"], typing.Literal["sample"]] = ("greedy", "sample")
+
+
+def _z_is_told(reference: np.ndarray, random: np.ndarray) -> bool:
+    return scores.z_error(random, reference) <= scores.ADMIT_Z_ERROR

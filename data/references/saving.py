@@ -72,7 +72,9 @@ def save_reference(directory: str | os.PathLike[str], scored: ScoredReference) -
         "random_returns": scored.random_returns.values,
         "reference_returns": scored.reference_returns.values,
         "distilled_returns": scored.distilled_returns and scored.distilled_returns.values,
-        "admission": dataclasses.asdict(scored.admission),
+        "admission": {"admitted": scored.admission.admitted, "reason": scored.admission.reason},
+        "share_of_target": scored.share_of_target,
+        "weak": scored.weak,
     }
     text = json.dumps(description, indent=1, default=_plain)
     if directory.exists() and any(directory.iterdir()):

@@ -1,37 +1,82 @@
 """Public returns for the same tasks: what a reference policy is compared with, beside z.
 
-A weak reference makes z easy, so the raw return is shown against these as well. A later version of a task takes the
-target of the version that was published, where its dynamics and rewards are the same.
-Sources: RL Baselines3 Zoo, benchmark.md (one trained agent per entry, its name in the comment); for toy text, but for
-Taxi, the exact optimum, by value iteration on the transition table of Gymnasium under its time limit.
+A weak reference makes z easy, so the raw return is shown against these as well. They are in `public_targets.jsonl`, one
+a line, each with its source; what is said of an id holds for its aliases, whose dynamics and rewards are the same, and
+for other versions of the same task in the same library.
 """
 
 from __future__ import annotations
 
-import types
+import functools
+import importlib.resources
+import json
+import typing
 
-_CLASSIC = {
-    "CartPole-v1": 500.0,  # ppo and others
-    "Acrobot-v1": -73.5,  # ppo
-    "MountainCar-v0": -101.0,  # dqn
-    "MountainCarContinuous-v0": 94.7,  # sac
-    "Pendulum-v1": -152.0,  # ddpg
-}
-_BOX2D = {
-    "LunarLander-v2": 242.0,  # ppo
-    "LunarLanderContinuous-v2": 271.0,  # ppo
-    "BipedalWalker-v3": 306.0,  # td3
-}
-_TOY_TEXT = {
-    "FrozenLake-v1": 0.74,
-    "FrozenLake8x8-v1": 0.91,
-    "Taxi-v3": 8.46,  # as reported for trained agents; the optimum over Gymnasium's start states is 7.93
-    "CliffWalking-v1": -13.0,
-}
+from environments.catalog.taxonomy import task
 
-PUBLIC_TARGETS = types.MappingProxyType(
-    {f"{library}/{name}": target for library in ("gymnax", "envpool") for name, target in _CLASSIC.items()}
-    | {f"envpool/{name}": target for name, target in (_BOX2D | _TOY_TEXT).items()}
-    | {"envpool/LunarLander-v3": 242.0, "envpool/LunarLanderContinuous-v3": 271.0}
-)
-"""Mean undiscounted return by environment id."""
+
+class PublicTarget(typing.NamedTuple):
+    """What others have reached in a task, or what its best can be.
+
+    Attributes:
+      id: of the environment that it was published for.
+      aliases: ids of the same task elsewhere.
+      target: the mean undiscounted return of an episode, or a rate of success; None where only the random policy's is
+        known.
+      random: the same of the random policy, where known.
+      metric: `"return"`, `"success_rate"`, or words after them.
+      source: where it was published.
+      confidence: `"high"`, `"medium"`, `"low"`, or `"bound"`: more cannot be reached.
+      listed: whether the catalog names the id.
+    """
+
+    id: str
+    aliases: tuple[str, ...]
+    target: float | None
+    random: float | None
+    metric: str
+    source: str
+    confidence: str
+    listed: bool = True
+
+    @property
+    def target_return(self) -> float | None:
+        """The target where it is a return, which the returns of an episode can be compared with."""
+        return self.target if self.metric.startswith("return") else None
+
+
+def find_target(id: str) -> PublicTarget | None:
+    """What is published of an environment's task.
+
+    >>> find_target("envpool/LunarLander-v2").target_return
+    242.1
+
+    Args:
+      id: `library/<the library's own id>`.
+
+    Returns:
+      The target, or None if there is none.
+    """
+    exact, alike = _tables()
+    return exact.get(id) or alike.get(_base(id))
+
+
+@functools.cache
+def read_targets() -> tuple[PublicTarget, ...]:
+    """All public targets, in the order of the file."""
+    text = importlib.resources.files(__package__).joinpath("public_targets.jsonl").read_text("utf-8")
+    names = PublicTarget._fields
+    rows = [{name: value for name, value in json.loads(line).items() if name in names} for line in text.splitlines()]
+    return tuple(PublicTarget(**row | {"aliases": tuple(row["aliases"])}) for row in rows)
+
+
+@functools.cache
+def _tables() -> tuple[dict[str, PublicTarget], dict[tuple[str, str], PublicTarget]]:
+    """By id, and by library and base task, where the first in the file counts."""
+    named = [(id, target) for target in reversed(read_targets()) for id in (target.id, *target.aliases)]
+    return dict(named), {_base(id): target for id, target in named}
+
+
+def _base(id: str) -> tuple[str, str]:
+    library, _, name = id.partition("/")
+    return library, task(library, name)

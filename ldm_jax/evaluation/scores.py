@@ -28,7 +28,7 @@ from ldm_jax.evaluation.bootstrap import (
 )
 
 ADMIT_STANDARD_ERRORS = 3.0
-ADMIT_STDS = 0.5
+ADMIT_Z_ERROR = 0.1
 ROUNDING = 1e-6
 """Returns are sums of float32 rewards: differences this small, relative to the returns or to 1 in z, are not real."""
 
@@ -42,14 +42,14 @@ class Admission:
       reason: the rule in numbers, for a person.
       difference: J_reference - J_random, in units of return.
       standard_error: of that difference.
-      std: standard deviation of one episode's return under the random policy.
+      z_error: standard error of z, see `z_error`; infinite where there is no difference.
     """
 
     admitted: bool
     reason: str
     difference: float
     standard_error: float
-    std: float
+    z_error: float
 
 
 class Measurement(typing.NamedTuple):
@@ -160,11 +160,30 @@ class EnvironmentScore:
         }
 
 
+def z_error(random_returns: np.ndarray, reference_returns: np.ndarray) -> float:
+    """The standard error that z will have of a policy that is played as long, wherever it is between the two.
+
+    It is as noisy as the noisier of the two, and the error of the anchor that it is near to adds to its own.
+
+    Args:
+      random_returns: returns of the random policy, any shape, at least two.
+      reference_returns: returns of the reference policy, any shape, at least two.
+
+    Returns:
+      The error; it does not tell which of the two is better. Infinite where their means are the same, 0 where nothing
+      varies.
+    """
+    random, reference = episodes_of(random_returns, "random"), episodes_of(reference_returns, "reference")
+    difference = abs(float(reference.mean() - random.mean()))
+    error = math.sqrt(2) * max(standard_error_of(random), standard_error_of(reference))
+    return error / difference if difference > 0 else math.inf
+
+
 def admit(random_returns: np.ndarray, reference_returns: np.ndarray) -> Admission:
     """Decides whether the reference is good enough to score others against it.
 
-    The difference of the means must exceed three of its standard errors and half a standard deviation of the random
-    return: it has to be real, and it has to be large enough to see in single episodes.
+    The difference of the means must exceed three of its standard errors, so that it is real, and z must be told to a
+    tenth by as many episodes; noisy returns need more of them and are not refused for it.
 
     Args:
       random_returns: returns of the random policy, any shape, at least two.
@@ -179,7 +198,7 @@ def admit(random_returns: np.ndarray, reference_returns: np.ndarray) -> Admissio
     random, reference = episodes_of(random_returns, "random"), episodes_of(reference_returns, "reference")
     difference = float(reference.mean() - random.mean())
     standard_error = math.hypot(standard_error_of(random), standard_error_of(reference))
-    std = float(random.std(ddof=1))
+    error = z_error(random, reference)
     rounding = ROUNDING * max(abs(reference.mean()), abs(random.mean()))
     means = f"the reference returns {reference.mean():.4g} and random {random.mean():.4g}"
     if difference <= rounding:
@@ -187,12 +206,12 @@ def admit(random_returns: np.ndarray, reference_returns: np.ndarray) -> Admissio
     elif difference <= ADMIT_STANDARD_ERRORS * standard_error:
         gap = f"{difference / standard_error:.2g} standard errors apart, expected more than {ADMIT_STANDARD_ERRORS:g}"
         admitted, reason = False, f"{means}: {gap}"
-    elif difference <= ADMIT_STDS * std:
-        gap = f"{difference / std:.2g} standard deviations of random apart, expected more than {ADMIT_STDS}"
-        admitted, reason = False, f"{means}: {gap}"
+    elif error > ADMIT_Z_ERROR:
+        gap = f"z has a standard error of {error:.2g} with {min(random.size, reference.size)} episodes"
+        admitted, reason = False, f"{means}: {gap}, expected at most {ADMIT_Z_ERROR:g}: play more of them"
     else:
         admitted, reason = True, means
-    return Admission(admitted, reason, difference, standard_error, std)
+    return Admission(admitted, reason, difference, standard_error, error)
 
 
 def score(measurement: Measurement, seed: int, resamples: int = 2000, confidence: float = 0.95) -> EnvironmentScore:

@@ -1,0 +1,162 @@
+"""Which ways to find a reference are worth trying in an environment: by its spaces and what a probe has seen.
+
+No environment is known by name here. What helps some tasks much (a longer or shorter view, noise that lasts, another
+algorithm) is a candidate wherever it may help, and halving finds out.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import math
+import typing
+
+import gymnasium
+from gymnasium import spaces
+
+from ldm_jax.spaces import leaves
+from ldm_jax.types import EnvironmentSpec
+
+from . import tabular
+from .networks import is_image
+from .ppo_loss import PPOConfig
+from .probing import Probe
+from .recipes import ALGORITHMS, Recipe
+
+HALVING = 3
+"""How much longer the better half is trained than all were, from rung to rung."""
+
+LEAST_RUNG = 75_000
+"""Environment steps that tell one candidate from another: a budget that cannot pay for them has fewer candidates."""
+
+TOTAL_STEPS, TABLE_STEPS = 1_000_000, 250_000
+"""Environment steps for all candidates together; the second where a table is enough."""
+
+
+OFTEN = 0.5
+"""Share of random steps that met an observation seen before, beyond which states can be told apart and counted."""
+
+
+class Candidate(typing.NamedTuple):
+    """One of the ways that are tried.
+
+    Attributes:
+      name: what is special about it.
+      recipe: how it is trained; its budget is set when it is known how many there are.
+      seed: added to that of the environment: another seed is another candidate.
+    """
+
+    name: str
+    recipe: Recipe
+    seed: int = 0
+
+
+class Rung(typing.NamedTuple):
+    """A place where candidates are compared.
+
+    Attributes:
+      runs: how many candidates get there.
+      share: of the winner's training that they have had then.
+    """
+
+    runs: int
+    share: float
+
+
+def total_steps(spec: EnvironmentSpec) -> int:
+    """Environment steps that a full budget has for all candidates together."""
+    return TABLE_STEPS if tabular.is_tabular(spec) else TOTAL_STEPS
+
+
+def find_candidates(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
+    """The candidates of an environment, the likeliest first, in which order a small budget tries them.
+
+    Args:
+      spec: of the environment; its id, versions and batch size do not matter.
+      probe: what was seen of it; `Probe()` where nothing was.
+
+    Returns:
+      At least one candidate.
+    """
+    if tabular.is_tabular(spec) and not probe.memory:
+        return (Candidate("table", Recipe("tabular", tabular.TabularConfig())),)
+    others, plain = _by_algorithm(spec, probe), _ppo(spec, probe)
+    return (*others, *plain) if probe.memory else (plain[0], *others, *plain[1:])
+
+
+def _ppo(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
+    continuous = any(isinstance(leaf.space, spaces.Box) for leaf in leaves(spec.action_space))
+    base = PPOConfig(budget_steps=TOTAL_STEPS, entropy_coef=0.0 if continuous else 0.01)
+    if any(map(_is_grid, (leaf.space for leaf in leaves(spec.observation_space)))):
+        grid = dataclasses.replace(base, activation="relu")
+        return _named(
+            {
+                "grid": dataclasses.replace(grid, learning_rate=2e-3),
+                "grid, slower": dataclasses.replace(grid, learning_rate=5e-4),
+                "grid, far view": dataclasses.replace(grid, discount=0.997, gae_lambda=0.97),
+            }
+        )
+    far = dataclasses.replace(base, discount=0.999, gae_lambda=0.98, learning_rate=5e-4, minibatches=16)
+    if not continuous:
+        return _named({"plain": base, "far view": far})
+    near = dataclasses.replace(base, discount=0.96, learning_rate=7e-4)
+    # White noise may never reach what noise that lasts does at once; were its size trained, it would be lost.
+    lasting = dataclasses.replace(base, noise_correlation=0.95, learn_std=False)
+    found = {"plain": base, "near view": near, "lasting noise": lasting, "far view": far}
+    if probe.positive and probe.steps:  # something is earned by chance: no need to look further away for it
+        del found["lasting noise"]
+    return _named(found)
+
+
+def _by_algorithm(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
+    """Other algorithms than the one that does for most, where they may be better."""
+    kinds = {type(leaf.space) for leaf in leaves(spec.action_space)}
+    wanted: dict[str, bool] = {
+        "recurrent_ppo": probe.memory,
+        "hashed": probe.repeated > OFTEN and kinds == {spaces.Discrete},
+        "pqn": isinstance(spec.action_space, spaces.Discrete),
+        "sac": kinds == {spaces.Box} and not spec.jittable,  # it learns from fewer steps, and takes longer over each
+    }
+    names = (name for name, fits in wanted.items() if fits and name in ALGORITHMS)
+    return tuple(Candidate(name, Recipe(name, _config(name))) for name in names)
+
+
+def _config(name: str) -> typing.Any:
+    config = ALGORITHMS[name].config()
+    return dataclasses.replace(config, budget_steps=TOTAL_STEPS) if name in ("recurrent_ppo", "pqn") else config
+
+
+def _named(configs: collections.abc.Mapping[str, PPOConfig]) -> tuple[Candidate, ...]:
+    return tuple(Candidate(name, Recipe("ppo", config)) for name, config in configs.items())
+
+
+def _is_grid(space: gymnasium.Space) -> bool:
+    """Whether a leaf holds cells in rows and columns, an image or a board."""
+    return is_image(space) or (isinstance(space, spaces.Box) and len(space.shape) in (2, 3) and min(space.shape) > 1)
+
+
+def rungs(count: int) -> tuple[Rung, ...]:
+    """Where so many candidates are halved, down to one that is trained to the end.
+
+    >>> [(rung.runs, round(rung.share, 2)) for rung in rungs(3)]
+    [(3, 0.11), (2, 0.33), (1, 1.0)]
+    """
+    counts = [count]
+    while counts[-1] > 1:
+        counts.append(math.ceil(counts[-1] / 2))
+    return tuple(Rung(n, HALVING ** -(len(counts) - 1 - i)) for i, n in enumerate(counts))
+
+
+def winner_steps(total: int, count: int) -> int:
+    """Environment steps of the one that is trained to the end, if all together take `total`."""
+    done, cost = 0.0, 0.0
+    for rung in rungs(count):
+        cost, done = cost + rung.runs * (rung.share - done), rung.share
+    return max(1, int(total / cost))
+
+
+def affordable(count: int, total: int) -> int:
+    """How many of `count` candidates a budget can tell from each other, at least one."""
+    while count > 1 and winner_steps(total, count) * rungs(count)[0].share < LEAST_RUNG:
+        count -= 1
+    return count
