@@ -42,7 +42,7 @@ _RULES = {
 }
 
 
-class Rule:
+class ClinicalRule:
     """The rule of one id; a new one for each episode, because some count."""
 
     def __init__(self, seed):
@@ -90,4 +90,4 @@ def _load(library, name):
     return importlib.import_module(f"{package}.{name}")
 
 
-EXPERTS = {"rule": Rule}
+EXPERTS = {"rule": ClinicalRule}
