@@ -177,6 +177,8 @@ def _uncatalogued(library: str) -> list[str]:
 
 
 def _filter(libraries: list[str], **wanted: str | bool | None) -> list[entries.Entry]:
-    asked = {field: value for field, value in wanted.items() if value is not None}
-    found = entries.entries_of(libraries)
-    return [entry for entry in found if all(getattr(entry, field) == value for field, value in asked.items())]
+    """As a selection would; what leaves none is no error here."""
+    asked = {name: value for name, value in wanted.items() if value is not None}
+    said = {name: value if isinstance(value, str) else "yes" if value else "no" for name, value in asked.items()}
+    terms = [selection.Term(name, "=", (value,)) for name, value in said.items()]
+    return [entry for entry in entries.entries_of(libraries) if all(term.holds(entry) for term in terms)]

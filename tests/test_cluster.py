@@ -14,10 +14,14 @@ import time
 
 import pytest
 
+from data.collect import CollectConfig
+from data.store import open_dataset, verify_dataset
+from experiments import collect, references
 from experiments.harness import cluster
 from experiments.harness.engine import run_units
 from experiments.harness.units import (
     DIED,
+    LOCAL,
     LOST,
     NOT_BUILT,
     OUT_OF_MEMORY,
@@ -104,7 +108,7 @@ def test_what_becomes_of_a_unit_is_the_same_as_here(machines, tmp_path):
         ("crash", DIED, "by SIGSEGV"),
         ("hang", OUT_OF_TIME, "more than 8 s"),
         ("leak", OUT_OF_MEMORY, "more than 1.2 GB"),
-        ("hang to build", NOT_BUILT, "more than 8 s"),
+        ("hang to build", NOT_BUILT, "not built within 8 s"),
     ]:
         assert found[unit].result is None and found[unit].cause == cause and words in found[unit].reason
     assert sum(steps) >= 6
@@ -151,6 +155,23 @@ def test_what_a_unit_reads_gets_there_and_what_it_writes_gets_back_whole(machine
     for name in ("a", "b"):
         assert (tmp_path / name / "big").read_bytes() == bytes([7]) * 40_000_000
     assert sorted(seen) == ["a", "b"] and not (tmp_path / ".arriving").exists()
+
+
+def test_references_and_data_made_on_a_cluster_are_those_that_are_made_here(machines, tmp_path):
+    id, engine = "envpool/FrozenLake-v1", Engine("ray", machines.address)
+    making = references.ReferencesConfig(budget=0.01, num_envs=16, episodes=16, workers=0)
+    collecting = collect.CollectStageConfig(data=CollectConfig(streams=4, steps=64, block=64), workers=0)
+    for workdir, where in ((tmp_path / "here", LOCAL), (tmp_path / "there", engine)):
+        references.run(making, workdir, (id,), engine=where)
+        collect.run(collecting, workdir, (id,), engine=where)
+    here, there = (tmp_path / name / "references" / id for name in ("here", "there"))
+    assert sorted(path.name for path in here.iterdir()) == sorted(path.name for path in there.iterdir())
+    for path in here.iterdir():
+        assert path.read_bytes() == (there / path.name).read_bytes()
+    made, arrived = (open_dataset(tmp_path / name / "dataset") for name in ("here", "there"))
+    verify_dataset(arrived)
+    assert arrived.configuration == made.configuration and dict(arrived.groups) == dict(made.groups)
+    assert not any((tmp_path / "there").rglob(".arriving*"))
 
 
 def test_a_lost_machine_costs_the_units_in_flight_and_they_run_elsewhere(machines, tmp_path):

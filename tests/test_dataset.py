@@ -76,6 +76,17 @@ def test_what_is_whole_is_said_to_be_and_all_damage_is_listed(whole, tmp_path):
     assert run.stderr.splitlines()[-1] == f"error: 2 files or leaves of {copy} are damaged: they are listed above"
 
 
+def test_a_record_that_was_removed_is_missed_and_what_a_writer_has_in_flight_is_not(tmp_path):
+    dataset = append(append(store.create_dataset(tmp_path / "data"), steps=9), "x/other", steps=9)
+    (tmp_path / "data" / ID / "part-00002" / "reward").mkdir(parents=True)
+    (tmp_path / "data" / ID / "part-00002" / "reward" / "zarr.json").write_text("{}")
+    (tmp_path / "data" / ID / "part-00002.claim").write_text("{}")
+    store.verify_dataset(dataset)
+    (tmp_path / "data" / store.records.record_key("x/other")).unlink()
+    (damage,) = store.find_damage(store.open_dataset(dataset.url))
+    assert damage[:3] == ("x/other", "part-00001", "record") and "restore manifest/x%2Fother.json" in str(damage.error)
+
+
 def test_a_zarr_array_of_another_writer_is_no_part_of_a_dataset(tmp_path):
     tensorstore = pytest.importorskip("tensorstore")
     append(store.create_dataset(tmp_path), value=1)

@@ -1,12 +1,14 @@
 """Datasets in a bucket: an S3 server on this machine, met as Amazon's would be."""
 
 import concurrent.futures
+import http.server
 import logging
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 
 import pytest
@@ -69,6 +71,7 @@ def test_of_many_that_write_to_one_group_of_a_bucket_none_loses_a_part():
 
 WRITER = """
 import sys
+import threading
 sys.path.insert(0, sys.argv[1])
 import tiny_datasets
 dataset = tiny_datasets.store.create_dataset(sys.argv[2])
@@ -123,3 +126,28 @@ def test_a_bucket_without_permission_is_said_to_be_one(server):
             assert "delete the group" not in str(caught.value) and "\n" not in str(caught.value)
     finally:
         ask(f"{server}/moto-api/reset-auth", "POST", b"inf")
+
+
+class _Refusing(http.server.BaseHTTPRequestHandler):
+    """A server of Google's for whom nobody is allowed anything."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.send_response(403)
+        self.end_headers()
+        self.wfile.write(b'{"error": {"message": "you may not"}}')
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_google_bucket_is_asked_by_its_own_driver_and_says_what_it_refuses(monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as refusing:
+        refusing.asked = []
+        monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{refusing.server_port}")
+        monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+        threading.Thread(target=refusing.serve_forever, daemon=True).start()
+        with pytest.raises(store.StoreError, match=r"gs://mine/a: PERMISSION_DENIED: you may not.* See to the bucket"):
+            store.open_dataset("gs://mine/a")
+        refusing.shutdown()
+    assert refusing.asked and refusing.asked[0].startswith("/storage/v1/b/mine/o/a%2Fmanifest.json")

@@ -142,7 +142,7 @@ class Storage:
             raise self._unwritable(key, error) from error
 
     def list(self, folder: str) -> list[str]:
-        """The names of all files under a folder, whose name ends in a slash."""
+        """The names of all files under a folder, whose name ends in a slash; of all there are where it is empty."""
         try:
             return [key.decode() for key in self._kvstore.list(_under(folder)).result()]
         except READ_ERRORS as error:
@@ -279,4 +279,6 @@ def _context() -> ts.Context:
 
 
 def _under(folder: str) -> ts.KvStore.KeyRange:
+    if not folder:
+        return ts.KvStore.KeyRange()
     return ts.KvStore.KeyRange(folder, folder[:-1] + "0")  # "0" follows "/"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import collections.abc
+import re
 import typing
 
-from .dataset import Dataset
+from .dataset import Dataset, read_record
 from .manifest import EPISODES, StoreError
+from .records import record_key
+
+_PART_FILE = re.compile(r"(.+/part-\d{5,})/")
 
 Step = collections.abc.Callable[[], object]
 
@@ -44,6 +48,23 @@ def find_damage(
             for name in part.leaf_names:
                 yield from _try(id, part.name, name, lambda part=part, name=name: part.read_leaf(name))  # type: ignore[misc]
                 progress(part.record.leaves[name].layout.nbytes)
+    yield from _find_unnamed(dataset)
+
+
+def _find_unnamed(dataset: Dataset) -> collections.abc.Iterator[Damage]:
+    """Finds parts that no record names, since one was removed; what a writer has in flight or left has a claim."""
+    keys = dataset.storage.list("")
+    claimed = {key.removesuffix(".claim") for key in keys if key.endswith(".claim")}
+    found = {match[1] for key in keys if (match := _PART_FILE.match(key))}
+    for folder in sorted(found - claimed):
+        id, _, part = folder.rpartition("/")
+        try:
+            group, _ = read_record(dataset.storage, id)
+        except StoreError:
+            continue  # it was told of above
+        if not group or part not in {record.name for record in group.parts}:
+            why = f"no record of {dataset.url} names it: restore {record_key(id)}, or collect {id} again"
+            yield Damage(id, part, "record", StoreError(why))
 
 
 def _try(id: str, part: str, file: str, read: Step) -> collections.abc.Iterator[Damage]:

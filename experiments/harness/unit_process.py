@@ -88,7 +88,7 @@ class UnitProcess(typing.Generic[U, R]):
         now_s = time.monotonic()
         building_s = now_s - self.begun_s if self.begun_s and not self.prepared_s else 0.0
         if limits.build_seconds and building_s > limits.build_seconds:
-            return self._end(NOT_BUILT, f"to build it took more than {limits.build_seconds:g} s")
+            return self._end(NOT_BUILT, f"what it needs was not built within {limits.build_seconds:g} s")
         if limits.memory_gb and self.prepared_s:
             held_gb = processes.resident_bytes(self.process.pid or 0) / 1e9
             if held_gb > limits.memory_gb:
