@@ -42,7 +42,7 @@ from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from .references import ReferencePolicyError, action_range
 from .references.expert import labelled
-from .references.policy import ReferencePolicy
+from .references.policy import ReferencePolicy, executed
 from .statistics import measure
 from .store import EpisodeIndex
 
@@ -286,7 +286,9 @@ def _noisy(reference: ReferencePolicy, spec: EnvironmentSpec, levels: np.ndarray
         told = labelled(spec.action_space, timestep) if reference.reference.expert else jnp.ones(levels.shape, bool)
         random = (jax.random.uniform(coin_key, levels.shape) < levels) | (~told & ~timestep.last)
         action = _choose(random, held, label)
-        return (inner, held), action, _Record(label, _storable(layout, distribution), random, told)
+        # A label follows what was executed before it, whoever chose that.
+        carry = executed(inner, action), held
+        return carry, action, _Record(label, _storable(layout, distribution), random, told)
 
     return Agent(init, step)
 

@@ -19,7 +19,7 @@ from gymnasium import spaces as gym_spaces
 
 import environments
 from data import references
-from data.references import action_range, moments, networks, pipeline, ppo, tabular
+from data.references import action_range, learning, moments, networks, pipeline, ppo, tabular
 from ldm_jax import cards, rollout
 from ldm_jax.encoding import observations
 from ldm_jax.encoding.actions import action_layout
@@ -140,7 +140,10 @@ SPEC = EnvironmentSpec(
 
 @pytest.fixture(scope="module")
 def update():
-    return jax.jit(lambda *args: ppo._update(ppo._parts(SPEC, TINY), *args))
+    def once(learner, trajectory, following, key):
+        return ppo._update(ppo._parts(SPEC, TINY), learner, learning.Experience(trajectory, following, (None, ())), key)
+
+    return jax.jit(once)
 
 
 @hypothesis.settings(deadline=None, max_examples=25)
@@ -436,21 +439,21 @@ def test_training_that_diverges_is_a_clear_failure():
 
 def test_what_is_kept_is_finite_and_not_the_loss_alone():
     learner = ppo._begin(ppo._parts(SPEC, TINY), 0)
-    ppo._check_finite(SPEC, learner, 1)
+    learning.check_learner(SPEC, learner, 1)
     spoilt = jax.tree.map(np.copy, learner.params)
     spoilt["log_std"] = np.array([np.nan], np.float32)
     with pytest.raises(references.DivergenceError, match="Numbers-v0"):
-        ppo._check_finite(SPEC, learner._replace(params=spoilt), 1)
+        learning.check_learner(SPEC, learner._replace(params=spoilt), 1)
 
 
 def test_the_last_policy_is_kept_unless_it_is_clearly_worse_than_one_before():
     begun = ppo._begin(ppo._parts(SPEC, TINY), 0)
 
     def kept(*returns):
-        best = ppo._Best(begun)
+        best = learning.Best(begun)
         for i, mean in enumerate(returns):
             finished = moments.Moments(np.float32(0 if math.isnan(mean) else 100), np.float32([mean]), np.float32([5]))
-            best = ppo._choose(best, begun._replace(loss=np.float32(i), finished=finished), biased=i == 0)
+            best = learning.keep_better(best, begun._replace(loss=np.float32(i), finished=finished), biased=i == 0)
         return int(best.learner.loss)
 
     assert kept(1, 5, 9) == 2

@@ -11,7 +11,7 @@ from gymnasium import spaces as gym_spaces
 
 import environments
 from data import references
-from data.references import moments, networks, policy, ppo, tabular
+from data.references import memory, moments, networks, policy, ppo, tabular
 from ldm_jax import cards, rollout, spaces
 from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, Slots, action_layout, to_slots
 from ldm_jax.types import EnvironmentSpec, TimeStep
@@ -115,7 +115,7 @@ def rich_timestep(rng):
 @pytest.fixture(scope="module")
 def rich():
     config = ppo.PPOConfig(hidden=(16,))
-    network = ppo._network(RICH, config)
+    network = networks.network(RICH_OBSERVATION, action_layout(RICH_ACTION), config.hidden, config.activation)
     params = {
         "perceptrons": network.init(np.random.default_rng(0)),
         "log_std": np.zeros(2, np.float32),
@@ -173,7 +173,9 @@ def test_a_row_that_does_not_count_changes_no_gradient(rich):
     slots = Slots(jnp.zeros((ROWS, 3), jnp.int32), jnp.full((ROWS, 2), 0.3))
     valid = jnp.arange(ROWS) != 2
     batch = ppo.Batch(timestep.observation, None, slots, -ones, jnp.arange(6.0), ones, valid)
-    gradient = jax.jit(jax.grad(lambda params, batch: ppo.loss(params, config, layout, network, seen, batch)))
+    gradient = jax.jit(
+        jax.grad(lambda params, batch: ppo.loss(params, config, layout, memory.memoryless(network), seen, batch))
+    )
     clean = gradient(params, batch)
 
     def spoil(x):

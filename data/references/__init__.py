@@ -1,9 +1,9 @@
 """Reference policies: found, scored and admitted without a hand in between."""
 
 from .action_range import ActionRangeError
+from .learning import DivergenceError
 from .pipeline import ScoredReference, score_reference, train_reference
 from .policy import ReferencePolicy, random_agent
-from .ppo import DivergenceError
 from .recipes import Recipe
 from .saving import ReferencePolicyError, load_reference, save_reference
 

@@ -6,6 +6,7 @@ though the good actions lie elsewhere.
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 
 import gymnasium
@@ -90,6 +91,21 @@ def find_scale(environment: Environment, seed: int) -> float:
             "action space its bounds in the adapter, or the recipe an action_scale"
         )
     return found
+
+
+Settled = typing.TypeVar("Settled")
+
+
+def settled(environment: Environment, config: Settled, seed: int) -> Settled:
+    """A configuration that has `action_scale`, with the range of actions that declare no bounds found by trying.
+
+    Raises:
+      ActionRangeError: no range gives finite rewards.
+    """
+    given: typing.Any = config
+    if given.action_scale > 0 or not unbounded(environment.spec.action_space).any():
+        return config
+    return dataclasses.replace(given, action_scale=find_scale(environment, seed))
 
 
 def _bounds(space: gymnasium.Space) -> tuple[np.ndarray, np.ndarray]:

@@ -42,14 +42,20 @@ class Network(typing.NamedTuple):
       init: `init(rng) -> params`, on the host; `rng` is NumPy's generator.
       apply: `apply(params, moments, observation, action_mask) -> (logits [B, M], mean [B, C], value [B])`; the mean in
         normalized units, where a slot's range is -1 to 1.
+      encode: `encode(params, moments, observation) -> [B, E]`, the observation as `apply` sees it.
+      decide: `decide(params, features, action_mask)`, what `apply` says, of `features` `[B, E + extra]`.
       numbers: `numbers(observation) -> float32 [B, D]`, what `moments` are taken of.
       size: D.
+      width: E.
     """
 
     init: collections.abc.Callable[[np.random.Generator], PyTree]
     apply: collections.abc.Callable[[PyTree, Moments, PyTree, Array | None], tuple[Array, Array, Array]]
+    encode: collections.abc.Callable[[PyTree, Moments, PyTree], Array]
+    decide: collections.abc.Callable[[PyTree, Array, Array | None], tuple[Array, Array, Array]]
     numbers: collections.abc.Callable[[PyTree], Array]
     size: int
+    width: int
 
 
 def is_image(space: gymnasium.Space) -> bool:
@@ -60,7 +66,13 @@ def is_image(space: gymnasium.Space) -> bool:
 
 
 def network(
-    observation_space: gymnasium.Space, layout: ActionLayout, hidden: tuple[int, ...], activation: str
+    observation_space: gymnasium.Space,
+    layout: ActionLayout,
+    hidden: tuple[int, ...],
+    activation: str,
+    *,
+    extra: int = 0,
+    layer_norm: bool = False,
 ) -> Network:
     """Builds separate policy and value perceptrons over one encoding of the observation.
 
@@ -73,33 +85,40 @@ def network(
       layout: of the action space.
       hidden: widths of the hidden layers.
       activation: a name in `jax.nn`.
+      extra: how many features `decide` is given beyond those of the observation.
+      layer_norm: whether the hidden layers are normalized before their activation (Ba et al. 2016).
     """
     parts = _sort(observation_space)
     outputs = {"actor": layout.flat_choices + layout.continuous, "critic": 1}
-    activate = getattr(jax.nn, activation)
+    function = getattr(jax.nn, activation)
+    activate = (lambda x: function(jax.nn.standardize(x, epsilon=1e-6))) if layer_norm else function
 
     def init(rng: np.random.Generator) -> PyTree:
         params: dict[str, typing.Any] = {
             # A small last layer of the policy starts it near uniform (Andrychowicz et al. 2021, What Matters).
-            name: _init_perceptron(rng, (parts.width, *hidden, out), 0.01 if name == "actor" else 1.0)
+            name: init_perceptron(rng, (parts.width + extra, *hidden, out), 0.01 if name == "actor" else 1.0)
             for name, out in outputs.items()
         }
         params["embeddings"] = [rng.normal(0, 1, (n, EMBEDDING_WIDTH)).astype(np.float32) for n in parts.large]
         params["images"] = [_init_convolutions(rng, channels_last_shape(leaf.space.shape)) for leaf in parts.images]
         return params
 
+    encode = functools.partial(_encode, parts)
+
+    def decide(params: PyTree, features: Array, action_mask: Array | None) -> tuple[Array, Array, Array]:
+        policy = apply_perceptron(params["actor"], features, activate)
+        value = apply_perceptron(params["critic"], features, activate)[..., 0]
+        logits = policy[..., : layout.flat_choices]
+        if action_mask is not None:
+            logits = jnp.where(action_mask, logits, NOT_ALLOWED_FLOAT16)
+        return logits, policy[..., layout.flat_choices :], value
+
     def apply(
         params: PyTree, moments: Moments, observation: PyTree, action_mask: Array | None
     ) -> tuple[Array, Array, Array]:
-        encoded = _encode(parts, params, moments, observation)
-        policy = _apply_perceptron(params["actor"], encoded, activate)
-        value = _apply_perceptron(params["critic"], encoded, activate)[:, 0]
-        logits = policy[:, : layout.flat_choices]
-        if action_mask is not None:
-            logits = jnp.where(action_mask, logits, NOT_ALLOWED_FLOAT16)
-        return logits, policy[:, layout.flat_choices :], value
+        return decide(params, encode(params, moments, observation), action_mask)
 
-    return Network(init, apply, functools.partial(_numbers, parts), parts.numbers)
+    return Network(init, apply, encode, decide, functools.partial(_numbers, parts), parts.numbers, parts.width)
 
 
 class _Parts(typing.NamedTuple):
@@ -188,22 +207,25 @@ def _text_bits(value: Array, length: int) -> Array:
     return 2.0 * bits.astype(jnp.float32) - 1.0
 
 
-def _orthogonal(rng: np.random.Generator, rows: int, columns: int, gain: float) -> np.ndarray:
+def orthogonal(rng: np.random.Generator, rows: int, columns: int, gain: float) -> np.ndarray:
+    """An orthogonal matrix `float32 [rows, columns]` times `gain` (Saxe et al. 2014)."""
     normal = rng.normal(size=(max(rows, columns), min(rows, columns)))
     q, r = np.linalg.qr(normal)
     q = q * np.sign(np.diag(r))
     return (gain * (q if rows >= columns else q.T)).astype(np.float32)
 
 
-def _init_perceptron(rng: np.random.Generator, widths: tuple[int, ...], last_gain: float) -> PyTree:
+def init_perceptron(rng: np.random.Generator, widths: tuple[int, ...], last_gain: float) -> PyTree:
+    """Layers of these widths, that of the input first; the last one's weights are of the gain."""
     gains = [math.sqrt(2)] * (len(widths) - 2) + [last_gain]
     return [
-        {"kernel": _orthogonal(rng, rows, columns, gain), "bias": np.zeros(columns, np.float32)}
+        {"kernel": orthogonal(rng, rows, columns, gain), "bias": np.zeros(columns, np.float32)}
         for rows, columns, gain in zip(widths[:-1], widths[1:], gains, strict=True)
     ]
 
 
-def _apply_perceptron(layers: PyTree, x: Array, activate: collections.abc.Callable[[Array], Array]) -> Array:
+def apply_perceptron(layers: PyTree, x: Array, activate: collections.abc.Callable[[Array], Array]) -> Array:
+    """The layers one after the other over the last axis of `x`, the last without an activation."""
     for layer in layers[:-1]:
         x = activate(x @ layer["kernel"] + layer["bias"])
     return x @ layers[-1]["kernel"] + layers[-1]["bias"]
@@ -238,10 +260,10 @@ def _init_convolutions(rng: np.random.Generator, shape: tuple[int, int, int]) ->
     height, width, channels = shape
     layers = []
     for stride, features in CONVOLUTIONS:
-        kernel = _orthogonal(rng, 4 * stride * stride * channels, features, math.sqrt(2))
+        kernel = orthogonal(rng, 4 * stride * stride * channels, features, math.sqrt(2))
         layers.append({"kernel": kernel, "bias": np.zeros(features, np.float32)})
         height, width, channels = height // stride - 1, width // stride - 1, features
-    return layers + _init_perceptron(rng, (height * width * channels, IMAGE_FEATURES), math.sqrt(2))
+    return layers + init_perceptron(rng, (height * width * channels, IMAGE_FEATURES), math.sqrt(2))
 
 
 def _apply_convolutions(layers: PyTree, x: Array) -> Array:

@@ -43,6 +43,18 @@ class SlotPolicy(typing.NamedTuple):
     std: Array
 
 
+class Memory(typing.NamedTuple):
+    """What a policy with memory carries from step to step; a pytree.
+
+    Attributes:
+      hidden: `float32 [B, H]`.
+      action: the action executed last, whoever chose it; each leaf `[B, ...]`.
+    """
+
+    hidden: Array
+    action: PyTree
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReferencePolicy:
     """A trained policy, ready to act and to label; it can be pickled, copied and compared.
@@ -118,6 +130,26 @@ def slot_agent(layout: ActionLayout, policy: collections.abc.Callable[[PyTree, T
     return Agent(_remember_nothing, functools.partial(_act, layout, policy))
 
 
+def remembering_agent(
+    layout: ActionLayout,
+    begin: collections.abc.Callable[[int], Memory],
+    policy: collections.abc.Callable[[PyTree, Memory, TimeStep], tuple[SlotPolicy, Memory]],
+) -> Agent:
+    """A `slot_agent` that carries a memory; who executes another action than its own says so by `executed`.
+
+    Args:
+      layout: of the action space.
+      begin: `begin(batch_size)`, the memory before the first step.
+      policy: `policy(params["policy"], memory, timestep)`.
+    """
+    return Agent(begin, functools.partial(_act_and_remember, layout, policy))
+
+
+def executed(carry: PyTree, action: PyTree) -> PyTree:
+    """What an agent carries, told the action that was executed in place of its own."""
+    return carry._replace(action=action) if isinstance(carry, Memory) else carry
+
+
 # Functions of the module with what they need bound to them: closures could not be pickled.
 def _remember_nothing(batch_size: int) -> tuple[()]:
     return ()
@@ -137,7 +169,28 @@ def _act(
     timestep: TimeStep,
     key: jax.Array,
 ) -> tuple[tuple[()], PyTree, Distribution]:
-    logits, mean, std = policy(params["policy"], timestep)
+    action, record = _decode(layout, policy(params["policy"], timestep), params, timestep, key)
+    return carry, action, record
+
+
+def _act_and_remember(
+    layout: ActionLayout,
+    policy: collections.abc.Callable[[PyTree, Memory, TimeStep], tuple[SlotPolicy, Memory]],
+    params: PyTree,
+    memory: Memory,
+    timestep: TimeStep,
+    key: jax.Array,
+) -> tuple[Memory, PyTree, Distribution]:
+    slots, memory = policy(params["policy"], memory, timestep)
+    action, record = _decode(layout, slots, params, timestep, key)
+    return executed(memory, action), action, record
+
+
+def _decode(
+    layout: ActionLayout, slot_policy: SlotPolicy, params: PyTree, timestep: TimeStep, key: jax.Array
+) -> tuple[PyTree, Distribution]:
+    """An action in the way that `params["decoding"]` says, and what is recorded of the policy."""
+    logits, mean, std = slot_policy
     greedy, sample = (params["decoding"] == DECODINGS.index(name) for name in ("greedy", "sample"))
     policy_key, random_key = jax.random.split(key)
     point = jnp.clip(mean, -1, 1)
@@ -150,7 +203,7 @@ def _act(
     record = Distribution(
         logits, denormalize(layout, jnp.where(greedy, point, mean)), jnp.where(greedy, 0.0, std) * half_range
     )
-    return carry, action, record
+    return action, record
 
 
 def choice_logits(layout: ActionLayout, logits: Array) -> Array:

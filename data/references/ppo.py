@@ -8,7 +8,6 @@ Source: Schulman et al. 2017 (PPO).
 from __future__ import annotations
 
 import collections.abc
-import dataclasses
 import functools
 import typing
 
@@ -17,54 +16,40 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ldm_jax import rollout
 from ldm_jax.encoding.actions import ActionLayout, Slots, action_layout, from_slots
 from ldm_jax.environment import Environment
-from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
-from . import action_range
-from .algorithm import REPORTS, Learned
-from .moments import Moments, add_moments, first_moments, init_moments, scale
-from .networks import Network, network
-from .policy import SlotPolicy, sample_slots, slot_agent
+from . import action_range, learning
+from .algorithm import Learned
+from .learning import (
+    Experience,
+    LearnerState,
+    Method,
+    Schedule,
+    add_numbers,
+    descend,
+    gradient_step,
+    init_learner,
+    normalize_rewards,
+)
+from .memory import ActorCritic, begin_memory, memoryless, recurrent
+from .moments import Moments, init_moments
+from .networks import network
+from .policy import SlotPolicy, executed, remembering_agent, sample_slots, slot_agent
 from .ppo_loss import Batch, PPOConfig, advantages, log_prob_and_entropy, loss
 
 
-class DivergenceError(LdmError, FloatingPointError):
-    """Training came to numbers that are not finite; nothing is kept of it."""
-
-
 class ActorRecord(typing.NamedTuple):
-    """What the learning agent records: slots as sampled, before clipping, their log-probability and the value."""
+    """What the learning agent records: slots as sampled, before clipping, their log-probability and the value.
+
+    And what was remembered before the step.
+    """
 
     slots: Slots
     log_prob: Array
     value: Array
-
-
-class LearnerState(typing.NamedTuple):
-    """All that training changes; a pytree.
-
-    Attributes:
-      params: of the network, with `log_std`.
-      moments: of the observation's numbers.
-      optimizer: Adam's state.
-      reward_moments: of the discounted sum of rewards, `[1]`.
-      discounted: that sum so far, `float32 [B]`.
-      total: sum of rewards of the episode so far, `float32 [B]`.
-      finished: of the returns of the episodes that ended since the last report, `[1]`.
-      loss: mean of the last update.
-    """
-
-    params: PyTree
-    moments: Moments
-    optimizer: PyTree
-    reward_moments: Moments
-    discounted: Array
-    total: Array
-    finished: Moments
-    loss: Array
+    memory: PyTree = ()
 
 
 class _Parts(typing.NamedTuple):
@@ -72,123 +57,107 @@ class _Parts(typing.NamedTuple):
 
     config: PPOConfig
     layout: ActionLayout
-    network: Network
+    model: ActorCritic
     optimizer: optax.GradientTransformation
 
 
 def settle(environment: Environment, config: PPOConfig, seed: int) -> PPOConfig:
-    """The configuration with what it left open found by trying: the range of actions that declare no bounds.
-
-    Raises:
-      ActionRangeError: no range gives finite rewards.
-    """
-    if config.action_scale > 0 or not action_range.unbounded(environment.spec.action_space).any():
-        return config
-    return dataclasses.replace(config, action_scale=action_range.find_scale(environment, seed))
+    """The configuration with what it left open found by trying; see `action_range.settled`."""
+    return action_range.settled(environment, config, seed)
 
 
 def learn(environment: Environment, config: PPOConfig, seed: int) -> collections.abc.Iterator[Learned]:
-    """Trains a policy, and pauses at each report.
+    """Trains a policy, and pauses at each report; see `learning.learn`.
 
     Args:
       environment: `config.num_envs` rows.
       config: hyperparameters, settled.
       seed: of everything random.
-
-    Yields:
-      Parameters for the policy of `agent`: the last ones, or the last before a clear decline.
-
-    Raises:
-      DivergenceError: training diverged.
     """
-    spec = environment.spec
-    if spec.batch_size != config.num_envs:
-        raise ConfigError(f"the environment has {spec.batch_size} rows, expected num_envs = {config.num_envs}")
-    parts = _parts(spec, config)
-    explorer = _explorer(parts)
-    update_many = _driver(environment, parts, explorer)
-    reset_key, key = jax.random.split(jax.random.key(seed))
-    loop = rollout.start(environment, explorer, reset_key)
-    learner: LearnerState = _begin(parts, seed)
-    learner = learner._replace(moments=first_moments(parts.network.numbers(loop.timestep.observation)))
-    reports, best = min(config.updates, REPORTS), _Best(learner)
-    # Before, only the short episodes have ended, which may be the best or the worst.
-    unbiased_after = min(spec.time_limit, config.updates * config.rollout_length // 4)
-    for report in range(reports):
-        begin, end = (config.updates * i // reports for i in (report, report + 1))
-        learner, loop = update_many(learner, loop, key, begin, end)
-        _check_finite(spec, learner, end)
-        best = _choose(best, learner, biased=begin * config.rollout_length < unbiased_after)
-        kept = {"network": best.learner.params, "moments": best.learner.moments._asdict()}
-        yield Learned(end * config.num_envs * config.rollout_length, kept, _mean_and_error(learner.finished)[0])
-        learner = learner._replace(finished=init_moments(1))
+    return learning.learn(environment, _method(_parts(environment.spec, config)), seed)
 
 
 def agent(spec: EnvironmentSpec, config: PPOConfig) -> Agent:
     """The agent of trained parameters, whichever way it decodes; see `policy.slot_agent`."""
-    return slot_agent(_layout(spec, config), functools.partial(_slot_policy, spec, config))
+    layout = _layout(spec, config)
+    if not config.memory:
+        return slot_agent(layout, functools.partial(_slot_policy, spec, config))
+    begin = functools.partial(begin_memory, spec, config.memory)
+    return remembering_agent(layout, begin, functools.partial(_remembering_policy, spec, config))
 
 
 def example(spec: EnvironmentSpec, config: PPOConfig) -> PyTree:
     """Parameters of the structure and shapes that `learn` yields."""
     parts = _parts(spec, config)
-    return {"network": _init_params(parts, 0), "moments": init_moments(parts.network.size)._asdict()}
+    return {"network": _init_params(parts, 0), "moments": init_moments(parts.model.size)._asdict()}
+
+
+def _remembering_policy(
+    spec: EnvironmentSpec, config: PPOConfig, params: PyTree, memory: PyTree, timestep: TimeStep
+) -> tuple[SlotPolicy, PyTree]:
+    model, moments = _model(spec, config), Moments(**params["moments"])
+    seen = model.see(memory, timestep)
+    (logits, mean, _), memory = model.act(params["network"]["perceptrons"], moments, memory, seen, timestep)
+    return SlotPolicy(logits, mean, jnp.broadcast_to(jnp.exp(params["network"]["log_std"]), mean.shape)), memory
 
 
 def _slot_policy(spec: EnvironmentSpec, config: PPOConfig, params: PyTree, timestep: TimeStep) -> SlotPolicy:
-    logits, mean, _ = _network(spec, config).apply(
-        params["network"]["perceptrons"], Moments(**params["moments"]), timestep.observation, timestep.action_mask
-    )
-    return SlotPolicy(logits, mean, jnp.broadcast_to(jnp.exp(params["network"]["log_std"]), mean.shape))
+    return _remembering_policy(spec, config, params, (), timestep)[0]
 
 
 def _layout(spec: EnvironmentSpec, config: PPOConfig) -> ActionLayout:
     return action_layout(spec.action_space, *action_range.limits(spec.action_space, config.action_scale or 1.0))
 
 
-def _network(spec: EnvironmentSpec, config: PPOConfig) -> Network:
-    return network(spec.observation_space, _layout(spec, config), config.hidden, config.activation)
+def _model(spec: EnvironmentSpec, config: PPOConfig) -> ActorCritic:
+    layout = _layout(spec, config)
+    if config.memory:
+        return recurrent(spec, layout, config.hidden, config.activation, config.memory)
+    return memoryless(network(spec.observation_space, layout, config.hidden, config.activation))
 
 
 def _parts(spec: EnvironmentSpec, config: PPOConfig) -> _Parts:
     total = config.updates * config.epochs * config.minibatches
     schedule = optax.linear_schedule(config.learning_rate, 0.0, total)
     optimizer = optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.adam(schedule, eps=1e-5))
-    return _Parts(config, _layout(spec, config), _network(spec, config), optimizer)
+    return _Parts(config, _layout(spec, config), _model(spec, config), optimizer)
 
 
 def _init_params(parts: _Parts, seed: int) -> PyTree:
     log_std = np.full(parts.layout.continuous, np.log(parts.config.initial_std), np.float32)
-    return {"perceptrons": parts.network.init(np.random.default_rng(seed)), "log_std": log_std}
+    return {"perceptrons": parts.model.init(np.random.default_rng(seed)), "log_std": log_std}
 
 
 def _begin(parts: _Parts, seed: int) -> LearnerState:
-    params, rows = _init_params(parts, seed), np.zeros(parts.config.num_envs, np.float32)
-    return LearnerState(
-        params=params,
-        moments=init_moments(parts.network.size),
-        # Adam begins at zeros
-        optimizer=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(parts.optimizer.init, params)),
-        reward_moments=init_moments(1),
-        discounted=rows,
-        total=rows,
-        finished=init_moments(1),
-        loss=np.zeros((), np.float32),
+    params = _init_params(parts, seed)
+    optimizer = jax.eval_shape(parts.optimizer.init, params)
+    return init_learner(params, optimizer, parts.model.size, parts.config.num_envs)
+
+
+def _method(parts: _Parts) -> Method:
+    config, model = parts.config, parts.model
+    return Method(
+        schedule=Schedule(config.num_envs, config.rollout_length, config.updates),
+        begin=functools.partial(_begin, parts),
+        numbers=lambda timestep: model.numbers(model.see(model.begin(config.num_envs), timestep)),
+        explorer=_explorer(parts),
+        acting=lambda learner: (learner.params, learner.moments),
+        update=functools.partial(_update, parts),
+        kept=lambda learner: {"network": learner.params, "moments": learner.moments._asdict()},
     )
 
 
 def _explorer(parts: _Parts) -> Agent:
     """The agent that acts while learning: sampled slots, with noise that may last; it records what the update needs."""
-    config, layout = parts.config, parts.layout
+    config, layout, model = parts.config, parts.layout, parts.model
 
-    def init(batch_size: int) -> Array:
-        return jnp.zeros((batch_size, layout.continuous))
+    def init(batch_size: int) -> PyTree:
+        return jnp.zeros((batch_size, layout.continuous)), model.begin(batch_size)
 
-    def step(params: PyTree, noise: Array, timestep: TimeStep, key: Array) -> tuple[Array, PyTree, ActorRecord]:
-        learned, moments = params
-        logits, mean, value = parts.network.apply(
-            learned["perceptrons"], moments, timestep.observation, timestep.action_mask
-        )
+    def step(params: PyTree, carry: PyTree, timestep: TimeStep, key: Array) -> tuple[PyTree, PyTree, ActorRecord]:
+        (learned, moments), (noise, memory) = params, carry
+        seen = model.see(memory, timestep)
+        (logits, mean, value), after = model.act(learned["perceptrons"], moments, memory, seen, timestep)
         white = sample_slots(layout, key, logits, jnp.zeros_like(mean), jnp.ones_like(mean))
         # Each step's noise is standard normal by itself, so the log-probability of one step needs no history.
         correlation = config.noise_correlation
@@ -196,151 +165,62 @@ def _explorer(parts: _Parts) -> Agent:
         noise = jnp.where(timestep.first[:, None], white.continuous, going)
         slots = Slots(white.categorical, mean + jnp.exp(learned["log_std"]) * noise)
         log_prob, _ = log_prob_and_entropy(layout, slots, logits, mean, learned["log_std"])
-        return noise, from_slots(layout, slots), ActorRecord(slots, log_prob, value)
+        action = from_slots(layout, slots)
+        return (noise, executed(after, action)), action, ActorRecord(slots, log_prob, value, memory)
 
     return Agent(init, step)
 
 
-_Driver = collections.abc.Callable[
-    [LearnerState, rollout.RolloutState, Array, int, int], tuple[LearnerState, rollout.RolloutState]
-]
-
-
-def _driver(environment: Environment, parts: _Parts, explorer: Agent) -> _Driver:
-    """Does the updates from `begin` to before `end`, as one program where the environment allows it.
-
-    What is compiled here is forgotten with the driver: a program holds on to the environment it was made for.
-    """
-    jittable = environment.spec.jittable
-    learn = functools.partial(_update, parts) if jittable else jax.jit(functools.partial(_update, parts))
-
-    def act_and_learn(
-        key: Array, i: Array | int, learner: LearnerState, loop: rollout.RolloutState
-    ) -> tuple[LearnerState, rollout.RolloutState]:
-        act_key, learn_key = jax.random.split(jax.random.fold_in(key, i))
-        params = (learner.params, learner.moments)
-        loop, trajectory = rollout.rollout(environment, explorer, params, loop, act_key, parts.config.rollout_length)
-        return learn(learner, trajectory, loop.timestep, learn_key), loop
-
-    def on_host(
-        learner: LearnerState, loop: rollout.RolloutState, key: Array, begin: int, end: int
-    ) -> tuple[LearnerState, rollout.RolloutState]:
-        for i in range(begin, end):
-            learner, loop = act_and_learn(key, i, learner, loop)
-        return learner, loop
-
-    @jax.jit
-    def inside(
-        learner: LearnerState, loop: rollout.RolloutState, key: Array, begin: int, end: int
-    ) -> tuple[LearnerState, rollout.RolloutState]:
-        return jax.lax.fori_loop(begin, end, lambda i, state: act_and_learn(key, i, *state), (learner, loop))
-
-    return inside if jittable else on_host
-
-
-def _update(
-    parts: _Parts, learner: LearnerState, trajectory: rollout.Trajectory, following: TimeStep, key: Array
-) -> LearnerState:
+def _update(parts: _Parts, learner: LearnerState, experience: Experience, key: Array) -> LearnerState:
     """One PPO update from a rollout and the time step after it."""
-    config, steps, record = parts.config, trajectory.timestep, trajectory.record
-    _, _, last_value = parts.network.apply(
-        learner.params["perceptrons"], learner.moments, following.observation, following.action_mask
-    )
-    value, reward, terminated, truncated = (
-        jnp.concatenate([now, after[None]])
-        for now, after in (
-            (record.value, last_value),
-            (steps.reward, following.reward),
-            (steps.terminated, following.terminated),
-            (steps.truncated, following.truncated),
-        )
-    )
-    normalized, learner = _normalize_rewards(config, learner, reward, terminated | truncated)
+    config, model = parts.config, parts.model
+    (steps, _, record), following, (_, memory) = experience
+    seen = model.see(memory, following)
+    (_, _, last_value), _ = model.act(learner.params["perceptrons"], learner.moments, memory, seen, following)
+    value = jnp.concatenate([record.value, last_value[None]])
+    reward, terminated, truncated = map(experience.with_following, ("reward", "terminated", "truncated"))
+    normalized, learner = normalize_rewards(config.discount, learner, reward, terminated | truncated)
     advantage, valid = advantages(value, normalized, terminated, truncated, config.discount, config.gae_lambda)
     data = Batch(
-        observation=steps.observation,
+        seen=model.see(record.memory, steps),
         action_mask=steps.action_mask,
         slots=record.slots,
         log_prob=record.log_prob,
         advantage=advantage,
         target=advantage + value[:-1],
         valid=valid,
+        first=steps.first,
     )
-    data = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), data)
-    numbers = parts.network.numbers(data.observation)
-    moments = add_moments(learner.moments, numbers, jnp.ones(numbers.shape[0], bool))
+    moments = add_numbers(learner, _numbers(model, data.seen))
     # Only now: the rollout's log-probabilities were taken under the old moments, and so is its update.
-    params, optimizer, losses = _descend(parts, learner, data, key)
+    data = _cut(config, data._replace(memory=record.memory))
+
+    def objective(params: PyTree, batch: Batch) -> Array:
+        return loss(params, config, parts.layout, model, learner.moments, batch)
+
+    step, state = functools.partial(gradient_step, parts.optimizer, objective), (learner.params, learner.optimizer)
+    (params, optimizer), losses = descend(step, state, data, config.epochs, config.minibatches, key)
     return learner._replace(params=params, moments=moments, optimizer=optimizer, loss=losses.mean())
 
 
-def _descend(parts: _Parts, learner: LearnerState, data: Batch, key: Array) -> tuple[PyTree, PyTree, Array]:
-    """Epochs of minibatches over `[N, ...]` data; the new parameters, the optimizer's state and all losses."""
-    config = parts.config
-
-    def step(state: tuple[PyTree, PyTree], index_N: Array) -> tuple[tuple[PyTree, PyTree], Array]:
-        params, optimizer_state = state
-        batch = jax.tree.map(lambda x: x[index_N], data)
-        value, gradient = jax.value_and_grad(loss)(params, config, parts.layout, parts.network, learner.moments, batch)
-        change, optimizer_state = parts.optimizer.update(gradient, optimizer_state, params)
-        return (optax.apply_updates(params, change), optimizer_state), value
-
-    shuffles = jnp.argsort(jax.random.bits(key, (config.epochs, data.valid.size), jnp.uint32), -1)
-    shuffles = shuffles.reshape(config.epochs * config.minibatches, -1)
-    (params, optimizer_state), losses = jax.lax.scan(step, (learner.params, learner.optimizer), shuffles)
-    return params, optimizer_state, losses
+def _numbers(model: ActorCritic, seen: PyTree) -> Array:
+    """What moments are taken of, `[T * B, D]`, of what was seen in a rollout."""
+    return model.numbers(jax.tree.map(_rows, seen))
 
 
-def _normalize_rewards(
-    config: PPOConfig, learner: LearnerState, reward: Array, last: Array
-) -> tuple[Array, LearnerState]:
-    """Scales rewards `[T + 1, B]` by the spread of their discounted sum, leaving their mean; books the returns."""
-    valid = ~last[:-1]
-    decays = (config.discount, 1.0)
+def _cut(config: PPOConfig, data: Batch) -> Batch:
+    """A rollout `[T, B, ...]` as steps `[N, ...]`, or as sequences `[N, L, ...]` with what was remembered before."""
+    if not config.memory:
+        return jax.tree.map(_rows, data._replace(memory=()))
+    length = config.sequence_length
 
-    def add(sums: tuple[Array, Array], now: tuple[Array, Array]) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        reward, valid = now
-        discounted, total = (jnp.where(valid, decay * x + reward, 0.0) for decay, x in zip(decays, sums, strict=True))
-        return (discounted, total), (discounted, total)
+    def sequences(x: Array) -> Array:
+        return _rows(x.reshape(x.shape[0] // length, length, *x.shape[1:]).swapaxes(1, 2))
 
-    ends, (discounted, total) = jax.lax.scan(add, (learner.discounted, learner.total), (reward[1:], valid))
-    moments = add_moments(learner.reward_moments, discounted.reshape(-1, 1), valid.ravel())
-    finished = add_moments(learner.finished, total.reshape(-1, 1), (valid & last[1:]).ravel())
-    learner = learner._replace(reward_moments=moments, discounted=ends[0], total=ends[1], finished=finished)
-    return jnp.clip(reward / scale(moments), -10, 10), learner
+    return jax.tree.map(sequences, data._replace(memory=()))._replace(
+        memory=jax.tree.map(lambda x: _rows(x[::length]), data.memory)
+    )
 
 
-class _Best(typing.NamedTuple):
-    """The policy to be kept so far, and the highest mean return of any, with its standard error."""
-
-    learner: LearnerState
-    mean: float = -np.inf
-    error: float = 0.0
-
-
-def _choose(best: _Best, learner: LearnerState, *, biased: bool) -> _Best:
-    """Takes the later policy unless it is clearly worse than an earlier one: learning may collapse late."""
-    mean, error = _mean_and_error(learner.finished)
-    if mean < best.mean - 2 * np.hypot(error, best.error):
-        learner = best.learner
-    if biased or not mean > best.mean:
-        return best._replace(learner=learner)
-    return _Best(learner, mean, error)
-
-
-def _mean_and_error(finished: Moments) -> tuple[float, float]:
-    """Mean return and its standard error; NaN, which is no decline, where no episode ended."""
-    count = float(finished.seen)
-    if count < 1:
-        return np.nan, 0.0
-    return float(finished.mean[0]), float(finished.std[0]) / count**0.5
-
-
-def _check_finite(spec: EnvironmentSpec, learner: LearnerState, updates: int) -> None:
-    """What would be kept is looked at, and not the loss alone: the step after a sound loss may still overflow."""
-    kept = (learner.loss, learner.params, learner.moments, learner.reward_moments)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept)):
-        raise DivergenceError(
-            f"training {spec.id} diverged after {updates} updates: the loss is {learner.loss}; "
-            "lower the learning rate or look at the rewards"
-        )
+def _rows(x: Array) -> Array:
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])

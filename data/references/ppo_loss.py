@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.encoding.actions import ActionLayout, Slots
-from ldm_jax.errors import ConfigError, check_finite
+from ldm_jax.errors import ConfigError
 from ldm_jax.types import Array, PyTree
 
+from .hyperparameters import check_hyperparameters, check_minibatches
+from .learning import average, blank
+from .memory import ActorCritic
 from .moments import Moments
-from .networks import Network
 from .policy import choice_logits
 
 
@@ -45,6 +47,8 @@ class PPOConfig:
       noise_correlation: of the exploration noise of continuous slots from step to step, 0 (white) to below 1.
       action_scale: how far actions reach in dimensions that declare no bounds, see `action_range.limits`; 0: it is
         found by trying, before training.
+      memory: width of what policy and value remember of the episode; 0: they see the observation alone.
+      sequence_length: steps that learning goes back through memory at once; divides rollout_length.
     """
 
     budget_steps: int = 500_000
@@ -65,37 +69,43 @@ class PPOConfig:
     learn_std: bool = True
     noise_correlation: float = 0.0
     action_scale: float = 0.0
+    memory: int = 0
+    sequence_length: int = 32
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "hidden", tuple(self.hidden))  # a list, when it comes from JSON
-        check_finite(self)
-        at_least_one = ("budget_steps", "num_envs", "rollout_length", "epochs", "minibatches")
-        for name in (*at_least_one, "learning_rate", "clip_eps", "max_gradient_norm", "initial_std"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in at_least_one:
-            if int(getattr(self, name)) != getattr(self, name):
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected a whole number")
-        for name in ("entropy_coef", "value_coef", "action_scale"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name in ("discount", "gae_lambda", "noise_correlation"):
-            if not 0 <= getattr(self, name) <= 1 or self.noise_correlation == 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected a number from 0 to 1")
-        if self.num_envs * self.rollout_length % self.minibatches:
+        check_hyperparameters(
+            self,
+            whole=("budget_steps", "num_envs", "rollout_length", "epochs", "minibatches", "sequence_length"),
+            positive=("learning_rate", "clip_eps", "max_gradient_norm", "initial_std"),
+            not_negative=("entropy_coef", "value_coef", "action_scale", "memory"),
+            shares=("discount", "gae_lambda", "noise_correlation"),
+        )
+        if self.memory != int(self.memory) or self.noise_correlation == 1:
             raise ConfigError(
-                f"a rollout of {self.num_envs} environments x {self.rollout_length} steps does not split into "
-                f"{self.minibatches} minibatches"
+                f"memory is {self.memory} and noise_correlation {self.noise_correlation}, expected a whole number and "
+                "less than 1"
             )
-        if not self.hidden or min(self.hidden) < 1 or not callable(getattr(jax.nn, self.activation, None)):
+        if not callable(getattr(jax.nn, self.activation, None)):
+            raise ConfigError(f"activation is {self.activation!r}, expected a name in jax.nn")
+        length = self.sequence_length if self.memory else 1
+        if self.rollout_length % length:
             raise ConfigError(
-                f"got hidden {self.hidden} and activation {self.activation!r}, expected widths and a name in jax.nn"
+                f"a rollout of {self.rollout_length} steps does not split into sequences, sequence_length is {length}"
             )
+        check_minibatches(self.num_envs * (self.rollout_length // length), self.minibatches)
 
     @property
     def updates(self) -> int:
         """Rollouts that the budget pays for, at least one."""
         return max(1, self.budget_steps // (self.num_envs * self.rollout_length))
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentPPOConfig(PPOConfig):
+    """The same with a memory, for environments whose observation hides something."""
+
+    budget_steps: int = 1_000_000
+    memory: int = 64
 
 
 def advantages(
@@ -134,57 +144,55 @@ def advantages(
 
 
 class Batch(typing.NamedTuple):
-    """N steps to learn from; a pytree.
+    """N steps to learn from, or N sequences of L where the model remembers: then `[N, L]` for `[N]`; a pytree.
 
     Attributes:
-      observation: each leaf `[N, ...]`.
+      seen: what the model sees, each leaf `[N, ...]`.
       action_mask: `bool [N, M]` or None.
       slots: what was sampled.
       log_prob: `float32 [N]`, of it, when acting.
       advantage: `float32 [N]`.
       target: `float32 [N]`, of the value.
       valid: `bool [N]`; the other rows count for nothing, whatever they hold.
+      first: `bool [N]`, whether an episode begins.
+      memory: before the step, or before the first of a sequence; each leaf `[N, ...]`.
     """
 
-    observation: PyTree
+    seen: PyTree
     action_mask: Array | None
     slots: Slots
     log_prob: Array
     advantage: Array
     target: Array
     valid: Array
+    first: Array | None = None
+    memory: PyTree = ()
 
 
 def loss(
     params: PyTree,
     config: PPOConfig,
     layout: ActionLayout,
-    network: Network,
+    model: ActorCritic,
     moments: Moments,
     batch: Batch,
 ) -> Array:
     """The clipped objective, with value loss and entropy bonus, averaged over the valid steps."""
-    valid = batch.valid
-    # Masking the result is not enough: the gradient of NaN times 0 is NaN.
-    batch = jax.tree.map(
-        lambda x: jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x)), batch
-    )
-    logits, mean, value = network.apply(params["perceptrons"], moments, batch.observation, batch.action_mask)
+    valid, first, memory = batch.valid, batch.first, batch.memory
+    batch = blank(valid, batch._replace(first=None, memory=()))
+    logits, mean, value = model.unroll(params["perceptrons"], moments, memory, batch.seen, batch.action_mask, first)
     log_std = params["log_std"]
     if not config.learn_std:
         log_std = jax.lax.stop_gradient(log_std)
     log_prob, entropy = log_prob_and_entropy(layout, batch.slots, logits, mean, log_std)
 
-    def average(x: Array) -> Array:
-        return jnp.where(valid, x, 0.0).sum() / jnp.maximum(valid.sum(), 1)
-
-    centered = batch.advantage - average(batch.advantage)
-    advantage = centered / (jnp.sqrt(average(centered**2)) + 1e-8)  # rewards came normalized: 1 is their unit
+    centered = batch.advantage - average(valid, batch.advantage)
+    advantage = centered / (jnp.sqrt(average(valid, centered**2)) + 1e-8)  # rewards came normalized: 1 is their unit
     ratio = jnp.exp(jnp.where(valid, log_prob - batch.log_prob, 0.0))
     clipped = jnp.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps)
     objective = jnp.minimum(ratio * advantage, clipped * advantage)
     value_loss = 0.5 * (value - batch.target) ** 2
-    return average(-objective + config.value_coef * value_loss - config.entropy_coef * entropy)
+    return average(valid, -objective + config.value_coef * value_loss - config.entropy_coef * entropy)
 
 
 def log_prob_and_entropy(

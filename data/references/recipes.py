@@ -9,13 +9,19 @@ import typing
 
 from ldm_jax.errors import ConfigError
 
-from . import expert, ppo, tabular
+from . import expert, ppo, pqn, sac, tabular
 from .algorithm import Algorithm
+from .ppo_loss import RecurrentPPOConfig
 
 ALGORITHMS: collections.abc.Mapping[str, Algorithm] = types.MappingProxyType(
     {
         "ppo": Algorithm(ppo.PPOConfig, ppo.settle, ppo.learn, ppo.agent, ppo.example),
+        "recurrent_ppo": Algorithm(RecurrentPPOConfig, ppo.settle, ppo.learn, ppo.agent, ppo.example),
+        "pqn": Algorithm(pqn.PQNConfig, pqn.settle, pqn.learn, pqn.agent, pqn.example),
+        "sac": Algorithm(sac.SACConfig, sac.settle, sac.learn, sac.agent, sac.example),
         "tabular": Algorithm(tabular.TabularConfig, tabular.settle, tabular.learn, tabular.agent, tabular.example),
+        # The same where the environment does not number its states: what a card says of how they are told apart.
+        "hashed": Algorithm(tabular.TabularConfig, tabular.settle, tabular.learn, tabular.agent, tabular.example),
         "expert": Algorithm(expert.ExpertConfig, expert.settle, expert.learn, expert.agent, expert.example),
     }
 )

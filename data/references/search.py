@@ -24,11 +24,12 @@ from ldm_jax.types import Agent, EnvironmentSpec, PyTree
 
 from .algorithm import Learned
 from .candidates import Candidate, Rung, affordable, find_candidates, rungs, total_steps, winner_steps
+from .learning import DivergenceError
 from .opening import MakeEnvironment, opened
 from .policy import SlotDecoding, with_decoding
-from .ppo import DivergenceError
 from .probing import PROBING_STEPS, Probe, probe
 from .recipes import ALGORITHMS, Recipe
+from .tabular import UnsuitableError
 
 PROBE_SHARE = 20
 """A budget is probed for only where it is at least so many times what the probe takes."""
@@ -281,7 +282,7 @@ def _climb(plan: _Plan, run: _Run, rung: Rung, before: int, faults: list[Excepti
     while run.steps < run.config.budget_steps * rung.share and not run.ended:
         try:
             run.advance()
-        except (DivergenceError, EnvironmentFaultError) as fault:
+        except (DivergenceError, UnsuitableError, EnvironmentFaultError) as fault:
             faults.append(fault)
             _close(plan, [run])
             return "failed"

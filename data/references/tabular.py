@@ -1,7 +1,9 @@
-"""References for environments that show one category and take one: learn the model by acting, then plan in it.
+"""References for environments whose observations repeat: learn the model by acting, then plan in it.
 
-Where states are few, planning finds in seconds what policy gradients may never find. Exploration alternates between
-seeking what was tried least and following the best plan so far, both planned in the model learned so far.
+Where states are few, planning finds in seconds what policy gradients may never find. Observations are states, one
+category by its number and anything else by a fingerprint of its bytes. Exploration alternates between seeking what was
+tried least and following the best plan so far, both planned in the model learned so far. In a state that was never seen
+the policy chooses uniformly among what is allowed.
 Source: Strehl and Littman 2008 (count-based bonuses); Bellman 1957 (value iteration).
 """
 
@@ -10,32 +12,35 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import functools
+import math
 
-import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 from gymnasium import spaces
 
 from ldm_jax import rollout
-from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, action_layout
+from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, ActionLayout, action_layout, to_slots
 from ldm_jax.environment import Environment, EnvironmentFaultError
-from ldm_jax.errors import ConfigError, check_finite
-from ldm_jax.spaces import SpaceError
-from ldm_jax.types import Agent, EnvironmentSpec, PyTree, TimeStep
+from ldm_jax.errors import ConfigError, LdmError
+from ldm_jax.spaces import SpaceError, leaves
+from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from .algorithm import REPORTS, Learned
+from .hyperparameters import check_hyperparameters
+from .mdp import NOT_BEST, EmpiricalMDP, add_experience, best_plan, curious_plan, empty_mdp
 from .policy import SlotPolicy, slot_agent, with_decoding
+from .states import Known, find_states, hash_observations, key_table, nothing_known, number_states
 
 PAIRS_LIMIT = 50_000
-"""States times actions up to which a table is used."""
+"""States times actions up to which a single category is counted by its number."""
 
-EXPLORATION_DISCOUNT = 0.95
-NOT_BEST = -1e4
-"""The logit of an action that is allowed and not best: of probability 0, yet above what is not allowed."""
+ACTIONS_LIMIT = 1024
+"""Actions up to which a table is used; those of several slots are all their combinations."""
 
-TOLERANCE = 1e-5
-"""Actions whose values differ by less, over the largest expected reward, are tied and share the probability."""
+
+class UnsuitableError(LdmError, ValueError):
+    """An environment is not for a table: it shows more states than there is room for, or none of them again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,7 @@ class TabularConfig:
       rollout_length: steps in each environment between two plans.
       discount: gamma; close to 1 where a time limit far away ends episodes.
       epsilon: share of random actions while exploring.
+      states_limit: how many states there is room for, where they are told apart by fingerprints.
     """
 
     budget_steps: int = 250_000
@@ -55,13 +61,10 @@ class TabularConfig:
     rollout_length: int = 128
     discount: float = 0.999
     epsilon: float = 0.1
+    states_limit: int = 16_384
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        for name in ("budget_steps", "num_envs", "rollout_length"):
-            value = getattr(self, name)
-            if value < 1 or int(value) != value:
-                raise ConfigError(f"{name} is {value}, expected a whole number of at least 1")
+        check_hyperparameters(self, whole=("budget_steps", "num_envs", "rollout_length", "states_limit"))
         for name in ("discount", "epsilon"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
@@ -80,85 +83,11 @@ def is_tabular(spec: EnvironmentSpec) -> bool:
     return int(observation.n) * int(action.n) <= PAIRS_LIMIT
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EmpiricalMDP:
-    """What was seen, each distinct transition once; an empirical Markov decision process.
-
-    Attributes:
-      states: S.
-      actions: A.
-      transitions: `int64 [N, 4]`, state, action, next state, terminated.
-      counts: `int64 [N]`, how often.
-      rewards: `float64 [N]`, their sum.
-    """
-
-    states: int
-    actions: int
-    transitions: np.ndarray
-    counts: np.ndarray
-    rewards: np.ndarray
-
-    @functools.cached_property
-    def pairs(self) -> np.ndarray:
-        """`int64 [N]`, state and action of each transition as one index."""
-        return self.transitions[:, 0] * self.actions + self.transitions[:, 1]
-
-    @functools.cached_property
-    def tried(self) -> np.ndarray:
-        """`int64 [S * A]`, how often each action was tried in each state."""
-        return np.bincount(self.pairs, self.counts, self.states * self.actions).astype(np.int64)
-
-
-def empty_mdp(states: int, actions: int) -> EmpiricalMDP:
-    """A model of nothing seen yet."""
-    return EmpiricalMDP(states, actions, np.zeros((0, 4), np.int64), np.zeros(0, np.int64), np.zeros(0))
-
-
-def add_experience(mdp: EmpiricalMDP, state: np.ndarray, action: np.ndarray, timestep: TimeStep) -> EmpiricalMDP:
-    """Takes in a rollout.
-
-    Args:
-      mdp: so far.
-      state: `int [T + 1, B]`, counted from 0.
-      action: `int [T, B]`, counted from 0.
-      timestep: `[T + 1, B]`; the steps that follow an end carry no experience.
-    """
-    valid = ~np.asarray(timestep.last)[:-1]
-    terminated, reward = np.asarray(timestep.terminated)[1:], np.asarray(timestep.reward, np.float64)[1:]
-    seen = np.stack([part[valid] for part in (state[:-1], action, state[1:], terminated)], -1).astype(np.int64)
-    rows = np.concatenate([mdp.transitions, seen])
-    transitions, index = np.unique(rows, axis=0, return_inverse=True)
-    counts = np.bincount(index.ravel(), np.concatenate([mdp.counts, np.ones(len(seen))])).astype(np.int64)
-    rewards = np.bincount(index.ravel(), np.concatenate([mdp.rewards, reward[valid]]))
-    return EmpiricalMDP(mdp.states, mdp.actions, transitions, counts, rewards)
-
-
-def plan(mdp: EmpiricalMDP, reward: np.ndarray, untried: float, discount: float) -> np.ndarray:
-    """Values of all actions in all states, by value iteration.
-
-    Args:
-      mdp: what was seen.
-      reward: `float64 [S * A]`, expected at each state and action.
-      untried: the value of an action that was never tried.
-      discount: gamma.
-
-    Returns:
-      `float64 [S, A]`.
-    """
-    tried = mdp.tried > 0
-    probability = mdp.counts / mdp.tried[mdp.pairs]
-    after = discount * probability * (1 - mdp.transitions[:, 3])
-    values = np.where(tried, 0.0, untried).reshape(mdp.states, mdp.actions)
-    scale = float(np.abs(reward).max())
-    for _ in range(int(25 / (1 - discount))):
-        best = values.max(1)
-        gained = np.bincount(mdp.pairs, after * best[mdp.transitions[:, 2]], reward.size)
-        following = np.where(tried, reward + gained, untried).reshape(values.shape)
-        change = np.abs(following - values).max()
-        values = following
-        if change <= 1e-9 * scale:
-            break
-    return values
+def takes(spec: EnvironmentSpec) -> bool:
+    """Whether its actions are categories, few enough in all combinations for a table of states."""
+    if any(isinstance(leaf.space, spaces.Box) for leaf in leaves(spec.action_space)):
+        return False
+    return math.prod(action_layout(spec.action_space).sizes) <= ACTIONS_LIMIT
 
 
 def settle(environment: Environment, config: TabularConfig, seed: int) -> TabularConfig:
@@ -171,7 +100,7 @@ def learn(environment: Environment, config: TabularConfig, seed: int) -> collect
     """Explores, learns the model and plans in it, and pauses at each report.
 
     Args:
-      environment: `config.num_envs` rows of one category seen and one chosen.
+      environment: `config.num_envs` rows; its actions are categories.
       config: how long.
       seed: of everything random.
 
@@ -179,81 +108,144 @@ def learn(environment: Environment, config: TabularConfig, seed: int) -> collect
       Parameters for the policy of `agent`.
 
     Raises:
-      SpaceError: the environment's spaces are not for a table.
+      SpaceError: the environment's actions are not for a table.
+      UnsuitableError: its observations do not repeat, or there are too many.
       EnvironmentFaultError: a reward that is not finite.
     """
     spec = environment.spec
-    if not is_tabular(spec):
-        raise SpaceError(f"{spec.id} sees {spec.observation_space} and takes {spec.action_space}: too much for a table")
-    seen, taken = _discrete(spec.observation_space), _discrete(spec.action_space)
-    mdp = empty_mdp(int(seen.n), int(taken.n))
-    explorer = agent(spec, config)
+    if not takes(spec):
+        raise SpaceError(f"{spec.id} takes {spec.action_space}: too much for a table")
+    layout, explorer = action_layout(spec.action_space), agent(spec, config)
+    see, rng = _Eyes(spec, config), np.random.default_rng(seed)
+    mdp, known = empty_mdp(see.states, math.prod(layout.sizes)), nothing_known()
     reset_key, key = jax.random.split(jax.random.key(seed))
     loop = rollout.start(environment, explorer, reset_key)
-    logits = np.zeros((mdp.states, mdp.actions), np.float32)
+    params, each = example(spec, config), config.num_envs * config.rollout_length
     reports = {config.rounds * (i + 1) // REPORTS for i in range(REPORTS)}
-    for round in range(config.rounds):
-        params = with_decoding({"logits": logits}, "sample")
-        loop, trajectory = rollout.rollout(
-            environment, explorer, params, loop, jax.random.fold_in(key, round), config.rollout_length
-        )
+    for done in range(1, config.rounds + 1):
+        round_key = jax.random.fold_in(key, done - 1)
+        acting = with_decoding(params, "sample")
+        loop, trajectory = rollout.rollout(environment, explorer, acting, loop, round_key, config.rollout_length)
         timestep = jax.tree.map(lambda x, y: np.concatenate([x, y[None]]), trajectory.timestep, loop.timestep)
-        action = np.asarray(trajectory.action) - int(taken.start)
-        mdp = add_experience(mdp, timestep.observation - int(seen.start), action, timestep)
+        state, known = see(known, timestep.observation)
+        see.check(known, done * each)
+        mdp = dataclasses.replace(mdp, states=see.states or len(known.keys))
+        mdp = _allow(layout, mdp, state, timestep.action_mask)
+        mdp = add_experience(mdp, state, _joint(layout, trajectory.action), timestep)
         if not np.isfinite(mdp.rewards).all():
             raise EnvironmentFaultError(f"{spec.id} gave a reward that is NaN or infinite, expected a finite number")
-        greedy = np.exp(_curious(mdp) if round % 2 == 0 else _best(mdp, config))
-        logits = np.log((1 - config.epsilon) * greedy + config.epsilon / mdp.actions).astype(np.float32)
-        if round + 1 in reports:
-            steps = (round + 1) * config.num_envs * config.rollout_length
-            yield Learned(steps, {"logits": _best(mdp, config).astype(np.float32)})
+        logits = curious_plan(mdp) if done % 2 else _best(mdp, config, spec.time_limit)
+        greedy = np.exp(_choices(layout, logits, rng))
+        uniform = np.repeat(1 / np.array(layout.sizes), layout.sizes)
+        params = see.params(known, np.log((1 - config.epsilon) * greedy + config.epsilon * uniform))
+        if done in reports:
+            best = _choices(layout, _best(mdp, config, spec.time_limit), None)
+            yield Learned(done * each, see.params(known, best))
 
 
 def agent(spec: EnvironmentSpec, config: TabularConfig) -> Agent:
     """The agent of a table of logits, whichever way it decodes; see `policy.slot_agent`."""
     del config
-    first = int(_discrete(spec.observation_space).start)
-    return slot_agent(action_layout(spec.action_space), functools.partial(_slot_policy, first))
+    return slot_agent(action_layout(spec.action_space), functools.partial(_slot_policy, spec))
 
 
 def example(spec: EnvironmentSpec, config: TabularConfig) -> PyTree:
     """Parameters of the structure and shapes that `learn` yields."""
-    del config
-    seen, taken = _discrete(spec.observation_space), _discrete(spec.action_space)
-    return {"logits": np.zeros((int(seen.n), int(taken.n)), np.float32)}
+    see = _Eyes(spec, config)
+    return see.params(nothing_known(), np.zeros((see.states, action_layout(spec.action_space).flat_choices)))
 
 
-def _slot_policy(first: int, params: PyTree, timestep: TimeStep) -> SlotPolicy:
-    logits = jnp.asarray(params["logits"])[timestep.observation - first]
+class _Eyes:
+    """How the states of one environment are told apart: by the number of a single category, or by fingerprints."""
+
+    def __init__(self, spec: EnvironmentSpec, config: TabularConfig) -> None:
+        self.spec, self.limit = spec, config.states_limit
+        self.states, self.first = _numbered(spec)
+        self.print = jax.jit(hash_observations)
+
+    def __call__(self, known: Known, observation: PyTree) -> tuple[np.ndarray, Known]:
+        """The state of each observation `[T, B, ...]`, counted from 0, and what is known then."""
+        if self.states:
+            return np.asarray(observation) - self.first, known
+        lead = jax.tree.leaves(observation)[0].shape[:2]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), observation)
+        return number_states(known, np.asarray(self.print(flat)).reshape(*lead, 2))
+
+    def check(self, known: Known, steps: int) -> None:
+        """Refuses what a table cannot hold, as soon as it shows."""
+        count = len(known.keys)
+        if count > min(self.limit, steps // 2):
+            raise UnsuitableError(
+                f"{self.spec.id} showed {count} states in {steps} steps, and a table has room for {self.limit} that "
+                "are seen again; take another algorithm"
+            )
+
+    def params(self, known: Known, logits: np.ndarray) -> PyTree:
+        """A table of logits `[S, M]` as the agent takes it."""
+        if self.states:
+            return {"logits": logits.astype(np.float32)}
+        table = np.zeros((self.limit, logits.shape[1]), np.float16)
+        table[: len(known.keys)] = logits[known.states]
+        return {"keys": key_table(known, self.limit), "logits": table}
+
+
+def _numbered(spec: EnvironmentSpec) -> tuple[int, int]:
+    """How many states there are and the number of the first, where the environment numbers them itself; else zeros."""
+    space = spec.observation_space
+    return (int(space.n), int(space.start)) if is_tabular(spec) and isinstance(space, spaces.Discrete) else (0, 0)
+
+
+def _slot_policy(spec: EnvironmentSpec, params: PyTree, timestep: TimeStep) -> SlotPolicy:
+    table = jnp.asarray(params["logits"])
+    if "keys" in params:
+        row, there = find_states(params["keys"], hash_observations(timestep.observation))
+        logits = jnp.where(there[:, None], table[row].astype(jnp.float32), 0.0)
+    else:
+        logits = table[timestep.observation - _numbered(spec)[1]]
     if timestep.action_mask is not None:
         logits = jnp.where(timestep.action_mask, logits, NOT_ALLOWED_FLOAT16)
     nothing = jnp.zeros((logits.shape[0], 0))
     return SlotPolicy(logits, nothing, nothing)
 
 
-def _discrete(space: gymnasium.Space) -> spaces.Discrete:
-    if not isinstance(space, spaces.Discrete):
-        raise SpaceError(f"a table needs a Discrete space, got {space}")
-    return space
+def _joint(layout: ActionLayout, action: PyTree) -> np.ndarray:
+    """Actions of all slots together as one number each, counted from 0."""
+    index = np.asarray(to_slots(layout, jax.tree.map(np.asarray, action)).categorical)
+    return np.asarray(np.ravel_multi_index(tuple(np.moveaxis(index, -1, 0)), layout.sizes))
 
 
-def _curious(mdp: EmpiricalMDP) -> np.ndarray:
-    """Logits `[S, A]` of the plan that seeks what was tried least."""
-    bonus = 1 / np.sqrt(np.maximum(mdp.tried, 1))
-    return _ties(plan(mdp, bonus, 1 / (1 - EXPLORATION_DISCOUNT), EXPLORATION_DISCOUNT))
+def _allow(layout: ActionLayout, mdp: EmpiricalMDP, state: np.ndarray, action_mask: Array | None) -> EmpiricalMDP:
+    """Takes in what is allowed in each state seen, `[T, B]` and `[T, B, M]`."""
+    if action_mask is None:
+        return mdp
+    parts = np.split(np.asarray(action_mask).reshape(state.size, -1), np.cumsum(layout.sizes)[:-1], axis=1)
+    joint = functools.reduce(lambda a, b: (a[:, :, None] & b[:, None, :]).reshape(len(a), -1), parts)
+    allowed = np.zeros((mdp.states, mdp.actions), bool)
+    if mdp.allowed is not None:
+        allowed[: len(mdp.allowed)] = mdp.allowed
+    np.logical_or.at(allowed, state.ravel(), joint)
+    return dataclasses.replace(mdp, allowed=allowed)
 
 
-def _best(mdp: EmpiricalMDP, config: TabularConfig) -> np.ndarray:
-    """Logits `[S, A]` of the best plan in the model; the unit of the rewards does not matter."""
-    sums = np.bincount(mdp.pairs, mdp.rewards, mdp.states * mdp.actions)
-    reward = sums / np.maximum(mdp.tried, 1)
-    reward = reward / (np.abs(reward).max() or 1.0)
-    # What was never tried is not planned for: it counts as worse than anything that was.
-    worst = min(reward.min(), 0.0) / (1 - config.discount) - 1
-    return _ties(plan(mdp, reward, worst, config.discount))
+def _choices(layout: ActionLayout, logits: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+    """Logits over actions `[S, A]` as logits over flat choices `[S, M]`.
+
+    Slots are independent of each other, so of several best actions of several slots one is taken: a random one, or the
+    first where there is no generator.
+    """
+    if layout.categorical == 1:
+        return logits
+    best = logits if rng is None else np.where(logits > NOT_BEST, rng.random(logits.shape), -1.0)
+    chosen = np.unravel_index(best.argmax(1), layout.sizes)
+    return np.concatenate(
+        [
+            np.where(np.arange(size) == index[:, None], 0.0, NOT_BEST)
+            for size, index in zip(layout.sizes, chosen, strict=True)
+        ],
+        1,
+    )
 
 
-def _ties(values: np.ndarray) -> np.ndarray:
-    """Logits `[S, A]` of the uniform distribution over the best actions of each state; rewards of 1 are the unit."""
-    near = values >= values.max(1, keepdims=True) - TOLERANCE
-    return np.where(near, -np.log(near.sum(1, keepdims=True)), NOT_BEST)
+def _best(mdp: EmpiricalMDP, config: TabularConfig, horizon: int | None = None) -> np.ndarray:
+    """Logits `[S, A]` of the best plan in the model."""
+    return best_plan(mdp, config.discount, horizon)
