@@ -76,7 +76,7 @@ def test_what_is_whole_is_said_to_be_and_all_damage_is_listed(whole, tmp_path):
     assert run.stderr.splitlines()[-1] == f"error: 2 files or leaves of {copy} are damaged: they are listed above"
 
 
-def test_a_record_that_was_removed_is_missed_and_what_a_writer_has_in_flight_is_not(tmp_path):
+def test_a_record_that_was_removed_is_noticed_and_what_a_writer_has_in_flight_is_no_damage(tmp_path):
     dataset = append(append(store.create_dataset(tmp_path / "data"), steps=9), "x/other", steps=9)
     (tmp_path / "data" / ID / "part-00002" / "reward").mkdir(parents=True)
     (tmp_path / "data" / ID / "part-00002" / "reward" / "zarr.json").write_text("{}")
