@@ -89,6 +89,7 @@ def drawn_probes(draw):
     return probing.Probe(
         steps=draw(st.sampled_from((0, 4096))),
         positive=draw(st.booleans()),
+        rewarded=draw(st.sampled_from((0.0, 0.5))),
         repeated=draw(st.sampled_from((0.0, 0.9))),
         memory=draw(st.booleans()),
     )
@@ -121,6 +122,8 @@ def test_what_helps_some_tasks_is_tried_wherever_it_may_help():
     assert any(config.noise_correlation > 0 for config in configs(BOX, BOX, steps=4096, positive=False))
     assert not any(config.noise_correlation > 0 for config in configs(BOX, BOX, steps=4096, positive=True))
     assert {config.activation for config in configs(GRID, DISCRETE)} == {"relu"}
+    sparse = candidates.find_candidates(spec_of(BOX, DISCRETE), probing.Probe(steps=4096, rewarded=0.0))
+    assert {each.seed for each in sparse} == {0, 1}
     (table,) = candidates.find_candidates(spec_of(DISCRETE, DISCRETE), probing.Probe())
     assert table.recipe.algorithm == "tabular"
     large = candidates.find_candidates(spec_of(spaces.Discrete(10**6), DISCRETE), probing.Probe())

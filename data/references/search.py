@@ -37,8 +37,8 @@ PROBE_SHARE = 20
 TRIAL_ROWS, HOST_TRIAL_ROWS = 64, 16
 """Episodes that compare candidates, of each form; the second where a simulator has to be stepped for them."""
 
-FLAT_REPORTS = 4
-"""Training is flat when the best of so many reports is no better than the best of as many before them."""
+FLAT_REPORTS, FLAT_SPREAD = 8, 0.01
+"""Training is flat when so many reports are within that share of all that it has gained; less sure signs cost much."""
 
 FLAT_AFTER = 0.5
 """Share of the winner's training before which it is not looked for."""
@@ -108,9 +108,10 @@ class _Run:
 
     def is_flat(self, steps: int) -> bool:
         """Whether the last reports bring nothing, late in a training of so many steps."""
-        means = [mean for _, mean in self.curve[-2 * FLAT_REPORTS :]]
-        late = self.steps >= FLAT_AFTER * steps and len(means) == 2 * FLAT_REPORTS
-        return late and max(means[FLAT_REPORTS:]) <= max(means[:FLAT_REPORTS])
+        means = [mean for _, mean in self.curve]
+        late, last = self.steps >= FLAT_AFTER * steps, means[-FLAT_REPORTS:]
+        gained = max(means, default=0.0) - min(means, default=0.0)
+        return late and len(last) == FLAT_REPORTS and max(last) - min(last) <= FLAT_SPREAD * gained and gained > 0
 
 
 class _Place:
