@@ -1,6 +1,8 @@
 """Experts beside the simulators: their labels, that these change nothing, and misbehaviour of every kind."""
 
+import fnmatch
 import functools
+import importlib
 import re
 
 import numpy as np
@@ -9,6 +11,7 @@ from test_isolation import LIBRARY, make, play, same, worker_spec
 
 import environments
 import ldm_jax
+from environments.catalog.experts import LISTS, read_list
 from environments.isolation import IsolatedEnvironment, Isolation
 
 FILE = str(LIBRARY / "experts.py")
@@ -125,3 +128,46 @@ def test_an_expert_that_is_not_there_is_refused_by_name():
         make("Steady", spec_options=with_expert("Missing")),
     ):
         pass
+
+
+def test_an_expert_is_told_what_was_executed_where_a_bridge_does_something_else():
+    with make("Replaces", spec_options=with_expert("Follows"), workers=1, call_timeout_s=10) as environment:
+        seen = play(environment, actions(8))
+        assert environment.expert_report.counts["raised"] == 0
+    assert all(time_step.expert.valid.all() for time_step in seen)
+
+
+def test_every_live_expert_on_the_list_has_a_program_and_each_of_its_patterns_an_id():
+    verified = environments.list_ids()
+    for expert in read_list(LISTS / "live.jsonl"):
+        assert expert.kind == "live"
+        program = importlib.import_module(f"environments.bridges.experts.{expert.module}").EXPERTS[expert.name]
+        assert all(callable(getattr(program, call)) for call in ("reset", "label", "observe"))
+        for pattern in expert.ids:
+            assert fnmatch.filter(verified, pattern), f"{expert.name}: no id of the catalog is like {pattern}"
+    for id in verified:
+        names = [expert.name for expert in environments.experts(id)]
+        assert len(set(names)) == len(names), f"{id} has two experts of one name"
+
+
+@pytest.mark.builds
+@pytest.mark.parametrize(
+    ("id", "name"),
+    [
+        ("minigrid/BabyAI-GoToLocal-v0", "babyai-bot"),
+        ("antibiosim/antibiosim/DoseOptimization-v0", "rule"),
+        ("controlgym/toy", "lqr"),
+        ("controlgym/toy", "lqg"),
+        ("simglucose/simglucose-adult-001-v0", "basal-bolus"),
+        ("metaworld/reach-v3", "scripted-policy"),
+        ("open_spiel/kuhn_poker", "best-response"),
+        ("open_spiel/connect_four", "mcts"),
+        ("ogbench/pointmaze-medium-singletask-v0", "oracle-subgoal"),
+        ("nasim/Tiny-v0", "search"),
+        ("bsuite/catch/0", "rule"),
+        ("gym-classics/WindyGridworld-v0", "value-iteration"),
+        ("gymnasium-robotics/PointMaze_UMaze-v3", "shortest-path"),
+    ],
+)
+def test_experts_of_the_libraries_pass_the_kit(id, name):
+    assert environments.check_expert(id, name, batch_size=2, steps=20).counts["labels"]

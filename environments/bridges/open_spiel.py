@@ -50,17 +50,16 @@ class Game(gymnasium.Env):
                 return self._see(), {"action_mask": self._mask()}
 
     def step(self, action):
-        state = self._state
+        state, executed = self._state, self._legal(action)
         if state.is_simultaneous_node():
             players = range(self._game.num_players())
-            state.apply_actions(
-                [self._legal(action) if player == self._player else self._any(player) for player in players]
-            )
+            state.apply_actions([executed if player == self._player else self._any(player) for player in players])
         else:
-            state.apply_action(self._legal(action))
+            state.apply_action(executed)
         self._go_on()
         before, self._return = self._return, state.returns()[_ME]
-        return self._see(), self._return - before, state.is_terminal(), False, {"action_mask": self._mask()}
+        info = {"action_mask": self._mask(), "action_executed": executed}
+        return self._see(), self._return - before, state.is_terminal(), False, info
 
     def _go_on(self):
         """Lets chance and the others move until it is our turn."""

@@ -263,6 +263,14 @@ class TextAction(Steady):
         self.action_space = spaces.Text(4)
 
 
+class Replaces(Steady):
+    """Does something else than it is told, and says so."""
+
+    def step(self, action):
+        executed = (int(action) + 1) % 3
+        return (*super().step(type(action)(executed))[:-1], {"action_executed": executed})
+
+
 class Choosy(Steady):
     """Says which actions are allowed."""
 
