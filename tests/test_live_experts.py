@@ -54,11 +54,17 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [("Follows", {}), ("Keys", {}), ("SaysThatItDraws", {}), ("DrawsGlobally", {"global_randomness": True})],
+    ("name", "of", "options"),
+    [
+        ("Follows", "Steady", {}),
+        ("Keys", "Steady", {}),
+        ("SaysThatItDraws", "Steady", {}),
+        ("DrawsGlobally", "Shared", {"global_randomness": True}),
+        ("Samples", "Everything", {}),
+    ],
 )
-def test_experts_that_keep_the_contract_pass_the_kit(name, options):
-    made = functools.partial(make_for_the_kit, of="Shared" if options else "Steady", options=options)
+def test_experts_that_keep_the_contract_pass_the_kit(name, of, options):
+    made = functools.partial(make_for_the_kit, of=of, options=options)
     assert environments.check_expert(made, name, batch_size=2, steps=10).counts["labels"] > 40
 
 

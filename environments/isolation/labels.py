@@ -116,7 +116,7 @@ class Labels:
 
 def _within(value: np.ndarray, low: Array, high: Array) -> tuple[np.ndarray, np.ndarray]:
     """Numbers put back to bounds that rounding took them over, and where that is all that is wrong with them."""
-    clipped = np.clip(value, low, high)
+    clipped = np.clip(value, *(np.asarray(side).astype(value.dtype) for side in (low, high)))
     with np.errstate(invalid="ignore"):
         inside = np.isfinite(value) & (np.abs(clipped - value) <= _ROUNDING * (1 + np.abs(clipped)))
     return clipped, inside

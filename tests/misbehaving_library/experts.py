@@ -1,5 +1,6 @@
 """Experts of `Steady` that misbehave in the way that their name says; action 3 would make trouble."""
 
+import copy
 import random
 import sys
 import time
@@ -108,6 +109,20 @@ class Meddles(Follows):
     def label(self, env, obs, info):
         env.unwrapped.place += 1
         return 1
+
+
+class Samples(Follows):
+    """Draws from a copy of the action space, of whatever kind that is."""
+
+    def reset(self, env, obs, info):
+        self.space = copy.deepcopy(env.action_space)
+        self.space.seed(self.seed)
+
+    def label(self, env, obs, info):
+        return self.space.sample()
+
+    def observe(self, action, obs, reward, end, info):
+        assert self.space.contains(action)
 
 
 class Keys(Follows):
