@@ -220,6 +220,23 @@ def test_halving_keeps_the_best_and_trains_it_to_the_end(told):
     assert found.tried == ("0", "1", "2", "3") and found.steps > 10_000 * 0.9  # with what compared them
 
 
+def test_the_same_seed_finds_the_same(told):
+    one, other = (told(Told(0.3), Told(1.0)) for _ in range(2))
+    assert one.candidate == other.candidate and (one.steps, one.curve, one.tried) == (
+        other.steps,
+        other.curve,
+        other.tried,
+    )
+    assert jax.tree.all(jax.tree.map(np.array_equal, one.params, other.params))
+
+
+def test_where_episodes_are_too_long_to_be_tried_those_of_training_compare(told, monkeypatch):
+    monkeypatch.setattr(search, "TRIAL_SHARE", 0.0)
+    found = told(Told(1.0, mean=3.0), Told(0.3, mean=5.0), target=4.0)
+    assert found.candidate.name == "1" and found.stopped == ""
+    assert found.steps <= 10_500  # nothing was played beside training
+
+
 def test_a_candidate_that_diverges_leaves_it_to_the_others(told):
     assert told(Told(1.0, fails=True), Told(0.7)).candidate.name == "1"
     with pytest.raises(references.DivergenceError, match="Pays-v0"):

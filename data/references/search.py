@@ -37,6 +37,10 @@ PROBE_SHARE = 20
 TRIAL_ROWS, HOST_TRIAL_ROWS = 64, 16
 """Episodes that compare candidates, of each form; the second where a simulator has to be stepped for them."""
 
+TRIAL_SHARE = 0.2
+"""Of all steps, that one comparison of one candidate may take; where episodes can be longer, those that training itself
+ended compare: they are not reported either."""
+
 FLAT_REPORTS, FLAT_SPREAD = 8, 0.01
 """Training is flat when so many reports are within that share of all that it has gained; less sure signs cost much."""
 
@@ -95,6 +99,11 @@ class _Run:
     @property
     def steps(self) -> int:
         return 0 if self.learned is None else self.learned.steps
+
+    @property
+    def recent(self) -> float:
+        """Mean return of the last episodes that training itself ended."""
+        return self.curve[-1][1] if self.curve else -math.inf
 
     def advance(self) -> None:
         """Trains up to the next report."""
@@ -180,6 +189,11 @@ class _Plan(typing.NamedTuple):
     target: float | None
     early: bool
     progress: rollout.Progress | None
+
+    @property
+    def tries(self) -> bool:
+        """Whether fresh episodes may be had for a comparison; each form plays its own."""
+        return 2 * self.place.trial_rows * self.place.spec.time_limit <= TRIAL_SHARE * self.total
 
 
 def search(
@@ -302,9 +316,9 @@ def _better_half(plan: _Plan, runs: list[_Run], number: int) -> tuple[list[_Run]
     if len(runs) == 1:
         return runs, ""  # the others failed
     key = _key(plan, number)
-    scores = {id(run): plan.place.try_out(run, key) for run in runs}
+    scores = {id(run): plan.place.try_out(run, key) if plan.tries else (run.recent, 0.0) for run in runs}
     runs = sorted(runs, key=lambda run: -scores[id(run)][0])  # of equals the likelier stays first
-    solved = _is_solved(plan, scores[id(runs[0])])
+    solved = plan.tries and _is_solved(plan, scores[id(runs[0])])
     left = 1 if solved else math.ceil(len(runs) / 2)
     _close(plan, runs[left:])
     return runs[:left], "solved" if solved else ""
@@ -335,7 +349,13 @@ def _begin(plan: _Plan, candidate: Candidate, faults: list[Exception], tried: li
 
 def _is_near(plan: _Plan, run: _Run) -> bool:
     """Whether the last report makes it likely that the target is reached; to look costs episodes, so not each time."""
-    if plan.target is None or not run.curve or run.curve[-1][0] != run.steps or run.steps < run.look_after:
+    if (
+        plan.target is None
+        or not plan.tries
+        or not run.curve
+        or run.curve[-1][0] != run.steps
+        or run.steps < run.look_after
+    ):
         return False
     first, last = run.curve[0][1], run.curve[-1][1]
     if last < first + NEAR * (plan.target - first):
