@@ -3,6 +3,9 @@
 Writes `references/<id>/` as each is finished, with `outcome.json`: admitted, refused or failed, and why. One that
 fails, crashes or hangs does not stop the others; in the end a table says what came of each, and the exit status whether
 all went well. Killed and started again, it trains only what is missing; `--retry=failed` tries again what failed.
+
+Where an environment has experts, each is a candidate beside what is trained, and the best by episodes of its own
+is kept: `--select='expert=yes' --config.algorithms=expert` trains nothing and takes experts alone.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import pathlib
 import typing
 
 import environments as registry
+from data.distil import score_distilled
 from data.references import (
     ReferencePolicyError,
     load_reference,
@@ -23,13 +27,16 @@ from data.references import (
     train_reference,
 )
 from data.references.candidates import TOTAL_STEPS, total_steps
+from data.references.choosing import choose_reference
 from data.references.pipeline import ScoredReference, opened
+from data.references.policy import ReferencePolicy
 from environments import UnknownEnvironmentError
 from environments.registry import check_known
 from experiments.harness import progress
 from experiments.harness.building import build_all, build_for
 from experiments.harness.dry_run import TO_DO, Planned
 from experiments.harness.engine import run_units, workers_for
+from experiments.harness.experts import expert_policies, measure_expert, write_facts
 from experiments.harness.outcomes import TOO_LARGE, UnitOutcome, failure, outcome_table, read_outcome, write_outcome
 from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.units import LOCAL, Engine, Job, Limits, Travel, check_limits, needs_of
@@ -49,6 +56,7 @@ class ReferencesConfig:
       seed: of training and scoring.
       budget: share that is spent of an environment's training steps, `data.references.candidates.total_steps`; they are
         those of all candidates together.
+      algorithms: `all`, `trained` to leave the experts of environments out, or `expert` to take them alone.
       num_envs: parallel environments of scoring.
       episodes: in each of them in one round; rounds are played until the errors are small enough.
       least_episodes: of each policy scored, whatever they tell.
@@ -63,6 +71,7 @@ class ReferencesConfig:
 
     seed: int = 0
     budget: float = 1.0
+    algorithms: str = "all"
     num_envs: int = 64
     episodes: int = 1
     least_episodes: int = 64
@@ -77,6 +86,8 @@ class ReferencesConfig:
         check_finite(self)
         if not self.budget > 0:
             raise ConfigError(f"budget is {self.budget}, expected a positive fraction")
+        if self.algorithms not in ("all", "trained", "expert"):
+            raise ConfigError(f"algorithms is {self.algorithms!r}, expected all, trained or expert")
         for name, least in (("num_envs", 1), ("episodes", 1), ("least_episodes", 2), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {least}")
@@ -207,6 +218,8 @@ def _examine(config: ReferencesConfig, id: str, directory: pathlib.Path) -> Refe
 
 def _foreseen(config: ReferencesConfig, id: str) -> int | UnitOutcome:
     """The steps that an environment will take, by the catalog, or why it is not even tried."""
+    if config.algorithms == "expert" and not registry.experts(id):
+        return UnitOutcome("failed", f"{id} has no expert, see environments.experts", "no expert")
     try:
         spec = registry.spec(id)
     except UnknownEnvironmentError:
@@ -251,30 +264,51 @@ def _arrived(unit: ReferenceUnit, root: pathlib.Path) -> None:
         path.replace(target)
 
 
+def _score_best(config: ReferencesConfig, policies: list[ReferencePolicy], seed: int) -> ScoredReference:
+    """Scores the best; one that reads what a policy does not see makes room for the next if nobody can follow it."""
+    policy = choose_reference(registry.make, policies, seed, config.num_envs, config.episodes)
+    played = (config.num_envs, config.episodes, config.least_episodes, config.most_episodes)
+    scored = score_reference(registry.make, policy, seed, *played)
+    if not policy.reference.privileged:
+        return scored
+    if scored.reference_returns.mean > scored.random_returns.mean:
+        scored = dataclasses.replace(scored, distilled_returns=score_distilled(registry.make, scored, seed))
+    others = [other for other in policies if other is not policy]
+    return scored if scored.admission.admitted or not others else _score_best(config, others, seed)
+
+
 def _make(config: ReferencesConfig, unit: ReferenceUnit, advance: progress.Advance) -> _Made:
     """Trains, scores and saves; whatever the environment does is its own failure, `sys.exit` included."""
     clock, seed = progress.clock(), seed_of(config.seed, "references", unit.id)
     try:
         with opened(registry.make, unit.id, 1) as environment:
-            refused = _too_large(environment.spec)
+            spec = environment.spec
+        refused = _too_large(spec)
         if refused:
             return _Made(refused)
         published = find_target(unit.id)
         target = published and published.target_return
         told = progress.up_to(advance)
-        policy = train_reference(registry.make, unit.id, None, seed, told, config.budget, target)
+        policies = [] if config.algorithms == "trained" else expert_policies(spec)
+        if config.algorithms != "expert":
+            policies.append(train_reference(registry.make, unit.id, None, seed, told, config.budget, target))
         trained_s = clock()
-        played = (config.num_envs, config.episodes, config.least_episodes, config.most_episodes)
-        scored = score_reference(registry.make, policy, seed, *played)
+        scored = _score_best(config, policies, seed)
+        measured = {}
+        if scored.policy.reference.expert:
+            measured = measure_expert(registry.make, scored, config.num_envs)
     except (Exception, SystemExit) as error:
         return _Made(failure(error))
     try:
         save_reference(unit.directory, scored)
+        if measured:
+            write_facts(unit.directory, measured)
     except ReferencePolicyError as error:  # something else is in the folder
         return _Made(failure(error))
     made = scored.policy.reference
     facts = {
         "algorithm": made.algorithm,
+        "expert": made.expert,
         "candidate": made.candidate,
         "candidates": len(made.candidates),
         "steps": made.steps,

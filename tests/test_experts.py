@@ -23,7 +23,10 @@ from data.references.expert import LEARNABLE, ExpertConfig, check_learnable, exp
 from data.references.pipeline import opened_for
 from environments.catalog.experts import ExpertError, ExpertInfo
 from experiments import experts_table
+from experiments import references as references_stage
 from experiments.harness import experts, outcomes
+from experiments.harness.stage import UnitsFailedError
+from experiments.references import ReferencesConfig
 from ldm_jax import rollout
 from ldm_jax.cards import CardError, EnvironmentCard, Reference, Returns
 from ldm_jax.encoding.codec import Codec
@@ -277,3 +280,15 @@ def test_meta_worlds_policies_reach_the_goal_that_envpool_shows():
         goals = run.timestep.observation[0, :, -3:]
         assert (goals != 0).all() and len(np.unique(goals[:, 0])) == 4, "shown, and of each row its own"
         assert (run.timestep.reward[-1] > 9.9).all(), "10 is what Meta-World pays where a task is solved"
+
+
+def test_the_stage_takes_experts_alone_and_says_of_an_id_that_it_has_none(tmp_path):
+    id, none = "envpool/LunarLanderContinuous-v3", "gymnax/Catch-bsuite"
+    config = ReferencesConfig(algorithms="expert", num_envs=8, least_episodes=8, most_episodes=16, workers=0)
+    with pytest.raises(UnitsFailedError, match="has no expert"):
+        references_stage.run(config, tmp_path, (id, none))
+    scored = references.load_reference(tmp_path / "references" / id)
+    assert scored.policy.reference.expert == "lander-heuristic" and scored.admission.admitted
+    assert experts.read_facts(tmp_path / "references" / id)["label_seconds"] > 0
+    with pytest.raises(ConfigError, match="expected all, trained or expert"):
+        ReferencesConfig(algorithms="experts")

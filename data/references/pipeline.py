@@ -15,7 +15,7 @@ from ldm_jax.evaluation import scores
 from . import action_range
 from .expert import ExpertConfig, check_learnable, expert_policy
 from .opening import MakeEnvironment, opened, opened_for
-from .policy import ReferencePolicy, SlotDecoding, with_decoding
+from .policy import ReferencePolicy, SlotDecoding, random_agent, with_decoding
 from .recipes import ALGORITHMS, Recipe
 from .scoring import LEAST_STEPS, STEPS_SHARE, Rounds, play_rounds, told_apart
 from .search import Found, search, train_one
@@ -161,13 +161,20 @@ def score_reference(
     trained = max(policy.reference.steps, policy.reference.budget_steps)
     steps = int(max(LEAST_STEPS, STEPS_SHARE * trained)) // 2
     rounds = Rounds(num_envs, episodes_per_env, least, most, steps)
-    with opened_for(make, policy, num_envs) as environment, _single_precision():
+    with contextlib.ExitStack() as stack:
+        environment = plain = stack.enter_context(opened_for(make, policy, num_envs))
+        if policy.reference.expert:  # nobody asks an expert while the random policy plays: some are slow
+            plain = stack.enter_context(opened(make, policy.spec.id, num_envs))
+        stack.enter_context(_single_precision())
         cards.check_matches(policy.spec, environment.spec, f"the reference of {policy.spec.id}")
 
         def play(stage: int, form: SlotDecoding, number: int) -> rollout.EpisodeReturns:
             key = jax.random.fold_in(jax.random.fold_in(root, stage), number)
             params = with_decoding(policy.params["policy"], form)
-            episodes = rollout.evaluate(environment, policy.agent, params, key, episodes_per_env)
+            if form == "random" and policy.reference.expert:
+                episodes = rollout.evaluate(plain, random_agent(policy.spec.action_space), (), key, episodes_per_env)
+            else:
+                episodes = rollout.evaluate(environment, policy.agent, params, key, episodes_per_env)
             if progress is not None:
                 progress(min((number + 1) * episodes.returns.size, most), most)
             return episodes
