@@ -5,7 +5,7 @@
 Nothing is trained: all is told from the spaces in the catalog, each verified id with an equal share of rows, and the
 shapes of the model. The last line is one JSON object:
 
-  environments: verified ids that fit the size, and `left_out`, those that do not;
+  environments: verified ids that fit the size, and `left_out`, those that do not: lines before say which and why;
   exact, buckets: the smallest bucket of each, and those that are left when joined;
   arithmetic: of a token in its joined bucket over that in its own, forward, with the decoder;
   outside_decoder: the same without the decoder;
@@ -38,17 +38,24 @@ from ldm_jax.training.bucket_work import EACH_BUCKET, bucket_work
 from ldm_jax.training.optimizer import TrainingConfig
 
 
-def catalog_buckets(cfg: ModelConfig) -> tuple[collections.Counter[Bucket], int, int]:
-    """Counts the verified ids of the catalog by their smallest bucket.
+class Fitting(typing.NamedTuple):
+    """The verified ids of the catalog, beside a model.
 
-    Args:
-      cfg: that they have to fit.
-
-    Returns:
-      The numbers by bucket, the categories of the largest component, and how many ids do not fit.
+    Attributes:
+      buckets: how many ids have each for their smallest.
+      categories: of the largest component of those that fit.
+      left_out: why an id does not fit, by id.
     """
-    made: dict[str, Bucket | None] = {}
-    counts, categories, left_out = collections.Counter[Bucket](), 0, 0
+
+    buckets: collections.Counter[Bucket]
+    categories: int
+    left_out: dict[str, str]
+
+
+def fit_catalog(cfg: ModelConfig) -> Fitting:
+    """Counts the verified ids of the catalog by their smallest bucket, and says which do not fit a model."""
+    made: dict[str, Bucket | str] = {}
+    counts, categories, left_out = collections.Counter[Bucket](), 0, dict[str, str]()
     for entry in entries_of(catalogued()):
         if not (entry.verified and entry.observation_space and entry.action_space):
             continue
@@ -58,15 +65,16 @@ def catalog_buckets(cfg: ModelConfig) -> tuple[collections.Counter[Bucket], int,
             try:
                 bucket = bucket_for(seen, from_json(entry.action_space))
                 largest = max(observation_layout(seen).sizes, default=0)
-                cfg.check_fits(bucket, entry.id, largest)
+                cfg.check_fits(bucket, "it", largest)
                 made[key], categories = bucket, max(categories, largest)
-            except LdmError:
-                made[key] = None
-        if found := made[key]:
+            except LdmError as error:
+                made[key] = str(error).partition(":")[0]
+        found = made[key]
+        if isinstance(found, Bucket):
             counts[found] += 1
         else:
-            left_out += 1
-    return counts, categories, left_out
+            left_out[entry.id] = found
+    return Fitting(counts, categories, left_out)
 
 
 def compile_step(cfg: ModelConfig, shares: dict[Bucket, float], rows: int) -> dict[str, typing.Any]:
@@ -95,11 +103,13 @@ def compile_step(cfg: ModelConfig, shares: dict[Bucket, float], rows: int) -> di
 def measure(options: argparse.Namespace) -> dict[str, typing.Any]:
     """What the last line says."""
     cfg = SIZES[options.size]
-    counts, categories, left_out = catalog_buckets(cfg)
+    counts, categories, left_out = fit_catalog(cfg)
+    for id, reason in sorted(left_out.items()):
+        print(f"left out: {id}: {reason}")
     total = counts.total()
     own = {bucket: count / total for bucket, count in counts.items()}
     start = time.perf_counter()
-    work = bucket_work(cfg)
+    work = bucket_work(cfg, TrainingConfig().drawn_slots)
     joined = join_buckets(own, options.most, work, each=options.each, pad_parts=True)
     chosen = time.perf_counter() - start
     shares = collections.defaultdict[Bucket, float](float)
@@ -112,7 +122,7 @@ def measure(options: argparse.Namespace) -> dict[str, typing.Any]:
     found = {
         "size": options.size,
         "environments": total,
-        "left_out": left_out,
+        "left_out": len(left_out),
         "exact": len(own),
         "buckets": len(shares),
         "arithmetic": round(after / before, 3),

@@ -16,6 +16,7 @@ from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Inputs
 from ldm_jax.training.bucket_work import bucket_work
 from ldm_jax.training.loss import Example
+from ldm_jax.training.optimizer import TrainingConfig
 
 from .mixture import ALL_STREAMS, BucketRows, Mixture, MixtureError, Streams, WindowSource
 from .shares import DrawsConfig, allot, environment_shares
@@ -32,6 +33,7 @@ def make_codecs(
     max_buckets: int = MAX_BUCKETS,
     draws: DrawsConfig | None = None,
     each: float = 0.0,
+    drawn_slots: int = TrainingConfig.drawn_slots,
 ) -> list[Codec]:
     """The codecs of environments, each checked to fit, in the buckets that cost least together.
 
@@ -42,6 +44,7 @@ def make_codecs(
       max_buckets: those that cost least when joined are, until no more are left.
       draws: how often they are drawn.
       each: what a bucket costs by itself, see `join_buckets`.
+      drawn_slots: of an action, as many as a step of training looks at.
 
     Raises:
       StoreError: the dataset has no such environment.
@@ -58,7 +61,7 @@ def make_codecs(
     shares = dict.fromkeys(own, 0.0)
     for codec, share in zip(codecs, _shares(dataset, ids, draws or DrawsConfig()), strict=True):
         shares[codec.bucket] += share
-    joined = join_buckets(shares, max_buckets, bucket_work(model), each=each, pad_parts=True)
+    joined = join_buckets(shares, max_buckets, bucket_work(model, drawn_slots), each=each, pad_parts=True)
     return [
         codec if joined[codec.bucket] == codec.bucket else Codec(codec.card, joined[codec.bucket]) for codec in codecs
     ]

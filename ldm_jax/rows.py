@@ -186,7 +186,7 @@ class Seats:
         self._cfg, self._params = cfg, params
         self._cache = init_cache(cfg, rows)
         self._free = np.ones(rows, bool)
-        features, self._signature = _nothing(codec, rows)
+        features, self._signature, _ = _nothing(codec, rows)
         nobody = np.zeros(rows, np.uint32)
         draws = RowDraws(np.zeros((rows, 2), np.uint32), nobody, nobody.astype(np.int32), np.ones(rows, bool))
         self._packed = _Packed.of((features, draws))

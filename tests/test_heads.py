@@ -10,11 +10,17 @@ import pytest
 import scipy.special
 import scipy.stats
 from flax import nnx
+from gymnasium import spaces as gs
 
+from ldm_jax.encoding.buckets import Bucket
+from ldm_jax.encoding.codec import Codec
 from ldm_jax.model.config import SIZES
 from ldm_jax.model.heads import Head, bin_edges
 from ldm_jax.model.network import Inputs, make_model
-from ldm_jax.training.loss import Example, imitation_loss
+from ldm_jax.training import cost
+from ldm_jax.training.loss import Example, draw_slots, imitation_loss
+from ldm_jax.training.optimizer import TrainingConfig
+from ldm_jax.training.step import loss_and_gradients, state_shapes
 
 NANO = dataclasses.replace(SIZES["nano"], values=64)
 MODEL = make_model(NANO)
@@ -102,3 +108,73 @@ def test_the_loss_of_every_head_is_its_direct_formula(params):
         whole += losses.sum()
         steps += sum(arrays["label_mask"].sum() for arrays in streams[name])
     np.testing.assert_allclose(total, whole / steps, rtol=1e-5)
+
+
+MANY = (gs.Box(-1, 1, (2,)), gs.Tuple([gs.MultiDiscrete([3] * 5), gs.Box(-1, 1, (5,))]))
+"""Five slots of each kind, in a bucket of more."""
+
+
+@functools.cache
+def many_slots(rows):
+    """Rows that all say the same."""
+    example = examples.random_example(Codec(examples.make_card(*MANY)), 1, 16, seed=3)
+    return jax.tree.map(lambda leaf: np.repeat(leaf, rows, 0), example)
+
+
+@pytest.mark.parametrize("most", [2, 3])
+def test_drawn_slots_go_round_evenly_and_are_never_padding(most):
+    rows, slots = 200, 5
+    drawn = draw_slots(jax.random.key(1), {"rows": many_slots(rows)}, most)["rows"].inputs.drawn
+    for places in map(np.asarray, drawn):
+        assert places.shape == (rows, 2, most)
+        assert places.min() == 0
+        assert places.max() == slots - 1
+        # One after the other, on through the runs of steps, and from the last to the first.
+        assert ((np.diff(places.reshape(rows, -1), axis=1) % slots) == 1).all()
+        counts = np.bincount(places[:, 0, 0], minlength=slots)
+        assert scipy.stats.chisquare(counts).pvalue > 1e-4
+    assert (drawn.choices != drawn.numbers).any()
+
+
+def test_the_loss_of_drawn_slots_is_that_of_all_in_the_mean_over_the_draws(params):
+    gradient = jax.jit(jax.value_and_grad(functools.partial(imitation_loss, MODEL, NANO), has_aux=True))
+    (whole, _), whole_gradient = gradient(params, {"rows": many_slots(5)})
+    drawn = draw_slots(jax.random.key(0), {"rows": many_slots(64)}, 2)["rows"].inputs.drawn
+    # Rows that begin at each of the five places in turn; the two kinds do not touch each other.
+    begins = [np.unique(np.asarray(places[:, 0, 0]), return_index=True)[1] for places in drawn]
+    every = type(drawn)(*(places[rows] for places, rows in zip(drawn, begins, strict=True)))
+    example = many_slots(5)
+    (mean, rows), mean_gradient = gradient(
+        params, {"rows": example._replace(inputs=example.inputs._replace(drawn=every))}
+    )
+    assert np.ptp(rows["rows"].loss) > 1e-2 * mean  # each draw alone is another
+    np.testing.assert_allclose(mean, whole, rtol=1e-5)
+    for (path, one), other in zip(
+        jax.tree_util.tree_leaves_with_path(mean_gradient), jax.tree.leaves(whole_gradient), strict=True
+    ):
+        error = np.linalg.norm(one - other)
+        assert error <= 2e-4 * np.linalg.norm(other) + 1e-7, jax.tree_util.keystr(path)
+
+
+def test_where_all_slots_can_be_drawn_the_loss_is_that_of_all(params):
+    whole, drawn = many_slots(2), draw_slots(jax.random.key(0), {"rows": many_slots(2)}, 6)["rows"]
+    assert drawn.inputs.drawn.numbers.shape[-1] == 6  # of eight
+    (one, metrics), (other, expected) = (LOSS(params, {"rows": each}) for each in (drawn, whole))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), metrics["rows"], expected["rows"])
+    no_more = draw_slots(jax.random.key(0), {"rows": whole}, 320)["rows"]
+    assert jax.tree.structure(no_more) == jax.tree.structure(whole)  # the same program, to the last bit
+
+
+def test_a_training_step_costs_hardly_more_with_hundreds_of_slots():
+    cfg, training = SIZES["micro"], TrainingConfig()
+    model = make_model(cfg)
+    state = state_shapes(model, training)
+
+    def work(slots):
+        bucket = Bucket(numeric=8, categorical=0, grids=(), texts=(), choice_slots=0, choices=0, continuous_slots=slots)
+        step = functools.partial(loss_and_gradients, model, cfg, training)
+        return cost.count_matrix_flops(step, state, {"rows": cost.example_shapes(bucket, 8, 64)})
+
+    # The previous action has a row of a table for each slot.
+    assert work(8) < work(320) < 1.1 * work(8)

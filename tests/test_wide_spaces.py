@@ -26,6 +26,7 @@ from ldm_jax.encoding.buckets import bucket_for, join_buckets, join_two
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.encoding.observations import observation_layout
 from ldm_jax.errors import ConfigError, LdmError
+from ldm_jax.model import encoders
 from ldm_jax.model.config import SIZES
 from ldm_jax.model.encoders import CategoryEncoder
 from ldm_jax.model.heads import bin_centers, bin_probabilities
@@ -382,3 +383,22 @@ def test_what_is_too_wide_names_the_way_out():
 )
 def test_channels_are_beside_the_square_or_else_the_shorter_of_the_outer_axes(shape, axis):
     assert observations.channel_axis(shape) == axis
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_images_are_the_same_a_few_at_a_time_and_all_at_once(dtype, monkeypatch):
+    graph, params = nnx.split(encoders.GridEncoder(dataclasses.replace(LARGE, channels=8), nnx.Rngs(params=0)))
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (2, 6, 32, 32, 8)).astype(dtype)
+    mask = np.zeros((2, 32, 32), np.float32)
+    mask[:, :30, :20] = 1
+
+    @jax.value_and_grad
+    def loss(params, image):
+        return jax.numpy.sin(nnx.merge(graph, params)(image, mask)).sum()
+
+    whole = loss(params, np.where(mask[:, None, ..., None] > 0, image, 0).astype(dtype))
+    monkeypatch.setattr(encoders, "_IMAGES", 4)  # two steps of both rows
+    jax.tree.map(
+        lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5), loss(params, image), whole
+    )

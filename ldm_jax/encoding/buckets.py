@@ -67,7 +67,8 @@ _WIDTHS = {
     "channels": (4, 16, 64, 128),
     "text": (128, 512, 2048),
     "choice_slots": (0, 1, 4, 16, 64, 320),
-    "choices": (0, 8, 32, 128, 512, 2048, 8192),
+    # Fine where it is wide: logits, masks and targets are as wide at every token.
+    "choices": (0, 8, 32, 128, 256, 512, 1024, 2048, 3072, 4096, 5120, 6144, 8192),
     # 64 for the muscles of MyoSuite, some 600 environments: each slot goes through the head.
     "continuous_slots": (0, 2, 8, 32, 64, 128, 320),
 }

@@ -20,6 +20,9 @@ from ldm_jax.types import Array
 _PERIODS = (3.0, 7.0, 16.0)
 """Of the waves that tell the small whole numbers of a grid apart (object kinds, colours)."""
 
+_IMAGES = 64
+"""That are encoded at once on a CPU."""
+
 _SMALL, _FEW = 16, 4
 """Categories of so few values are looked up by pairs of component and value, from so many components on."""
 
@@ -82,10 +85,8 @@ class GridEncoder(nnx.Module):
         self.gather = normal(rngs, (side, side, half, width), 1.0 / math.sqrt(side * side * half))
 
     def __call__(self, grid_RTHWC: Array, mask_RHW: Array) -> Array:
-        # where, not a product: a NaN in the padding must not pass, here and below.
-        grid_RTHWC = jnp.where(mask_RHW[:, None, ..., None] > 0, grid_RTHWC, 0)
         rows, steps, side, _, _ = grid_RTHWC.shape
-        x = self._cells(grid_RTHWC, mask_RHW) if side <= GRID_CELLS else self._patches(grid_RTHWC)
+        x = (self._cells if side <= GRID_CELLS else self._patches)(grid_RTHWC, mask_RHW)
         x = jax.nn.gelu(self.second(_join_four(jax.nn.gelu(x))))
         blocks = min(side, GRID_CELLS) // 4
         gather = self.gather[:blocks, :blocks].reshape(-1, self.gather.shape[-1])
@@ -94,7 +95,7 @@ class GridEncoder(nnx.Module):
     def _cells(self, grid_RTHWC: Array, mask_RHW: Array) -> Array:
         """What is in each 2 x 2 patch of cells, `[R, T, patches, half]`."""
         channels = grid_RTHWC.shape[-1]
-        cells = _in_blocks(grid_RTHWC, 1)[..., 0, :]
+        cells = _in_blocks(_inside(grid_RTHWC, mask_RHW), 1)[..., 0, :]
         inside = _in_blocks(mask_RHW[:, None, ..., None], 1)[..., 0, :]
         cells, inside = (x.reshape(*x.shape[:2], -1, 4, x.shape[-1]) for x in (cells, inside))
         features: list[Array] = [jnp.sign(cells) * jnp.log(1 + jnp.abs(cells))]
@@ -106,15 +107,54 @@ class GridEncoder(nnx.Module):
         kernel = self.cells[:, :, :channels].reshape(flat.shape[-1], -1).astype(self.dtype)
         return project(flat, kernel) + inside[..., 0].astype(self.dtype) @ self.inside[...].astype(self.dtype)
 
-    def _patches(self, image_RTHWC: Array) -> Array:
+    def _patches(self, image_RTHWC: Array, mask_RHW: Array) -> Array:
         """What is in each 2 x 2 patches of pixels, `[R, T, patches / 4, half]`."""
-        side, channels = image_RTHWC.shape[-2:]
-        size = side // GRID_CELLS
-        value = _in_blocks(image_RTHWC, size).astype(self.dtype)
-        scaled = value / 127.5 - 1.0 if image_RTHWC.dtype == jnp.uint8 else symlog(value)
-        kernel = self.patch[:size, :size, :channels] / math.sqrt(size * size * channels)
+        rows, steps, side, _, channels = image_RTHWC.shape
+        # Four bytes at once: XLA moves one element after the other.
+        packed = image_RTHWC.dtype == jnp.uint8 and channels % 4 == 0
+        pixels = _inside(_pack(image_RTHWC) if packed else image_RTHWC, mask_RHW)
+        blocks = checkpoint_name(_in_blocks(pixels, side // GRID_CELLS), "features")
+
+        def embed(blocks: Array) -> Array:
+            return self._embed_pixels(_unpack(blocks) if packed else blocks)
+
+        run = _run(rows, steps)
+        if run == steps:
+            return embed(blocks)
+        # As numbers the pixels take four times the bytes: a few images at once stay in the cache, here and backward.
+        part = jax.checkpoint(lambda start: embed(jax.lax.dynamic_slice_in_dim(blocks, start, run, 1)))
+        x = jnp.moveaxis(jax.lax.map(part, jnp.arange(0, steps, run)), 0, 1)
+        return x.reshape(rows, steps, *x.shape[3:])
+
+    def _embed_pixels(self, blocks: Array) -> Array:
+        pixels, channels = blocks.shape[-2:]
+        size = math.isqrt(pixels)
+        value = blocks.astype(self.dtype)
+        scaled = value / 127.5 - 1.0 if blocks.dtype == jnp.uint8 else symlog(value)
+        kernel = self.patch[:size, :size, :channels] / math.sqrt(pixels * channels)
         x = project(scaled.reshape(*scaled.shape[:3], -1), kernel.reshape(-1, kernel.shape[-1]).astype(self.dtype))
         return self.first(_join_four(jax.nn.gelu(x)))
+
+
+def _inside(grid_RTHWC: Array, mask_RHW: Array) -> Array:
+    # where, not a product: a NaN in the padding must not pass.
+    return jnp.where(mask_RHW[:, None, ..., None] > 0, grid_RTHWC, 0)
+
+
+def _run(rows: int, steps: int) -> int:
+    """How many steps of all rows are encoded at once: the images that a CPU's cache holds, on other devices all."""
+    if jax.default_backend() != "cpu":
+        return steps
+    return max(run for run in range(1, steps + 1) if steps % run == 0 and (run == 1 or rows * run <= _IMAGES))
+
+
+def _pack(image: Array) -> Array:
+    """Bytes `[..., C]` as words `[..., C / 4]`."""
+    return jax.lax.bitcast_convert_type(image.reshape(*image.shape[:-1], -1, 4), jnp.uint32)
+
+
+def _unpack(words: Array) -> Array:
+    return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:-1], -1)
 
 
 class _Wave(typing.NamedTuple):

@@ -18,7 +18,7 @@ from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.decoder import Cache, Decoder, init_cache, rematerialize
 from ldm_jax.model.encoders import SignatureEncoder, StepEncoder
-from ldm_jax.model.heads import Head, Predictions
+from ldm_jax.model.heads import DrawnSlots, Head, Predictions
 from ldm_jax.model.layers import Norm
 from ldm_jax.types import Array
 
@@ -32,10 +32,12 @@ class Inputs(typing.NamedTuple):
     Attributes:
       features: leaves `[R, T, ...]`.
       signature: leaves `[R, ...]`.
+      drawn: which action slots to predict; default: all.
     """
 
     features: Features
     signature: Signature
+    drawn: DrawnSlots = DrawnSlots()
 
 
 class Apply(typing.Protocol):
@@ -81,19 +83,20 @@ class _Network(nnx.Module):
             )
         for name in names:
             # Rows of another number, or a window too short, would be broadcast without a word.
-            features, signature = inputs[name]
+            features, signature, drawn = inputs[name]
             chex.assert_equal_shape_prefix(jax.tree.leaves(features), 2)
-            chex.assert_equal_shape_prefix([features.reward, *jax.tree.leaves(signature)], 1)
+            chex.assert_equal_shape_prefix([features.reward, *jax.tree.leaves((signature, drawn))], 1)
         conditions = {name: self.signature(inputs[name].signature.vector) for name in names}
         encode = rematerialize(self.tokens.__call__, self.cfg)
         predict = rematerialize(self.head.__call__, self.cfg)
-        tokens = [encode(*inputs[name], conditions[name]) for name in names]
+        tokens = [encode(inputs[name].features, inputs[name].signature, conditions[name]) for name in names]
         x, cache = self.decoder(sharding.join_rows(self.mesh, tokens), cache)
         # The last token of a step is the observation's: the action is read off there.
         x = self.norm(x)[:, per_step - 1 :: per_step]
         rows = sharding.split_rows(self.mesh, x, [part.shape[0] for part in tokens])
         predictions = {
-            name: predict(part, *inputs[name], conditions[name]) for name, part in zip(names, rows, strict=True)
+            name: predict(part, inputs[name].features, inputs[name].signature, conditions[name], inputs[name].drawn)
+            for name, part in zip(names, rows, strict=True)
         }
         return predictions, cache
 

@@ -19,8 +19,8 @@ from ldm_jax.encoding.codec import Features, Signature, Targets
 from ldm_jax.encoding.signature import SIGNATURE
 from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import ModelConfig
-from ldm_jax.model.network import Inputs, make_model
-from ldm_jax.training.loss import Example, imitation_loss
+from ldm_jax.model.network import Inputs, Params, make_model
+from ldm_jax.training.loss import Example, draw_slots, imitation_loss
 from ldm_jax.training.optimizer import TrainingConfig
 from ldm_jax.training.step import TrainState, state_shapes
 from ldm_jax.types import Array, PyTree
@@ -195,8 +195,12 @@ def estimate_memory(
         wide = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((rows_times * leaf.shape[0], *leaf.shape[1:]), leaf.dtype), batch
         )
-        loss = functools.partial(imitation_loss, model, cfg)
-        return _bytes(jax.eval_shape(lambda params, batch: jax.vjp(lambda p: loss(p, batch), params)[1], params, wide))
+
+        def differentiate(params: Params, batch: dict[str, Example]) -> collections.abc.Callable[..., typing.Any]:
+            drawn = draw_slots(jax.random.key(0), batch, training_cfg.drawn_slots)
+            return jax.vjp(lambda params: imitation_loss(model, cfg, params, drawn), params)[1]
+
+        return _bytes(jax.eval_shape(differentiate, params, wide))
 
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state.params)
     return MemoryEstimate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 
 import jax
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 
 from ldm_jax.encoding.codec import Targets
 from ldm_jax.model.config import ModelConfig
-from ldm_jax.model.heads import Predictions, bin_centers, bin_probabilities
+from ldm_jax.model.heads import DrawnSlots, Predictions, bin_centers, bin_probabilities, take_slots
 from ldm_jax.model.network import Inputs, Model, Params
 from ldm_jax.types import Array
+
+_RUN = 8
+"""Steps that have the same slots drawn: what is gathered by slot is so much less."""
 
 
 class Example(typing.NamedTuple):
@@ -30,6 +34,8 @@ class Example(typing.NamedTuple):
 
 class RowMetrics(typing.NamedTuple):
     """Sums over the steps of each row; divide by `weight` or `changed_weight`. `float32 [R]`; a pytree.
+
+    All slots are those that were predicted: where some were drawn, the first two are estimates without bias.
 
     Attributes:
       loss: cross-entropy in nats, averaged over action slots.
@@ -56,26 +62,53 @@ def slot_losses(cfg: ModelConfig, predictions: Predictions, targets: Targets) ->
     Args:
       cfg: the bins.
       predictions: `[R, T, K, V]` and `[R, T, C, bins]`.
-      targets: of the same steps.
+      targets: of the same steps and slots.
 
     Returns:
       Three arrays `float32 [R, T, K + C]`; padded slots hold zeros or anything and must be masked.
     """
     bins = bin_probabilities(cfg, targets.mean, targets.scale)
-    losses, entropies, totals = [], [], []
-    for probabilities, logits in ((targets.probabilities, predictions.choice_logits), (bins, predictions.bin_logits)):
-        # Not by log-probabilities: they would be one more array of this size.
-        total = jax.nn.logsumexp(logits, -1, keepdims=True)
-        likely = jnp.where(probabilities > 0, probabilities * (logits - total), 0.0)
-        losses.append(-jnp.sum(likely, -1))
-        entropies.append(jnp.sum(jax.scipy.special.entr(probabilities), -1))
-        totals.append(total)
+    pairs = ((targets.probabilities, predictions.choice_logits), (bins, predictions.bin_logits))
+    losses, totals = zip(*(cross_entropy(*pair) for pair in pairs), strict=True)
+    entropies = [jnp.sum(jax.scipy.special.entr(probabilities), -1) for probabilities, _ in pairs]
     right_choice = _first_largest(predictions.choice_logits) == _first_largest(targets.probabilities)
     right_choice &= predictions.choice_logits.shape[-1] > 0
-    decoded = jnp.sum(jnp.exp(predictions.bin_logits - totals[1]) * bin_centers(cfg), -1)
+    decoded = jnp.sum(jnp.exp(predictions.bin_logits - totals[1][..., None]) * bin_centers(cfg), -1)
     right_number = jnp.abs(jnp.clip(decoded, -1, 1) - targets.mean) < 0.1
     correct = jnp.concatenate([right_choice, right_number], -1)
     return jnp.concatenate(losses, -1), jnp.concatenate(entropies, -1), correct.astype(jnp.float32)
+
+
+@jax.custom_vjp
+def cross_entropy(probabilities: Array, logits: Array) -> tuple[Array, Array]:
+    """Cross-entropy in nats, and the logarithm of the sum of exponentials of the logits, of which there is no gradient.
+
+    Args:
+      probabilities: `[..., V]`, non-negative, constants: there is no gradient of them either.
+      logits: `[..., V]`.
+
+    Returns:
+      Two arrays `[...]`.
+    """
+    total = jax.nn.logsumexp(logits, -1, keepdims=True)
+    # Not by log-probabilities: they would be one more array of this size.
+    likely = jnp.where(probabilities > 0, probabilities * (logits - total), 0.0)
+    return -jnp.sum(likely, -1), total[..., 0]
+
+
+def _cross_entropy_forward(probabilities: Array, logits: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    loss, total = cross_entropy(probabilities, logits)
+    return (loss, total), (probabilities, logits, total, probabilities.sum(-1))
+
+
+def _cross_entropy_backward(saved: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[None, Array]:
+    probabilities, logits, total, mass = saved
+    # In one pass: what differentiation would save are the exponentials, one more array.
+    expected = jnp.exp(logits - total[..., None]) * mass[..., None]
+    return None, (expected - probabilities) * gradients[0][..., None]
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _first_largest(x: Array) -> Array:
@@ -131,13 +164,13 @@ def imitation_loss(
     predictions, _ = model.apply(params, {name: example.inputs for name, example in batch.items()})
     metrics = {}
     for name, (inputs, labels, environment) in batch.items():
-        targets = select_labels(inputs, labels)
+        targets = _drawn_targets(inputs.drawn, select_labels(inputs, labels))
         losses, entropies, correct = slot_losses(cfg, predictions[name], targets)
-        slots = jnp.concatenate([inputs.signature.choice_slots, inputs.signature.continuous_slots], -1)[:, None]
-        per_slot = slots / slots.sum(-1, keepdims=True)
-        step_loss = jnp.sum(jnp.where(slots > 0, losses, 0.0) * per_slot, -1)
-        step_entropy = jnp.sum(jnp.where(slots > 0, entropies, 0.0) * per_slot, -1)
-        all_correct = jnp.prod(jnp.where(slots > 0, correct, 1.0), -1)
+        per_slot = _slot_weights(inputs)
+        slots = per_slot > 0
+        step_loss = jnp.sum(jnp.where(slots, losses, 0.0) * per_slot, -1)
+        step_entropy = jnp.sum(jnp.where(slots, entropies, 0.0) * per_slot, -1)
+        all_correct = jnp.prod(jnp.where(slots, correct, 1.0), -1)
         changed = targets.weight * targets.changed
         metrics[name] = RowMetrics(
             loss=jnp.sum(step_loss * targets.weight, -1),
@@ -150,6 +183,62 @@ def imitation_loss(
         )
     total = sum(rows.loss.sum() for rows in metrics.values())
     return total / (labelled_steps(batch) if labelled is None else labelled), metrics
+
+
+def _drawn_targets(drawn: DrawnSlots, targets: Targets) -> Targets:
+    return targets._replace(
+        probabilities=take_slots(targets.probabilities, drawn.choices),
+        mean=take_slots(targets.mean, drawn.numbers),
+        scale=take_slots(targets.scale, drawn.numbers),
+    )
+
+
+def _slot_weights(inputs: Inputs) -> Array:
+    """What each predicted slot counts for in the loss of a step, `[R, T, slots]`: with sum 1, 0 for padding."""
+    signature, steps = inputs.signature, inputs.features.reward.shape[1]
+    weights, total = [], jnp.zeros(())
+    for slots, drawn in zip((signature.choice_slots, signature.continuous_slots), inputs.drawn, strict=True):
+        count = slots.sum(-1)[:, None, None]
+        taken = take_slots(jnp.broadcast_to(slots[:, None], (len(slots), steps, slots.shape[-1])), drawn)
+        # Those drawn stand for all of their kind.
+        weights.append(taken * (count / jnp.maximum(taken.sum(-1, keepdims=True), 1.0)))
+        total = total + count
+    return jnp.concatenate(weights, -1) / total
+
+
+def draw_slots(key: Array, batch: dict[str, Example], most: int) -> dict[str, Example]:
+    """Draws the slots that a loss looks at where actions have more: an estimate of their mean, without bias.
+
+    A run of up to eight steps has `most` slots one after the other, and the run after it has those that follow, round
+    and round through the slots of the environment; where that begins is drawn for each row.
+
+    Args:
+      key: typed key.
+      batch: by bucket name.
+      most: slots of a kind of one step.
+
+    Returns:
+      The batch, with `inputs.drawn` where a bucket has more slots of a kind than that.
+    """
+
+    def draw(key: Array, slots_RA: Array, steps: int) -> Array | None:
+        if slots_RA.shape[-1] <= most:
+            return None
+        count_R = slots_RA.sum(-1).astype(jnp.int32)
+        start_R = jax.random.randint(key, count_R.shape, 0, jnp.maximum(count_R, 1))
+        runs = steps // math.gcd(steps, _RUN)
+        places = start_R[:, None, None] + jnp.arange(runs * most).reshape(runs, most)
+        few = count_R[:, None, None] <= most  # they need no draw; what lies beyond them is padding
+        return jnp.where(few, jnp.arange(most), places % jnp.maximum(count_R, 1)[:, None, None])
+
+    drawn = {}
+    for i, (name, example) in enumerate(sorted(batch.items())):
+        signature, steps = example.inputs.signature, example.inputs.features.reward.shape[1]
+        keys = jax.random.split(jax.random.fold_in(key, i))
+        of_both = (signature.choice_slots, signature.continuous_slots)
+        places = DrawnSlots(*(draw(key, slots, steps) for key, slots in zip(keys, of_both, strict=True)))
+        drawn[name] = example._replace(inputs=example.inputs._replace(drawn=places))
+    return drawn
 
 
 def drop_previous_actions(key: Array, batch: dict[str, Example], probability: float) -> dict[str, Example]:

@@ -33,7 +33,9 @@ class TrainingConfig:
       accumulation: pieces that a batch is worked through in, one after the other; they save memory and change nothing
         but the rounding.
       drop_previous: probability of hiding the previous action in a window.
-      seed: of parameters, batches and dropping; 0 to 2**32 - 1.
+      drawn_slots: of each kind of an action, categorical and continuous: where an action has more, the loss of a step
+        looks at so many of them, drawn evenly, and its gradient is in the mean that of all. Validation looks at all.
+      seed: of parameters, batches, dropping and drawing; 0 to 2**32 - 1.
     """
 
     steps: int = 1200
@@ -47,6 +49,7 @@ class TrainingConfig:
     clip_norm: float = 1.0
     accumulation: int = 1
     drop_previous: float = 0.2
+    drawn_slots: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,8 +68,9 @@ class TrainingConfig:
             )
         if not 0 <= self.drop_previous <= 1:
             raise ConfigError(f"drop_previous is {self.drop_previous}, expected a probability")
-        if not self.accumulation >= 1:
-            raise ConfigError(f"accumulation is {self.accumulation}, expected at least 1")
+        for name in ("accumulation", "drawn_slots"):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.seed < 1 << 32:
             raise ConfigError(f"seed is {self.seed}, expected 0 to {(1 << 32) - 1}: keys hold no more")
         # Parameters are float32, so what is infinite there would be infinite in them.

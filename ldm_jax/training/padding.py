@@ -38,7 +38,7 @@ def measure_useful(batch: collections.abc.Mapping[str, Example]) -> Useful:
     """
     real, all = np.zeros(4), np.zeros(4)
     for example in batch.values():
-        (features, signature), targets, _ = jax.tree.map(np.asarray, example)
+        (features, signature, _), targets, _ = jax.tree.map(np.asarray, example)
         rows, steps = targets.weight.shape
         masks = (signature.numeric_mask, signature.categorical_mask, *signature.grid_masks)
         slots = (signature.choice_slots, signature.continuous_slots)

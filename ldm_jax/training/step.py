@@ -13,7 +13,14 @@ import optax
 from ldm_jax import sharding
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Model, Params
-from ldm_jax.training.loss import Example, RowMetrics, drop_previous_actions, imitation_loss, labelled_steps
+from ldm_jax.training.loss import (
+    Example,
+    RowMetrics,
+    draw_slots,
+    drop_previous_actions,
+    imitation_loss,
+    labelled_steps,
+)
 from ldm_jax.training.metrics import StepMetrics
 from ldm_jax.training.optimizer import TrainingConfig, make_optimizer, make_schedule
 from ldm_jax.types import Array, PyTree
@@ -152,6 +159,7 @@ def loss_and_gradients(
     """
     key = jax.random.fold_in(state.key, state.step)
     batch = drop_previous_actions(key, batch, cfg.drop_previous)
+    batch = draw_slots(jax.random.fold_in(key, len(batch)), batch, cfg.drawn_slots)
     # Of the whole batch: pieces with fewer labels then count for less.
     labelled = labelled_steps(batch)
     gradient = jax.value_and_grad(functools.partial(imitation_loss, model, model_cfg), has_aux=True)
