@@ -52,7 +52,7 @@ class TabularConfig:
       num_envs: parallel environments.
       rollout_length: steps in each environment between two plans.
       discount: gamma; close to 1 where a time limit far away ends episodes.
-      epsilon: share of random actions while exploring.
+      epsilon: share of random actions while exploring, and of a sampled policy whose states are fingerprints.
       states_limit: how many states there is room for, where they are told apart by fingerprints.
     """
 
@@ -135,12 +135,11 @@ def learn(environment: Environment, config: TabularConfig, seed: int) -> collect
         if not np.isfinite(mdp.rewards).all():
             raise EnvironmentFaultError(f"{spec.id} gave a reward that is NaN or infinite, expected a finite number")
         logits = curious_plan(mdp) if done % 2 else _best(mdp, config, spec.time_limit)
-        greedy = np.exp(_choices(layout, logits, rng))
-        uniform = np.repeat(1 / np.array(layout.sizes), layout.sizes)
-        params = see.params(known, np.log((1 - config.epsilon) * greedy + config.epsilon * uniform))
+        params = see.params(known, _mix(layout, _choices(layout, logits, rng), config.epsilon))
         if done in reports:
             best = _choices(layout, _best(mdp, config, spec.time_limit), None)
-            yield Learned(done * each, see.params(known, best))
+            # What looks alike may not be: where the best plan turns in circles, a chance gets out of them.
+            yield Learned(done * each, see.params(known, best if see.states else _mix(layout, best, config.epsilon)))
 
 
 def agent(spec: EnvironmentSpec, config: TabularConfig) -> Agent:
@@ -244,6 +243,12 @@ def _choices(layout: ActionLayout, logits: np.ndarray, rng: np.random.Generator 
         ],
         1,
     )
+
+
+def _mix(layout: ActionLayout, logits: np.ndarray, epsilon: float) -> np.ndarray:
+    """Logits over flat choices `[S, M]` with a share of chance."""
+    uniform = np.repeat(1 / np.array(layout.sizes), layout.sizes)
+    return np.log((1 - epsilon) * np.exp(logits) + epsilon * uniform)
 
 
 def _best(mdp: EmpiricalMDP, config: TabularConfig, horizon: int | None = None) -> np.ndarray:
