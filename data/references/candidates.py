@@ -150,7 +150,7 @@ def rungs(count: int) -> tuple[Rung, ...]:
     counts = [count]
     while counts[-1] > 1:
         counts.append(math.ceil(counts[-1] / 2))
-    return tuple(Rung(n, HALVING ** -(len(counts) - 1 - i)) for i, n in enumerate(counts))
+    return tuple(Rung(n, float(HALVING) ** -(len(counts) - 1 - i)) for i, n in enumerate(counts))
 
 
 def winner_steps(total: int, count: int) -> int:
