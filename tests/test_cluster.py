@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -227,6 +228,22 @@ def test_a_unit_that_no_machine_has_room_for_is_said(machines, tmp_path, monkeyp
 def test_an_address_where_there_is_no_cluster_is_said_at_once(address, words):
     with pytest.raises(ClusterError, match=words):
         [*run_units(["a"], Job(_do), workers=0, engine=Engine("ray", address))]
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+def test_another_program_at_an_address_is_not_taken_for_a_cluster(answer):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=r"no Ray cluster can be reached .* another program answers there"):
+            [*run_units(["a"], Job(_do), workers=0, engine=Engine("ray", address))]
 
 
 DRIVER = """

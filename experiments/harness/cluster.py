@@ -35,6 +35,9 @@ _AHEAD = 2  # units that are handed over for each core of the cluster, so that n
 REACHED_S = 5.0
 """How long an address may take to answer."""
 _HOST_TICK_S = 1.0
+# Ray speaks gRPC, over HTTP/2: whoever is greeted so answers with settings, and the fourth byte of a frame is its type.
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_HTTP2_SETTINGS = b"\x04"
 _ARRIVING = ".arriving"
 
 _Said = tuple[str, typing.Any]
@@ -224,7 +227,10 @@ def _check_reachable(address: str) -> None:
             "cluster that this machine is part of"
         )
     try:
-        socket.create_connection((host, int(port)), REACHED_S).close()
+        with socket.create_connection((host, int(port)), REACHED_S) as connection:
+            connection.sendall(_HTTP2_GREETING)
+            if connection.recv(9)[3:4] != _HTTP2_SETTINGS:
+                raise OSError("another program answers there")
     except (OSError, OverflowError) as error:
         raise ClusterError(
             f"no Ray cluster can be reached at {address}: {error}. Start one there with `ray start --head "
