@@ -11,8 +11,7 @@ Three are timed side by side for each size, window and number of rows, all rows 
 
 Its last line is one JSON object: `cached_to_recompute` and `acting_to_memory`, the least of those named in `headline`,
 1 being as fast as recomputing and as fast as memory; `growth`, the time of a step after ten million steps over that
-of a first one; `table` with all, latency in milliseconds. `evaluation_to_raw` and `programs` are not measured yet, and
-null.
+of a first one; `table` with all, latency in milliseconds. Whole evaluations are measured by `benchmarks.evaluation`.
 """
 
 from __future__ import annotations
@@ -177,11 +176,6 @@ def measure_growth(cfg: ModelConfig, rows: int, options: argparse.Namespace) -> 
     return round(1 / compare(contenders, options.repetitions, options.seconds).speed("old", "young"), 3)
 
 
-def measure_evaluation() -> dict[str, float | None]:
-    """Steps/s of a whole evaluation over those of raw loops, and the programs that it compiles: not measured yet."""
-    return {"evaluation_to_raw": None, "programs": None}
-
-
 def _settings(options: argparse.Namespace) -> collections.abc.Iterator[tuple[str, ModelConfig, int]]:
     """Sizes, windows and rows that were asked for; those too large for the machine are said to be left out."""
     for name in options.sizes.split(","):
@@ -231,7 +225,6 @@ def main(arguments: collections.abc.Sequence[str] | None = None) -> None:
                 "acting_to_memory": min(line.acting_to_memory for line in headline),
                 "growth": measure_growth(growth_cfg, min(headline[0].rows, 16), options),
                 "headline": [f"{line.size}, {line.window} steps, {line.rows} rows" for line in headline],
-                **measure_evaluation(),
                 "table": [line._asdict() for line in table],
             }
         )

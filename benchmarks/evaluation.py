@@ -6,9 +6,9 @@
     libraries' own loops);
   stepping: each environment alone with actions that were drawn beforehand: no policy at all.
 
-What is counted are steps of rows that still play; a raw loop has no others. The bar is held against `raw`: an evaluation
-must run the policy once a step whatever the engine does, and beside `micro` simulators such as these take next to
-nothing. `stepping` says what the policy costs.
+What is counted are steps of rows that still play; a raw loop has no others. The bar is held against `raw`, as in
+`benchmarks.rollout`: an evaluation runs the policy once a step whatever its engine does, and beside even `micro`
+simulators such as these take next to nothing. `stepping` says what the policy costs.
 
     python -m benchmarks.evaluation
 

@@ -1,7 +1,8 @@
 """Evaluates the saved policy in every environment: `python -m experiments.evaluate --workdir=runs/mine`.
 
 Writes `evaluation/<id>.json` as each environment is finished and, once all are, `report/`. Killed and started again, it
-evaluates only what is missing. What cannot be evaluated is listed in the report, with the reason.
+evaluates only what is missing. What cannot be evaluated is listed in the report, with the reason; where an environment
+failed, though the policy knows it, the script ends with status 1 after the report, and tries it again the next time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from data.references import ReferencePolicyError, load_reference
 from experiments.harness import progress
 from experiments.harness.metrics_log import read_rows
 from experiments.harness.outcomes import read_outcome
-from experiments.harness.stage import stage
+from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.workdir import FREE, key_of, listed, pin_config
 from experiments.report.page import write_report
 from experiments.report.targets import find_target
@@ -34,7 +35,7 @@ from ldm_jax import policy as policies
 from ldm_jax.cards import CardError, EnvironmentCard, Reference, check_matches
 from ldm_jax.encoding.buckets import join_buckets
 from ldm_jax.encoding.codec import Codec
-from ldm_jax.errors import ConfigError, LdmError
+from ldm_jax.errors import ConfigError
 from ldm_jax.evaluation import aggregates, scores
 from ldm_jax.model.network import count_parameters
 from ldm_jax.training.bucket_work import bucket_work
@@ -90,60 +91,77 @@ def run(
       WorkdirError: the workdir cannot be used.
       PolicyError: there is no policy.
       ReferencePolicyError: an id that was named has no reference; nothing has been done then.
+      UnitsFailedError: some environments failed; the others are evaluated, and in the report.
     """
     policy = policies.load(workdir / "policy")
     ids = environments or listed(workdir / "references")
-    measured = {id: _measurement(policy, workdir, id, failed.get(id, "")) for id in ids}
+    known = {id: _known(policy, workdir, id, failed.get(id, "")) for id in ids}
+    measured = {id: each.measurement for id, each in known.items()}
     pin_config(workdir, "evaluate", config, owns=("evaluation", "report"))
-    digest = fingerprint(policy)
-    paths = {id: workdir / "evaluation" / f"{id}.json" for id in ids if not measured[id].missing}
-    for id, reason in _evaluate(config, policy, digest, paths, policy.decoding).items():
-        measured[id] = measured[id]._replace(missing=reason)
-    beside = {id: workdir / "evaluation" / "other_decoding" / f"{id}.json" for id in paths} if config.both else {}
-    _evaluate(config, policy, digest, beside, "other")
-    for id, path in paths.items():
-        measured[id] = measured[id]._replace(model_returns=_finished(path, digest))
+    digest, folder = fingerprint(policy), workdir / "evaluation"
+    paths = {id: folder / f"{id}.json" for id in ids if not measured[id].missing}
+    faults = {id: each.measurement.missing for id, each in known.items() if each.fault}
+    faults |= _evaluate(config, policy, digest, paths, policy.decoding)
+    beside = {id: folder / "other_decoding" / f"{id}.json" for id in paths if id not in faults} if config.both else {}
+    broken = _evaluate(config, policy, digest, beside, "other")
+    done = {id: finished for id, path in paths.items() if (finished := _finished(path, digest))}
+    for id in paths:
+        returns = done[id].returns if id in done else None
+        measured[id] = measured[id]._replace(missing=faults.get(id, ""), model_returns=returns)
     results = scores.score_each(measured.values(), config.seed)
     found = aggregates.scores_json(results, count_parameters(policy.params), policy.decoding, config.seed)
     for item in found["environments"]:
         if (id := item["id"]) in paths:
             item["decoding"] = acting.resolve_decoding(policy.decoding, policy.cards[id])
             item["other"] = _beside(item, _other(policy, id), _finished(beside[id], digest)) if id in beside else None
+            item["faults"] = done[id].faults if id in done else {}
     details = {"Evaluation seed": config.seed, "Policy": digest, "ldm_jax": importlib.metadata.version("ldm_jax")}
     training = read_rows(workdir / "metrics.jsonl")
     page = write_report(workdir / "report", found, training, "One policy, many environments", details)
     print(f"{aggregates.table(found)}\n\nreport: {page}")
+    if faults := faults | {id: f"{_other(policy, id)} decoding, reported beside: {broken[id]}" for id in broken}:
+        raise UnitsFailedError(faults)
     return found
 
 
-def _measurement(policy: policies.Policy, workdir: pathlib.Path, id: str, missing: str) -> scores.Measurement:
-    """What is known of an environment before the policy acts in it; `missing` says why it will not."""
+class _Known(typing.NamedTuple):
+    """What is known of an environment before the policy acts in it, and whether it failed already."""
+
+    measurement: scores.Measurement
+    fault: bool = False
+
+
+def _known(policy: policies.Policy, workdir: pathlib.Path, id: str, missing: str) -> _Known:
+    """Reads what is known of an environment; `missing` says why the policy will not act in it."""
     target = find_target(id)
     unknown = scores.Measurement(id, "unknown", None, None, None, target and target.target_return, missing)
     directory = workdir / "references" / id
     if missing and not (directory / "reference.json").exists():
-        return unknown
+        return _Known(unknown)
     try:
         scored = load_reference(directory)
     except ReferencePolicyError as error:
         if not directory.exists():
             raise  # it was named, and is not known: most often it is misspelled
         outcome = read_outcome(directory)
-        return unknown._replace(missing=outcome.reason if outcome and outcome.verdict == "failed" else str(error))
+        reason = outcome.reason if outcome and outcome.verdict == "failed" else str(error)
+        return _Known(unknown._replace(missing=reason))
+    mismatch = ""
     if id in policy.cards:
         try:
             check_matches(policy.cards[id], scored.policy.spec, "the policy")
             _check_decoding(policy.cards[id], scored.policy.reference)
-        except LdmError as error:
-            missing = str(error)
+        except CardError as error:
+            mismatch = str(error)
     else:
         missing = missing or "the policy was not trained there"
-    return unknown._replace(
+    measurement = unknown._replace(
         domain=scored.policy.spec.domain,
         random_returns=scored.random_returns.array,
         reference_returns=scored.reference_returns.array,
-        missing=missing,
+        missing=mismatch or missing,
     )
+    return _Known(measurement, bool(mismatch))
 
 
 def _check_decoding(card: EnvironmentCard, reference: Reference) -> None:
@@ -164,12 +182,20 @@ def fingerprint(policy: policies.Policy) -> str:
     return digest.hexdigest()
 
 
-def _finished(path: pathlib.Path, digest: str) -> np.ndarray | None:
-    """Returns `[num_envs, episodes]` of a finished evaluation of the same policy, if there is one."""
+class _Finished(typing.NamedTuple):
+    """A finished evaluation: returns `[num_envs, episodes]`, and how often which fault was survived."""
+
+    returns: np.ndarray
+    faults: dict[str, int]
+
+
+def _finished(path: pathlib.Path, digest: str) -> _Finished | None:
+    """A finished evaluation of the same policy, if there is one."""
     try:
         result = json.loads(path.read_text())
-        return np.array(result["returns"], np.float64) if result["policy"] == digest else None
-    except (FileNotFoundError, ValueError, TypeError, KeyError):  # what is damaged is evaluated again
+        found = _Finished(np.array(result["returns"], np.float64), result.get("faults", {}))
+        return found if result["policy"] == digest else None
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # what is damaged is evaluated again
         return None
 
 
@@ -218,11 +244,11 @@ def _other(policy: policies.Policy, id: str) -> acting.Decoding:
     return "greedy" if acting.resolve_decoding(policy.decoding, policy.cards[id]) == "sample" else "sample"
 
 
-def _beside(item: dict[str, typing.Any], decoding: str, returns: np.ndarray | None) -> dict[str, typing.Any] | None:
+def _beside(item: dict[str, typing.Any], decoding: str, finished: _Finished | None) -> dict[str, typing.Any] | None:
     """What is reported of the form that the policy is not scored in."""
-    if returns is None or item["z"] is None:
+    if finished is None or item["z"] is None:
         return None
-    mean = float(returns.mean())
+    mean = float(finished.returns.mean())
     z = (mean - item["random"]) / (item["reference"] - item["random"])
     return {"decoding": decoding, "model": mean, "z": z}
 

@@ -279,8 +279,17 @@ def _open(trial: Trial) -> _Guest | Played:
             if not trial.keep_open:
                 environment.close()
             raise
-    except LdmError as error:
-        return Played(trial, None, error, {}, 0)
+    except Exception as error:
+        return Played(trial, None, _fault(trial, error), {}, 0)
+
+
+def _fault(trial: Trial, error: Exception) -> LdmError:
+    """What a library raised, whatever its kind, as a fault of its environment."""
+    if isinstance(error, LdmError):
+        return error
+    fault = EnvironmentFaultError(f"{trial.codec.card.id} raised {type(error).__name__}: {error}")
+    fault.__cause__ = error
+    return fault
 
 
 class _Table:
@@ -320,9 +329,9 @@ class _Table:
             playing = guest.playing
             try:
                 ended += guest.step(slots)
-            except LdmError as error:
+            except Exception as error:
                 self._seats.leave(guest.places[playing])
-                self._see_off(guest, guest.failed(error))
+                self._see_off(guest, guest.failed(_fault(guest.trial, error)))
                 continue
             self._seats.leave(guest.places[playing & ~guest.playing])
             if not guest.playing.any():
@@ -332,7 +341,8 @@ class _Table:
 
     def _see_off(self, guest: _Guest, played: Played) -> None:
         self._guests.remove(guest)
-        guest.close()
+        with contextlib.suppress(Exception):  # what was played counts, however its environment ends
+            guest.close()
         if guest.environment.spec.jittable and not guest.trial.keep_open:
             del guest
             gc.collect()  # what was compiled for it lies in cycles, some 10 MB

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 
 import examples
 import jax
@@ -24,7 +25,7 @@ PARAMS = examples.random_params(make_model(NANO))
 ROWS = 3
 # Of one bucket, stepped in Python; the last is in JAX, and of another bucket.
 HOST = ("envpool/FrozenLake-v1", "envpool/FrozenLake8x8-v1", "envpool/CliffWalking-v1")
-LAKE, JITTABLE = HOST[0], "gymnax/CartPole-v1"
+LAKE, JITTABLE = IDS = HOST[0], "gymnax/CartPole-v1"
 
 
 @functools.cache
@@ -138,7 +139,12 @@ def never_over(timestep):
 
 @pytest.mark.parametrize(
     ("after", "spoil", "message"),
-    [(5, None, "its worker died"), (0, nan_rewards, "are NaN or infinite"), (0, never_over, "adapter must truncate")],
+    [
+        (5, None, "its worker died"),
+        (3, lambda timestep: 1 / 0, "raised ZeroDivisionError: division by zero"),
+        (0, nan_rewards, "are NaN or infinite"),
+        (0, never_over, "adapter must truncate"),
+    ],
 )
 def test_an_environment_that_breaks_costs_its_own_episodes_alone(together, after, spoil, message):
     made = []
@@ -151,6 +157,22 @@ def test_an_environment_that_breaks_costs_its_own_episodes_alone(together, after
     assert isinstance(played[LAKE].error, EnvironmentFaultError) and message in str(played[LAKE].error)
     assert made[0].closed and played[LAKE].episodes is None
     assert_same(played[HOST[2]], together[0][HOST[2]])
+
+
+def test_what_is_held_does_not_grow_with_the_environments_that_were_played(together):
+    def held():
+        gc.collect()
+        programs = jax.devices()[0].client.live_executables()
+        return len(programs), len(jax.live_arrays()), len(rollout._COMPILED)
+
+    def play_some(*seeds):
+        for played in playing.play(NANO, PARAMS, [trial(id, key=jax.random.key(s)) for s in seeds for id in IDS], ROWS):
+            assert played.error is None
+
+    play_some(1)
+    before = held()
+    play_some(2, 3, 4)
+    assert held() == before
 
 
 def test_what_does_not_fit_is_said_of_each_and_the_others_play(together):
@@ -205,7 +227,6 @@ def test_a_batch_refuses_what_is_out_of_order():
 
 # Acting by hand in several environments at once
 
-IDS = (LAKE, JITTABLE)
 POLICY = Policy(NANO, PARAMS, {id: card_of(id) for id in IDS})
 BATCH = {LAKE: 2, JITTABLE: 3}
 

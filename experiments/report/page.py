@@ -128,10 +128,17 @@ def _row(item: Scores, span: tuple[float, float]) -> str:
     kind = "" if item["z"] >= ENOUGH else ' class="below"'
     return (
         f'<tr{kind}>{_name(item)}{returns}<td class="chart">{chart}</td>'
-        f"<td><b>{z}</b><small>[{low}, {high}]</small></td>"
+        f"<td><b>{z}</b><small>[{low}, {high}]{_other(item)}</small></td>"
         f"<td>{number(item['z_first_episode'], '.2f')}</td><td>{number(item['reference_distance'], '+.2f')}</td>"
         f"{_target(item)}</tr>"
     )
+
+
+def _other(item: Scores) -> str:
+    """What was reached in the form of decoding that the environment is not scored in, where it was played."""
+    if not (other := item.get("other")):
+        return ""
+    return f"<br>{html.escape(other['decoding'])}: {number(other['z'], '.2f')}"
 
 
 def _refused(item: Scores) -> str:

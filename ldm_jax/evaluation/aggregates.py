@@ -188,9 +188,12 @@ def table(scores: dict[str, typing.Any]) -> str:
       scores: what `scores_json` returned.
 
     Returns:
-      The lines, the last ones saying how many environments were admitted and what was reached in them.
+      The lines, the last ones saying how many environments were admitted and what was reached in them. Where an
+      environment has what was reached in the other form of decoding, there are columns of both forms.
     """
-    header = ("environment", "random", "reference", "model", "z", "[low, high]", "first", "target")
+    beside = any(item.get("other") for item in scores["environments"])
+    header = ["environment", "random", "reference", "model", "z", "[low, high]", "first", "target"]
+    header += ["decoding", "other", "z"] if beside else []
     lines, refused = [], []
     for item in scores["environments"]:
         if item["z"] is None:
@@ -199,7 +202,8 @@ def table(scores: dict[str, typing.Any]) -> str:
         interval = f"[{number(item['z_low'], '.2f')}, {number(item['z_high'], '.2f')}]"
         returns = [number(item[name]) for name in ("random", "reference", "model")]
         z, first = number(item["z"], ".2f"), number(item["z_first_episode"], ".2f")
-        lines.append((item["id"], *returns, z, interval, first, number(item["public_target"])))
+        line = [item["id"], *returns, z, interval, first, number(item["public_target"])]
+        lines.append(line + _decodings(item) if beside else line)
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     text = [
         "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells)).rstrip()
@@ -210,6 +214,12 @@ def table(scores: dict[str, typing.Any]) -> str:
         text += ["", "refused, not scored:", *refused]
     reached = f"z >= 0.8 in {count_reaching(scores, 0.8)}, matching the reference in {scores['matches']}"
     return "\n".join([*text, "", f"admitted {scores['admitted']} of {scores['registered']} environments: {reached}"])
+
+
+def _decodings(item: dict[str, typing.Any]) -> list[str]:
+    """In which form an environment is scored, which is the other one, and its z."""
+    other = item.get("other") or {"decoding": "-", "z": None}
+    return [item.get("decoding", "-"), other["decoding"], number(other["z"], ".2f")]
 
 
 def number(value: float | None, form: str = ".4g") -> str:
