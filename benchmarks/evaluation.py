@@ -1,6 +1,6 @@
 """A whole evaluation of many environments together, against the sum of their own raw loops.
 
-  evaluation: `ldm_jax.playing.play`, from making the environments to the last episode, in shared batches;
+  evaluation: `ldm_jax.acting.play`, from making the environments to the last episode, in shared batches;
   raw: each environment alone, one after the other: the same policy, compiled for it, and nothing but `step` in a loop,
     of as many rows, after everything is compiled (`ldm_jax.rollout`; `benchmarks.rollout` holds that against the
     libraries' own loops);
@@ -33,7 +33,8 @@ import jax
 import numpy as np
 
 import environments
-from ldm_jax import acting, cards, playing, rollout, rows
+from ldm_jax import acting, cards, rollout
+from ldm_jax.acting import playing, rows
 from ldm_jax.encoding.actions import action_layout
 from ldm_jax.encoding.buckets import join_buckets
 from ldm_jax.encoding.codec import Codec

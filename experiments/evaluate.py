@@ -30,7 +30,7 @@ from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.workdir import FREE, key_of, listed, pin_config
 from experiments.report.page import write_report
 from experiments.report.targets import find_target
-from ldm_jax import acting, files, playing
+from ldm_jax import acting, files
 from ldm_jax import policy as policies
 from ldm_jax.cards import CardError, EnvironmentCard, Reference, check_matches
 from ldm_jax.encoding.buckets import join_buckets
@@ -217,7 +217,7 @@ def _evaluate(
     joined = join_buckets(shares, config.buckets, bucket_work(policy.cfg))
     missing = [id for id, path in paths.items() if _finished(path, digest) is None]
     trials = [
-        playing.Trial(
+        acting.Trial(
             codec=Codec(codecs[id].card, joined[codecs[id].bucket]),
             make=functools.partial(registry.make, id, config.num_envs),
             rows=config.num_envs,
@@ -229,7 +229,7 @@ def _evaluate(
     ]
     failures = dict[str, str]()
     with progress.bar("evaluate", len(missing) * config.num_envs * config.episodes, "episode") as advance:
-        for played in playing.play(policy.cfg, policy.params, trials, config.rows, advance):
+        for played in acting.play(policy.cfg, policy.params, trials, config.rows, advance):
             id = played.trial.codec.card.id
             if played.error is None:
                 _write(paths[id], played, digest)
@@ -253,7 +253,7 @@ def _beside(item: dict[str, typing.Any], decoding: str, finished: _Finished | No
     return {"decoding": decoding, "model": mean, "z": z}
 
 
-def _write(path: pathlib.Path, played: playing.Played, digest: str) -> None:
+def _write(path: pathlib.Path, played: acting.Played, digest: str) -> None:
     assert played.episodes is not None
     id, returns = played.trial.codec.card.id, played.episodes.returns.astype(np.float64)
     result = {"id": id, "policy": digest, "returns": returns.tolist(), "lengths": played.episodes.lengths.tolist()}

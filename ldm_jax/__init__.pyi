@@ -4,12 +4,9 @@ from . import encoding as encoding
 from . import environment as environment
 from . import errors as errors
 from . import evaluation as evaluation
-from . import mixed as mixed
 from . import model as model
-from . import playing as playing
 from . import policy as policy
 from . import rollout as rollout
-from . import rows as rows
 from . import sharding as sharding
 from . import spaces as spaces
 from . import training as training

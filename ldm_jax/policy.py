@@ -26,12 +26,12 @@ import jax
 import numpy as np
 
 from ldm_jax import acting, files
+from ldm_jax.acting.mixed import MixedState, act_mixed, start_mixed
 from ldm_jax.cards import EnvironmentCard, check_matches
 from ldm_jax.encoding.buckets import Bucket, Grid, bucket_for, join_all, join_two
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.environment import Environment
 from ldm_jax.errors import ConfigError, LdmError
-from ldm_jax.mixed import MixedState, act_mixed, start_mixed
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Model, Params, count_parameters, make_model
 from ldm_jax.training import checkpoints
@@ -164,7 +164,7 @@ class Policy:
         """Acts once in rows of several environments, as one batch; pure.
 
         It may be traced by `jax.jit`. Called as it is, it compiles for the widths and the number of rows alone,
-        whichever the environments are. `mixed.forget_mixed` makes rows of the memory as new.
+        whichever the environments are. `acting.forget_mixed` makes rows of the memory as new.
 
         Args:
           params: of the model.

@@ -42,8 +42,6 @@ FLOORS = (
     {"model"},
     {"training", "evaluation"},
     {"acting"},
-    {"rows"},
-    {"playing", "mixed"},
     {"policy"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import environments
-from ldm_jax import acting, cards, mixed, playing, rollout, rows
+from ldm_jax import acting, cards, rollout
+from ldm_jax.acting import mixed, playing, rows
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.environment import Environment, EnvironmentFaultError
 from ldm_jax.errors import ConfigError

@@ -16,7 +16,7 @@ from experiments.harness.batches import Batches
 from experiments.harness.ids import parse_ids
 from experiments.harness.metrics_log import mean_by
 from experiments.harness.workdir import key_of
-from ldm_jax import playing, sharding
+from ldm_jax import acting, sharding
 from ldm_jax.acting import Decoding, check_agent
 from ldm_jax.cards import check_matches
 from ldm_jax.environment import Environment
@@ -165,7 +165,7 @@ class Validation:
 
     def _act(self, params: PyTree) -> dict[str, dict[str, float]]:
         trials = [
-            playing.Trial(
+            acting.Trial(
                 codec=self._known[id],
                 make=functools.partial(self._open.__getitem__, id),
                 rows=self._config.rows,
@@ -177,7 +177,7 @@ class Validation:
             for id in self._open
         ]
         found = dict[str, dict[str, float]]()
-        for played in playing.play(self._model_cfg, params, trials, _ROWS):
+        for played in acting.play(self._model_cfg, params, trials, _ROWS):
             card = played.trial.codec.card
             if played.episodes is None:  # training does not depend on it
                 progress.logger.warning("cannot evaluate in %s: %s", card.id, played.error)

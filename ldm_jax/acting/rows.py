@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.acting import ActingError, Decoding, decode, resolve_decoding
+from ldm_jax.acting.agent import ActingError
+from ldm_jax.acting.decoding import Decoding, decode, resolve_decoding
 from ldm_jax.cards import EnvironmentCard
 from ldm_jax.encoding.actions import Slots
 from ldm_jax.encoding.codec import Codec, Features, Signature

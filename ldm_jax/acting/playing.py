@@ -18,7 +18,9 @@ import typing
 import jax
 import numpy as np
 
-from ldm_jax.acting import Decoding, check_agent, check_timestep
+from ldm_jax.acting.agent import check_agent, check_timestep
+from ldm_jax.acting.decoding import Decoding
+from ldm_jax.acting.rows import Seats, seeds
 from ldm_jax.cards import check_matches
 from ldm_jax.encoding.actions import Slots
 from ldm_jax.encoding.buckets import Bucket
@@ -28,7 +30,6 @@ from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Params
 from ldm_jax.rollout import EpisodeReturns, check_ended, check_returns, reset_from_host, step_from_host
-from ldm_jax.rows import Seats, seeds
 from ldm_jax.spaces import zeros
 from ldm_jax.types import Array, Key, TimeStep
 

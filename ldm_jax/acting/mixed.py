@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.acting import ActingError, Decoding, check_timestep
+from ldm_jax.acting.agent import ActingError, check_timestep
+from ldm_jax.acting.decoding import Decoding
+from ldm_jax.acting.rows import RowDraws, act_rows, form_of
 from ldm_jax.encoding.actions import Slots
 from ldm_jax.encoding.codec import Codec
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.decoder import Cache, clear, init_cache
 from ldm_jax.model.network import Inputs, Params
-from ldm_jax.rows import RowDraws, act_rows, form_of
 from ldm_jax.types import Array, Key, PyTree, TimeStep
 
 
