@@ -18,7 +18,7 @@ from test_isolation import make as misbehaving
 from test_isolation import pids
 
 import environments
-from data.references import ReferencePolicy, ScoredReference, recipe, save_reference
+from data.references import ReferencePolicy, ScoredReference, save_reference
 from data.references.policy import with_decoding
 from data.references.recipes import ALGORITHMS
 from experiments import evaluate
@@ -49,11 +49,11 @@ def lay_out(workdir, ids, change=lambda spec: spec):
     for id in ids:
         spec = change(spec_of(id))
         card = examples.make_card(spec.observation_space, spec.action_space)
-        how = recipe(spec)
-        algorithm = ALGORITHMS[how.algorithm]
-        reference = dataclasses.replace(card.reference, algorithm=how.algorithm)
-        params = with_decoding(algorithm.example(spec, how.config), "greedy")
-        acting = ReferencePolicy(algorithm.agent(spec, how.config), params, reference, spec, how.config)
+        name = "ppo" if id == ISOLATED else "tabular"
+        algorithm, config = ALGORITHMS[name], ALGORITHMS[name].config()
+        reference = dataclasses.replace(card.reference, algorithm=name)
+        params = with_decoding(algorithm.example(spec, config), "greedy")
+        acting = ReferencePolicy(algorithm.agent(spec, config), params, reference, spec, config)
         scored = ScoredReference(acting, card.random_returns, card.reference_returns)
         save_reference(workdir / "references" / id, scored)
         parts = {name: getattr(card, name) for name in ("statistics", "random_returns", "reference_returns")}
