@@ -10,6 +10,7 @@ import statistics
 import typing
 
 from environments.catalog.entries import Entry
+from environments.catalog.experts import experts
 
 _EXAMPLES = 3
 _VARYING = re.compile(r"\[[^\]]*\]?|'[^']*'|`[^`]*`|-?\d[\d.e+-]*")
@@ -25,7 +26,8 @@ type of its space and every number finite, and was reset again. *Tasks* are ids 
 observation types and letter case folded, over all libraries together; *families* fold sizes, rewards, difficulties and
 seeds too. Rates are steps per second of one environment in one process, medians, on the machine that made the catalog:
 an order of magnitude. A *group* is the interpreter that a library is kept in, `environments/images/<group>/`; libraries
-without one live in this interpreter.
+without one live in this interpreter. *Experts* are policies that nobody trains, and the number of ids that each is for;
+docs/experts.md says what they return. Envpool's Meta-World is made with its goal shown, which its default hides.
 """
 
 
@@ -65,6 +67,7 @@ def render_catalog(entries: collections.abc.Sequence[Entry]) -> str:
                 "observations",
                 "actions",
                 "steps/s",
+                "experts",
                 "group",
             ),
             [_library(library, [entry for entry in entries if entry.library == library]) for library in libraries],
@@ -88,8 +91,15 @@ def _library(library: str, entries: list[Entry]) -> tuple[str, ...]:
         _kinds(entry.observation_space for entry in works),
         _kinds(entry.action_space for entry in works),
         f"{float(f'{statistics.median(entry.steps_per_s for entry in works):.2g}'):,.6g}",
+        _experts(works),
         f"`{works[0].group}`" if works[0].group else "",
     )
+
+
+def _experts(entries: list[Entry]) -> str:
+    """The experts of a library's ids, and how many each is for."""
+    counts = collections.Counter(expert.name for entry in entries for expert in experts(entry.id))
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
 
 
 def _reasons(entries: collections.abc.Sequence[Entry]) -> list[tuple[str, ...]]:
