@@ -310,6 +310,7 @@ def test_a_reference_is_found_scored_and_admitted_without_a_hand(monkeypatch):
 
     monkeypatch.setattr(rollout, "evaluate", evaluate)
     monkeypatch.setattr(candidates, "LEAST_RUNG", 1000)
+    monkeypatch.setattr(search, "TRIAL_SHARE", math.inf)
     trained = references.train_reference(environments.make, "gymnax/Catch-bsuite", budget=0.02, target=1.0)
     chosen = [key for key, _ in keys]
     scored = references.score_reference(environments.make, trained)
