@@ -38,6 +38,7 @@ import environments
 from data import collect
 from data.references.policy import ReferencePolicy, SlotPolicy, slot_agent, with_decoding
 from data.store import Dataset, append_part, create_dataset
+from experiments.harness import allocator
 from experiments.harness.metrics_log import Meter, RunLog
 from experiments.harness.preparation import Prepared, PretrainConfig, prepare
 from experiments.quickstart import ENVIRONMENTS
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--data", type=pathlib.Path, help="where the data are kept; default: nowhere")
     arguments = parser.parse_args()
+    allocator.keep_freed_memory()  # as the scripts do
     model = dataclasses.replace(SIZES[arguments.size], window=arguments.window // 2)
     config = PretrainConfig(model=model, window=arguments.window)
     result: dict[str, typing.Any] = {"size": arguments.size}

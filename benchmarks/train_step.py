@@ -35,6 +35,7 @@ import torch
 import transformers
 
 from environments.cores import available_cores
+from experiments.harness import allocator
 from ldm_jax import training
 from ldm_jax.encoding.buckets import Bucket
 from ldm_jax.model.config import SIZES, ModelConfig
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--peak_tflops", type=float, default=0.0, help="of the device's data sheet")
     arguments = parser.parse_args()
+    allocator.keep_freed_memory()  # as the scripts do
     torch.set_num_threads(available_cores())
     results = {name: measure(name, arguments) for name in arguments.sizes.split(",")}
     *others, last = results

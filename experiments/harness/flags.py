@@ -19,7 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from experiments.harness import compilation, signals
+from experiments.harness import allocator, compilation, signals
 from experiments.harness.ids import Choice
 from experiments.harness.progress import logger
 from experiments.harness.units import LOCAL, Engine
@@ -165,6 +165,7 @@ def run_app(main: collections.abc.Callable[[list[str]], None]) -> None:
         return rest
 
     def keep_and_run(argv: list[str]) -> None:
+        allocator.keep_freed_memory()
         compilation.keep_programs(flags.FLAGS.compilation_cache)
         main(argv)
 
