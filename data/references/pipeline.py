@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import dataclasses
 import typing
@@ -10,7 +11,9 @@ import jax
 import numpy as np
 
 from ldm_jax import cards, rollout
+from ldm_jax.environment import Environment
 from ldm_jax.evaluation import scores
+from ldm_jax.types import Agent
 
 from . import action_range
 from .expert import ExpertConfig, check_learnable, expert_policy
@@ -125,6 +128,19 @@ def _policy(found: Found, seed: int, target: float | None) -> ReferencePolicy:
     )
 
 
+@contextlib.contextmanager
+def _opened_to_score(
+    make: MakeEnvironment, policy: ReferencePolicy, num_envs: int
+) -> collections.abc.Iterator[tuple[tuple[Environment, Agent], ...]]:
+    """Where the reference plays and where the random policy does, each with its agent: experts are slow."""
+    with opened_for(make, policy, num_envs) as environment:
+        if not policy.reference.expert:
+            yield ((environment, policy.agent),) * 2
+            return
+        with opened(make, policy.spec.id, num_envs) as plain:
+            yield (environment, policy.agent), (plain, random_agent(policy.spec.action_space))
+
+
 def score_reference(
     make: MakeEnvironment,
     policy: ReferencePolicy,
@@ -161,20 +177,13 @@ def score_reference(
     trained = max(policy.reference.steps, policy.reference.budget_steps)
     steps = int(max(LEAST_STEPS, STEPS_SHARE * trained)) // 2
     rounds = Rounds(num_envs, episodes_per_env, least, most, steps)
-    with contextlib.ExitStack() as stack:
-        environment = plain = stack.enter_context(opened_for(make, policy, num_envs))
-        if policy.reference.expert:  # nobody asks an expert while the random policy plays: some are slow
-            plain = stack.enter_context(opened(make, policy.spec.id, num_envs))
-        stack.enter_context(_single_precision())
-        cards.check_matches(policy.spec, environment.spec, f"the reference of {policy.spec.id}")
+    with _opened_to_score(make, policy, num_envs) as players, _single_precision():
+        cards.check_matches(policy.spec, players[0][0].spec, f"the reference of {policy.spec.id}")
 
         def play(stage: int, form: SlotDecoding, number: int) -> rollout.EpisodeReturns:
             key = jax.random.fold_in(jax.random.fold_in(root, stage), number)
             params = with_decoding(policy.params["policy"], form)
-            if form == "random" and policy.reference.expert:
-                episodes = rollout.evaluate(plain, random_agent(policy.spec.action_space), (), key, episodes_per_env)
-            else:
-                episodes = rollout.evaluate(environment, policy.agent, params, key, episodes_per_env)
+            episodes = rollout.evaluate(*players[form == "random"], params, key, episodes_per_env)
             if progress is not None:
                 progress(min((number + 1) * episodes.returns.size, most), most)
             return episodes
