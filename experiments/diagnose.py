@@ -69,7 +69,8 @@ def run(config: DiagnoseConfig, workdir: pathlib.Path, environments: tuple[str, 
     # One device takes the whole batch at once, unless memory forbids it.
     cfg = dataclasses.replace(trained.training, accumulation=1)
     dataset = open_dataset(pathlib.Path(config.dataset).expanduser() if config.dataset else workdir / "dataset")
-    batches = make_batches(dataset, saved["environments"], trained.model, trained.shape, trained.held_out)
+    drawn = trained.training.drawn_slots
+    batches = make_batches(dataset, saved["environments"], trained.model, trained.shape, drawn, trained.held_out)
     if batches.train.fingerprint != saved["data"]:
         raise WorkdirError(f"{dataset.url} is no longer the data that was trained on: the batch cannot be drawn")
     model_cfg = trained.fitted(batches.codecs)

@@ -77,6 +77,7 @@ def make_batches(
     ids: collections.abc.Sequence[str],
     model: ModelConfig,
     shape: Shape,
+    drawn_slots: int,
     held_out: int = 0,
     share: tuple[int, int] = (0, 1),
 ) -> Batches:
@@ -87,6 +88,7 @@ def make_batches(
       ids: the environments; empty for all.
       model: that they have to fit.
       shape: of the batches.
+      drawn_slots: of an action, as many as a step of training looks at: what a bucket costs depends on it.
       held_out: each so-many-th stream is kept from training; 0 for none.
       share: which of how many shares of the rows this process brings.
 
@@ -98,7 +100,7 @@ def make_batches(
     if not (ids := ids or dataset.ids):
         raise WorkdirError(f"the dataset {dataset.url} has no environment: collect first, or see why all were refused")
     fitting = [codec.card.id for codec in _fitting_codecs(dataset, ids, model, shape, held_out)]
-    codecs = make_codecs(dataset, fitting, model, draws=shape.draws, each=EACH_BUCKET)
+    codecs = make_codecs(dataset, fitting, model, draws=shape.draws, each=EACH_BUCKET, drawn_slots=drawn_slots)
 
     def drawn(streams: Streams) -> Mixture:
         return mix(dataset, codecs, shape, streams, share)

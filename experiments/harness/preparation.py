@@ -126,9 +126,8 @@ class Prepared(typing.NamedTuple):
 def prepare(config: PretrainConfig, dataset: Dataset, environments: tuple[str, ...] = ()) -> Prepared:
     """Checks all that can be known of a run before it begins; raises as `run` does, and writes nothing."""
     mesh = make_mesh(config.mesh)
-    batches = make_batches(
-        dataset, environments, config.model, config.shape, config.held_out, sharding.share_of_rows(mesh)
-    )
+    share, drawn_slots = sharding.share_of_rows(mesh), config.training.drawn_slots
+    batches = make_batches(dataset, environments, config.model, config.shape, drawn_slots, config.held_out, share)
     sharding.check_rows(mesh, batches.rows, config.training.accumulation)
     cfg = config.fitted(batches.codecs)
     model = make_model(cfg, mesh)
