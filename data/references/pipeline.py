@@ -174,9 +174,7 @@ def score_reference(
       CardError: the environment is no longer the one that the reference was trained in.
     """
     root = jax.random.fold_in(jax.random.key(seed), _SCORING)
-    trained = max(policy.reference.steps, policy.reference.budget_steps)
-    steps = int(max(LEAST_STEPS, STEPS_SHARE * trained)) // 2
-    rounds = Rounds(num_envs, episodes_per_env, least, most, steps)
+    rounds = Rounds(num_envs, episodes_per_env, least, most, _steps_to_score(policy.reference))
     with _opened_to_score(make, policy, num_envs) as players, _single_precision():
         cards.check_matches(policy.spec, players[0][0].spec, f"the reference of {policy.spec.id}")
 
@@ -188,22 +186,29 @@ def score_reference(
                 progress(min((number + 1) * episodes.returns.size, most), most)
             return episodes
 
-        better: typing.Literal["greedy", "sample"] = "greedy"  # an expert has one form only
-        forms: tuple[tuple[str, float, float, int], ...] = ()
-        if not policy.reference.expert:
-            both = play_rounds(lambda i, n: play(i, _FORMS[i], n), rounds, told_apart)
-            forms = tuple(
-                (form, each.mean, each.standard_error, each.episodes) for form, each in zip(_FORMS, both, strict=True)
-            )
-            better = "greedy" if both[0].mean >= both[1].mean else "sample"
-        pair: tuple[SlotDecoding, ...] = (better, "random")
+        if policy.reference.expert:
+            policy = policy.with_decoding("greedy")  # it has one form only
+        else:
+            policy = _in_better_form(policy, play_rounds(lambda i, n: play(i, _FORMS[i], n), rounds, told_apart))
+        pair: tuple[SlotDecoding, ...] = (policy.reference.decoding, "random")
         reference, random = play_rounds(lambda i, n: play(2 + i, pair[i], n), rounds, _z_is_told)
-    policy = policy.with_decoding(better)
-    policy = dataclasses.replace(policy, reference=dataclasses.replace(policy.reference, forms=forms))
     return ScoredReference(policy, random, reference)
 
 
 _FORMS: tuple[typing.Literal["greedy"], typing.Literal["sample"]] = ("greedy", "sample")
+
+
+def _steps_to_score(reference: cards.Reference) -> int:
+    """What each of two comparisons may take: half of a share of training's steps."""
+    return int(max(LEAST_STEPS, STEPS_SHARE * max(reference.steps, reference.budget_steps))) // 2
+
+
+def _in_better_form(policy: ReferencePolicy, both: tuple[cards.Returns, cards.Returns]) -> ReferencePolicy:
+    """The policy in the form that returns more, with what both return in its card."""
+    policy = policy.with_decoding("greedy" if both[0].mean >= both[1].mean else "sample")
+    told = zip(_FORMS, both, strict=True)
+    forms = tuple((form, each.mean, each.standard_error, each.episodes) for form, each in told)
+    return dataclasses.replace(policy, reference=dataclasses.replace(policy.reference, forms=forms))
 
 
 def _z_is_told(reference: np.ndarray, random: np.ndarray) -> bool:
