@@ -24,6 +24,7 @@ import numpy as np
 import environments as registry
 from data.references import ReferencePolicyError, load_reference
 from experiments.harness import progress
+from experiments.harness.dry_run import TO_DO, Planned
 from experiments.harness.metrics_log import read_rows
 from experiments.harness.outcomes import read_outcome
 from experiments.harness.stage import UnitsFailedError, stage
@@ -67,7 +68,22 @@ class EvaluateConfig:
                 raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, expected at least {least}")
 
 
-@stage("evaluate", among=lambda workdir: listed(workdir / "references"))
+def foresee(config: EvaluateConfig, workdir: pathlib.Path, environments: tuple[str, ...]) -> list[Planned]:
+    """What would be played by the policy that is there; where there is none yet, all of it."""
+    if not (workdir / "policy").exists():
+        return [*map(Planned, environments)]
+    policy = policies.load(workdir / "policy")
+    digest = fingerprint(policy)
+
+    def state(id: str) -> str:
+        if id not in policy.cards:
+            return "the policy was not trained there"
+        return "evaluated" if _finished(workdir / "evaluation" / f"{id}.json", digest) else TO_DO
+
+    return [Planned(id, state(id)) for id in environments]
+
+
+@stage("evaluate", among=lambda workdir: listed(workdir / "references"), plan=foresee)
 def run(
     config: EvaluateConfig,
     workdir: pathlib.Path,

@@ -116,6 +116,15 @@ def test_killed_at_any_moment_an_evaluation_repeats_nothing_and_finds_the_same(s
         assert before.items() <= stamps(copy).items() and len(stamps(copy)) == len(HOST)
 
 
+def test_a_dry_run_says_what_is_evaluated_already_and_what_the_policy_does_not_know(straight, workdir):
+    told = {each.id: each.state for each in evaluate.foresee(CONFIG, straight[1], (*HOST, ISOLATED, "pgx/chess"))}
+    assert told == dict.fromkeys(HOST, "evaluated") | {
+        ISOLATED: "to do",
+        "pgx/chess": "the policy was not trained there",
+    }
+    assert {each.state for each in evaluate.foresee(CONFIG, workdir, HOST)} == {"to do"}
+
+
 def test_the_other_form_of_decoding_is_played_when_asked_and_shown_beside(straight, tmp_path, capsys):
     (found, run), workdir = straight, tmp_path / "run"
     shutil.copytree(run, workdir)
