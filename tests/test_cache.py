@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ldm_jax import acting
 from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import SIZES
-from ldm_jax.model.decoder import rotate
+from ldm_jax.model.decoder import rotate, rotation
 from ldm_jax.model.heads import Predictions
 from ldm_jax.model.network import make_model
 
@@ -26,7 +26,8 @@ BASE, WIDTH = 10_000.0, 16
 def product(query, key, position, distance):
     """Of a query and a key that is `distance` steps older, both rotated."""
     one, other = (
-        rotate(x[None, None, None], at[None, None], BASE) for x, at in ((query, position + distance), (key, position))
+        rotate(x[None, None, None], rotation(at[None, None], WIDTH, BASE))
+        for x, at in ((query, position + distance), (key, position))
     )
     return (one * other).sum()
 

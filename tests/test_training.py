@@ -24,6 +24,7 @@ import optax
 import pytest
 import scipy.stats
 from compiling import compilations
+from optax import contrib
 
 import ldm_jax
 from ldm_jax import acting, policy, training
@@ -33,7 +34,7 @@ from ldm_jax.errors import ConfigError
 from ldm_jax.model.config import SIZES
 from ldm_jax.model.heads import Predictions, bin_centers, bin_edges, bin_probabilities
 from ldm_jax.model.network import make_model
-from ldm_jax.training import checkpoints, cost, diagnosis
+from ldm_jax.training import checkpoints, cost, diagnosis, muon
 from ldm_jax.training.loss import drop_previous_actions, imitation_loss
 from ldm_jax.training.optimizer import is_matrix, make_optimizer, make_schedule
 from ldm_jax.types import TimeStep
@@ -237,6 +238,25 @@ def test_a_run_draws_the_same_whatever_kind_of_keys_is_the_default(train_step, t
         assert equal(training.init_state(MODEL, CONFIG), jax.device_get(training.init_state(MODEL, CONFIG)))
         restored = saved.restore(training.state_shapes(MODEL, CONFIG))
     assert equal(run(train_step, restored, 4)[0], straight)
+
+
+def test_matrices_are_moved_as_by_optax_one_after_the_other():
+    rng = np.random.default_rng(0)
+    shapes = {"square": (2, 8, 8), "wide": (8, 24), "tall": (3, 2, 24, 8), "other": (4, 8)}
+
+    def draw():
+        return {name: jnp.asarray(rng.normal(0, 1e-3, shape), jnp.float32) for name, shape in shapes.items()}
+
+    numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    theirs = contrib.muon(-1.0, muon_weight_dimension_numbers=dict.fromkeys(shapes, numbers))
+    ours, params = muon.scale_by_muon(), draw()
+    updates, their_updates = jax.jit(ours.update), jax.jit(theirs.update)
+    state, their_state = ours.init(params), theirs.init(params)
+    for _ in range(2):
+        gradients = draw()
+        moved, state = updates(gradients, state)
+        wanted, their_state = their_updates(gradients, their_state, params)
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=2e-5), moved, wanted)
 
 
 def test_states_and_configurations_are_pickled_and_copied(train_step):

@@ -140,25 +140,42 @@ _TURN = 2**32
 """One turn of a rotation, as angles are counted: in uint32, which wraps where a turn ends."""
 
 
-def rotate(x_BTHK: Array, position_BT: Array, base: float) -> Array:
-    """Rotary position embedding (Su et al. 2021), in the layout that pairs the two halves of a head, as Llama's.
+class Rotation(typing.NamedTuple):
+    """Cosines and sines of the angles that the pairs of a head are turned by, `float32 [..., T, 1, K / 2]`."""
+
+    cosine: Array
+    sine: Array
+
+
+def rotation(position_BT: Array, width: int, base: float) -> Rotation:
+    """The angles of steps, once for all heads, layers and passes: they take longer than all that is done with them.
 
     Angles are whole multiples of 2^-32 of a turn, and products of whole numbers that wrap are exact: two steps are
     rotated against each other by their distance alone, however far along a row they are.
 
     Args:
-      x_BTHK: queries or keys, K even.
-      position_BT: `int32` or `uint32`, may be negative or wrap around.
+      position_BT: `int32` or `uint32`, may be negative or wrap around; `[T]` where all rows have the same.
+      width: K, of a head, even.
       base: of the frequencies.
+    """
+    half = width // 2
+    frequency = (np.rint(base ** (-np.arange(half) / half) * _TURN / (2 * np.pi)) % _TURN).astype(np.uint32)
+    turned = position_BT[..., None, None].astype(jnp.uint32) * frequency
+    angle = turned.astype(jnp.int32).astype(jnp.float32) * (2 * np.pi / _TURN)
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x_BTHK: Array, by: Rotation) -> Array:
+    """Rotary position embedding (Su et al. 2021), in the layout that pairs the two halves of a head, as Llama's.
+
+    Args:
+      x_BTHK: queries or keys, K even.
+      by: the angles of their steps.
 
     Returns:
       The rotated array.
     """
-    half = x_BTHK.shape[-1] // 2
-    frequency = (np.rint(base ** (-np.arange(half) / half) * _TURN / (2 * np.pi)) % _TURN).astype(np.uint32)
-    turned = position_BT[..., None, None].astype(jnp.uint32) * frequency
-    angle = turned.astype(jnp.int32).astype(jnp.float32) * (2 * np.pi / _TURN)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = by
     a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHK.dtype)
 
@@ -186,11 +203,10 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         return Projected(query, key, value)
 
-    def __call__(self, x_BTD: Array) -> Array:
-        """Attends within a window of steps, from its beginning."""
+    def __call__(self, x_BTD: Array, by: Rotation) -> Array:
+        """Attends within a window of steps, rotated by their places."""
         query, key, value = self.project(x_BTD)
-        position = jnp.arange(x_BTD.shape[1])[None]
-        query, key = (rotate(x, position, self.cfg.rope_base) for x in (query, key))
+        query, key = rotate(query, by), rotate(key, by)
         attended = attend(query, key, value, self.cfg.window, self.cfg.attention)
         return self.out(attended.reshape(*x_BTD.shape[:2], -1))
 
@@ -198,7 +214,8 @@ class Attention(nnx.Module):
         """Attends to the one new step and those in the ring buffer; reads keys and values once and writes none."""
         cfg, (cache, _) = self.cfg, ring
         query, key, value = self.project(x_B1D)
-        query, key = (rotate(x, cache.position[:, None], cfg.rope_base) for x in (query, key))
+        by = rotation(cache.position[:, None], cfg.head_width, cfg.rope_base)
+        query, key = rotate(query, by), rotate(key, by)
         query_BGRK = query.reshape(-1, cfg.kv_heads, cfg.heads // cfg.kv_heads, cfg.head_width)
         key_BG1K, value_BG1K = key.swapaxes(1, 2), value.swapaxes(1, 2)
         scores = ring.score(query_BGRK)
@@ -228,9 +245,9 @@ class Block(nnx.Module):
         normed = self.feed_forward_norm(x)
         return self.down(jax.nn.silu(self.gate(normed)) * self.up(normed))
 
-    def __call__(self, x_BTD: Array) -> Array:
-        """A window of steps."""
-        x = x_BTD + self.attention(self.attention_norm(x_BTD))
+    def __call__(self, x_BTD: Array, by: Rotation) -> Array:
+        """A window of steps, and what they are rotated by."""
+        x = x_BTD + self.attention(self.attention_norm(x_BTD), by)
         return x + self.feed_forward(x)
 
     def step(self, x_B1D: Array, ring: Ring) -> Stepped:
@@ -276,9 +293,10 @@ class Decoder(nnx.Module):
         """Runs all blocks over a window (no cache), or over one more step of each row."""
         graph, stacked = nnx.split(self.blocks)
         if cache is None:
+            by = rotation(jnp.arange(x_BTD.shape[1]), self.cfg.head_width, self.cfg.rope_base)
 
             def window(x: Array, parameters: nnx.State) -> tuple[Array, None]:
-                return nnx.merge(graph, parameters)(x), None
+                return nnx.merge(graph, parameters)(x, by), None
 
             return jax.lax.scan(rematerialize(window, self.cfg), x_BTD, stacked)[0], None
         if x_BTD.shape[:2] != (*cache.length.shape, 1):

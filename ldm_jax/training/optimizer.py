@@ -8,10 +8,10 @@ import typing
 import jax
 import numpy as np
 import optax
-from optax import contrib
 
 from ldm_jax.errors import ConfigError, check_finite
 from ldm_jax.model.network import Params
+from ldm_jax.training.muon import scale_by_muon
 from ldm_jax.types import PyTree
 
 
@@ -111,19 +111,14 @@ def make_optimizer(cfg: TrainingConfig) -> optax.GradientTransformation:
     def matrices(params: Params) -> PyTree:
         return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), params)
 
-    def dimensions(params: Params) -> PyTree:
-        numbers = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-        return jax.tree_util.tree_map_with_path(lambda path, _: numbers if is_matrix(path) else None, params)
+    def labels(params: Params) -> PyTree:
+        return jax.tree.map(lambda matrix: "muon" if matrix else "adam", matrices(params))
 
     rate = make_schedule(cfg, cfg.learning_rate)
     if cfg.optimizer == "muon":
-        update = contrib.muon(
-            rate,
-            weight_decay=cfg.weight_decay,
-            weight_decay_mask=matrices,
-            adam_learning_rate=make_schedule(cfg, cfg.adam_learning_rate),
-            muon_weight_dimension_numbers=dimensions,
-        )
+        steps = (scale_by_muon(), optax.add_decayed_weights(cfg.weight_decay), optax.scale_by_learning_rate(rate))
+        adam = optax.adamw(make_schedule(cfg, cfg.adam_learning_rate), weight_decay=0.0, nesterov=True)
+        update = optax.partition({"muon": optax.chain(*steps), "adam": adam}, labels)
     else:
         update = optax.adamw(rate, weight_decay=cfg.weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), update)
