@@ -39,11 +39,11 @@ def scale_by_muon() -> optax.GradientTransformation:
     def init(params: PyTree) -> MuonState:
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
-    def update(gradients: PyTree, state: MuonState, params: PyTree | None = None) -> tuple[PyTree, MuonState]:
+    def update(updates: PyTree, state: MuonState, params: PyTree | None = None) -> tuple[PyTree, MuonState]:
         count = optax.safe_increment(state.count)
-        mu = jax.tree.map(lambda mean, new: _BETA * mean + (1 - _BETA) * new, state.mu, gradients)
+        mu = jax.tree.map(lambda mean, new: _BETA * mean + (1 - _BETA) * new, state.mu, updates)
         now, ahead = (1 - jnp.power(_BETA, count + more).astype(jnp.float32) for more in (0, 1))
-        momentum = jax.tree.map(lambda mean, new: _BETA * mean / ahead + (1 - _BETA) * new / now, mu, gradients)
+        momentum = jax.tree.map(lambda mean, new: _BETA * mean / ahead + (1 - _BETA) * new / now, mu, updates)
         return orthogonalize(momentum), MuonState(count, mu)
 
     return optax.GradientTransformation(init, update)
