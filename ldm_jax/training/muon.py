@@ -21,11 +21,11 @@ class MuonState(typing.NamedTuple):
     """The state of `scale_by_muon`; a pytree.
 
     Attributes:
-      count: `int32 []`, updates done.
+      done: `int32 []`, updates so far.
       mu: mean of the gradients, of the updates' structure.
     """
 
-    count: Array
+    done: Array
     mu: PyTree
 
 
@@ -40,11 +40,11 @@ def scale_by_muon() -> optax.GradientTransformation:
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
     def update(updates: PyTree, state: MuonState, params: PyTree | None = None) -> tuple[PyTree, MuonState]:
-        count = optax.safe_increment(state.count)
+        done = optax.safe_increment(state.done)
         mu = jax.tree.map(lambda mean, new: _BETA * mean + (1 - _BETA) * new, state.mu, updates)
-        now, ahead = (1 - jnp.power(_BETA, count + more).astype(jnp.float32) for more in (0, 1))
+        now, ahead = (1 - jnp.power(_BETA, done + more).astype(jnp.float32) for more in (0, 1))
         momentum = jax.tree.map(lambda mean, new: _BETA * mean / ahead + (1 - _BETA) * new / now, mu, updates)
-        return orthogonalize(momentum), MuonState(count, mu)
+        return orthogonalize(momentum), MuonState(done, mu)
 
     return optax.GradientTransformation(init, update)
 
