@@ -305,7 +305,7 @@ def test_the_card_of_data_that_were_collected_in_a_container_names_its_image(tmp
     config = collect.CollectStageConfig(data=collecting.CollectConfig(streams=4, steps=32, block=32))
     monkeypatch.setattr(collect, "_load", lambda workdir, id: scored)  # a script is no reference that could be saved
     create_dataset(tmp_path / "dataset")
-    collected = collect._collect(config, tmp_path, collect.CollectUnit(id, 128), lambda steps: None)
+    collected = collect._collect(config, collect.CollectUnit(id, tmp_path, 128), lambda steps: None)
     assert collected["streams"] == 4
     assert (
         open_dataset(tmp_path / "dataset").card(id).image_digest

@@ -29,6 +29,7 @@ import environments
 import experiments
 import ldm_jax
 from data.collect import CollectConfig
+from data.references.expert import ExpertConfig
 from data.store import open_dataset
 from experiments import collect, diagnose, evaluate, pretrain, quickstart, references, scaling
 from experiments.harness import flags
@@ -432,8 +433,10 @@ def example(config):
 
 
 def test_configurations_and_failures_travel():
-    whole = [each for each in configurations() if each.__name__ not in ("DescribeConfig", "ModelConfig")]
-    for value in (SIZES["nano"], *(each() for each in whole)):
+    whole = [
+        each for each in configurations() if each.__name__ not in ("DescribeConfig", "ExpertConfig", "ModelConfig")
+    ]
+    for value in (SIZES["nano"], ExpertConfig("bot"), *(each() for each in whole)):
         assert pickle.loads(pickle.dumps(value)) == copy.deepcopy(value) == value
         assert hash(pickle.loads(pickle.dumps(value))) == hash(value)
     failed = pickle.loads(pickle.dumps(UnitsFailedError({"a/A": "broken"})))

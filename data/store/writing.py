@@ -135,7 +135,7 @@ def _check_fits_group(
 
 
 def remove_group(dataset: Dataset, id: str) -> Dataset:
-    """Removes an environment: its record first, then its files.
+    """Removes an environment: claims its parts, removes its record, then its files.
 
     Args:
       dataset: where it is.
@@ -153,11 +153,23 @@ def remove_group(dataset: Dataset, id: str) -> Dataset:
         if group is None:
             open_dataset(dataset.url).group(id)  # says which there are
 
-    removed = _commit(dataset, id, remove)
+    owner = _owner()
+    named = [_Claim(storage, id, name, owner) for name in sorted(_shown_names(storage, id))]
+    try:
+        # Parts that no record names are damage, unless a claim says that somebody was at work, and was killed.
+        for claim in named:
+            claim.write()
+        removed = _commit(dataset, id, remove)
+    except BaseException:
+        with contextlib.suppress(StoreError):
+            for claim in named:
+                if claim.stands() and claim.is_shown():
+                    storage.delete(claim.key)
+        raise
     # Only what is this group's: the id `a/b/c` has its folder inside that of `a/b`.
     own = re.compile(re.escape(f"{id}/") + r"(?:(part-\d{5,})(?:/|\.claim$)|card-[0-9a-f]+\.json$)")
     left = [match for match in map(own.match, storage.list(f"{id}/")) if match]
-    claims = [_Claim(storage, id, name, _owner()) for name in sorted({match[1] for match in left if match[1]})]
+    claims = [_Claim(storage, id, name, owner) for name in sorted({match[1] for match in left if match[1]})]
     # Under a claim: not what another writer is writing or has shown since.
     taken = [claim for claim in claims if claim.take()]
     for claim in taken:
@@ -197,12 +209,16 @@ class _Claim:
         """Whether the group's record has a part of this name."""
         return self.name in _shown_names(self.storage, self.id)
 
-    def take(self) -> bool:
-        """Claims the name if no other writer has it; says whether it was so."""
+    def write(self) -> bool:
+        """Writes the claim if no other writer has one; says whether it stands."""
         found = self.storage.read(self.key)
         if found.content is not None and not _is_abandoned(found.content):
-            return False
-        if not self.storage.write(self.key, self.content, found.generation):
+            return found.content == self.content
+        return self.storage.write(self.key, self.content, found.generation)
+
+    def take(self) -> bool:
+        """Claims the name if no other writer has it; says whether it was so."""
+        if not self.write():
             return False
         # Only now: whoever had the claim before may have shown the part since.
         if self.is_shown():
