@@ -33,6 +33,7 @@ import jax
 import numpy as np
 
 import environments
+from experiments.quickstart import ENVIRONMENTS
 from ldm_jax import acting, cards, rollout
 from ldm_jax.acting import playing, rows
 from ldm_jax.encoding.actions import action_layout
@@ -48,24 +49,7 @@ from ldm_jax.training.bucket_work import bucket_work
 from .acting import make_params
 from .timing import compare
 
-IDS = (
-    "gymnax/CartPole-v1",
-    "gymnax/Acrobot-v1",
-    "gymnax/Pendulum-v1",
-    "gymnax/MountainCarContinuous-v0",
-    "gymnax/Catch-bsuite",
-    "gymnax/Breakout-MinAtar",
-    "gymnax/Reacher-misc",
-    "gymnax/PointRobot-misc",
-    "envpool/FrozenLake-v1",
-    "envpool/FrozenLake8x8-v1",
-    "envpool/Taxi-v3",
-    "envpool/CliffWalking-v1",
-    "envpool/LunarLander-v3",
-    "envpool/MiniGrid-Empty-5x5-v0",
-    "envpool/CartPole-v1",
-    "envpool/Pendulum-v1",
-)
+IDS = (*ENVIRONMENTS, "envpool/FrozenLake8x8-v1", "envpool/CartPole-v1", "envpool/Pendulum-v1")
 """The quickstart's environments and three more."""
 
 BUCKETS = 4
