@@ -1,6 +1,6 @@
 """A whole evaluation of many environments together, against the sum of their own raw loops.
 
-  evaluation: `ldm_jax.acting.play`, from making the environments to the last episode, in shared batches;
+  evaluation: `ldm_jax.acting.play_trials`, from making the environments to the last episode, in shared batches;
   raw: each environment alone, one after the other: the same policy, compiled for it, and nothing but `step` in a loop,
     of as many rows, after everything is compiled (`ldm_jax.rollout`; `benchmarks.rollout` holds that against the
     libraries' own loops);
@@ -109,7 +109,7 @@ def evaluate(cfg: ModelConfig, params: Params, codecs: dict[str, Codec], options
     steps: dict[str, int] = {}
     with _compilations() as compiled:
         before, start = rows.act_packed._cache_size(), time.perf_counter()
-        for played in playing.play(cfg, params, trials, 2 * options.rows):
+        for played in playing.play_trials(cfg, params, trials, 2 * options.rows):
             assert played.episodes is not None, played.error
             lengths = played.episodes.lengths
             # Each episode but the first begins with a step that resets.

@@ -75,7 +75,7 @@ def score_distilled(
     rows, episodes = scored.reference_returns.array.shape
     with opened(make, policy.spec.id, rows) as environment, jax.enable_x64(False):
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        return cards.Returns.of(rollout.evaluate(environment, policy.agent, policy.params, key, episodes).returns)
+        return cards.Returns.of(rollout.run_episodes(environment, policy.agent, policy.params, key, episodes).returns)
 
 
 def distil(make: MakeEnvironment, reference: ReferencePolicy, seed: int, config: DistilConfig) -> ReferencePolicy:

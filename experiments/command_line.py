@@ -89,7 +89,7 @@ def play_policy(id: str, policy_folder: str, episodes: int, seed: int, decoding:
     environment = environments.make(id, batch_size=1)
     try:
         policy.agent(environment)  # compares it with what the policy knows
-        played = rollout.evaluate(environment, agent, policy.params, jax.random.key(seed), episodes)
+        played = rollout.run_episodes(environment, agent, policy.params, jax.random.key(seed), episodes)
     finally:
         environment.close()
     card = policy.cards[id]

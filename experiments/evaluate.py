@@ -245,7 +245,7 @@ def _evaluate(
     ]
     failures = dict[str, str]()
     with progress.bar("evaluate", len(missing) * config.num_envs * config.episodes, "episode") as advance:
-        for played in acting.play(policy.cfg, policy.params, trials, config.rows, advance):
+        for played in acting.play_trials(policy.cfg, policy.params, trials, config.rows, advance):
             id = played.trial.codec.card.id
             if played.error is None:
                 _write(paths[id], played, digest)

@@ -128,7 +128,7 @@ def rollout(
     return RolloutState(carry, state, timestep), jax.tree.unflatten(structure, seen + done)
 
 
-def evaluate(
+def run_episodes(
     environment: Environment,
     agent: Agent,
     params: PyTree,
@@ -141,7 +141,7 @@ def evaluate(
     >>> import data, environments, jax, ldm_jax
     >>> environment = environments.make("gymnax/Catch-bsuite", batch_size=4)
     >>> agent = data.references.random_agent(environment.spec.action_space)
-    >>> episodes = ldm_jax.rollout.evaluate(environment, agent, params=(), key=jax.random.key(0), episodes_per_row=2)
+    >>> episodes = ldm_jax.rollout.run_episodes(environment, agent, (), jax.random.key(0), episodes_per_row=2)
     >>> episodes.returns.shape, episodes.lengths.tolist()
     ((4, 2), [[9, 9], [9, 9], [9, 9], [9, 9]])
 

@@ -329,7 +329,7 @@ def test_actions_of_many_kinds_are_learned_at_once(kind):
     how = references.Recipe(name, dataclasses.replace(config, learning_rate=5e-3 if name == "pqn" else 2e-2))
     trained = references.train_reference(environments.make, f"gymnasium/Anything-{kind}-v0", how)
     environment = environments.make(f"gymnasium/Anything-{kind}-v0", batch_size=8)
-    episodes = rollout.evaluate(
+    episodes = rollout.run_episodes(
         environment, trained.agent, trained.with_decoding("greedy").params, jax.random.key(0), 1
     )
     assert episodes.returns.mean() > least

@@ -302,13 +302,13 @@ def test_forms_are_told_apart_alike_in_either_order(gap, seed):
 def test_a_reference_is_found_scored_and_admitted_without_a_hand(monkeypatch):
     """Halving never reports the episodes that it chose by: no key of an evaluation is used twice."""
     keys = []
-    real = rollout.evaluate
+    real = rollout.run_episodes
 
     def evaluate(environment, agent, params, key, *rest):
         keys.append((tuple(jax.random.key_data(key).tolist()), int(params["decoding"])))
         return real(environment, agent, params, key, *rest)
 
-    monkeypatch.setattr(rollout, "evaluate", evaluate)
+    monkeypatch.setattr(rollout, "run_episodes", evaluate)
     monkeypatch.setattr(candidates, "LEAST_RUNG", 1000)
     monkeypatch.setattr(search, "TRIAL_SHARE", math.inf)
     trained = references.train_reference(environments.make, "gymnax/Catch-bsuite", budget=0.02, target=1.0)

@@ -16,7 +16,7 @@ EXAMPLES = (
     "ldm_jax.load",
     "ldm_jax.make_model",
     "ldm_jax.encoding.action_layout",
-    "ldm_jax.rollout.evaluate",
+    "ldm_jax.rollout.run_episodes",
     "ldm_jax.spaces.leaves",
 )
 

@@ -102,7 +102,7 @@ def test_an_expert_acts_as_it_is_told_and_is_scored_like_any_reference(spec):
         scripted = reference_of(CASES[ID], environment)
         key = jax.random.key(4)
         one, other = (
-            rollout.evaluate(environment, each.agent, each.params, key, 1).returns for each in (policy, scripted)
+            rollout.run_episodes(environment, each.agent, each.params, key, 1).returns for each in (policy, scripted)
         )
     np.testing.assert_array_equal(one, other)
     assert scored.admission.admitted and scored.policy.reference.decoding == "greedy"
@@ -259,7 +259,7 @@ def test_what_a_library_ships_for_one_simulator_lands_in_another():
         contextlib.closing(environments.make(id, 4, expert="lander-heuristic")) as told,
     ):
         policy = expert_policy(told.spec, ExpertConfig("lander-heuristic"))
-        returns = rollout.evaluate(told, policy.agent, policy.params, jax.random.key(0), 1).returns
+        returns = rollout.run_episodes(told, policy.agent, policy.params, jax.random.key(0), 1).returns
         assert returns.mean() > 150
         report = told.expert_report
         assert report.counts["labels"] == report.counts["asked"] > 100 and not report.notes

@@ -51,7 +51,7 @@ def trial(id, decoding="sample", **changes):
 
 
 def play(*trials, rows=2 * ROWS):
-    return {played.trial.codec.card.id: played for played in playing.play(NANO, PARAMS, trials, rows)}
+    return {played.trial.codec.card.id: played for played in playing.play_trials(NANO, PARAMS, trials, rows)}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_an_environment_is_played_as_if_alone(together, id):
 def test_playing_gives_what_a_rollout_of_the_same_policy_gives(id):
     agent = acting.make_agent(NANO, Codec(card_of(id)), "greedy")
     with contextlib.closing(environments.make(id, ROWS)) as environment:
-        alone = rollout.evaluate(environment, agent, PARAMS, jax.random.key(len(id)), 2)
+        alone = rollout.run_episodes(environment, agent, PARAMS, jax.random.key(len(id)), 2)
     played = play(trial(id, "greedy"))[id]
     np.testing.assert_array_equal(played.episodes.returns, alone.returns)
     np.testing.assert_array_equal(played.episodes.lengths, alone.lengths)
@@ -167,7 +167,9 @@ def test_what_is_held_does_not_grow_with_the_environments_that_were_played(toget
         return len(programs), len(jax.live_arrays()), len(rollout._COMPILED)
 
     def play_some(*seeds):
-        for played in playing.play(NANO, PARAMS, [trial(id, key=jax.random.key(s)) for s in seeds for id in IDS], ROWS):
+        for played in playing.play_trials(
+            NANO, PARAMS, [trial(id, key=jax.random.key(s)) for s in seeds for id in IDS], ROWS
+        ):
             assert played.error is None
 
     play_some(1)
@@ -200,7 +202,7 @@ def test_who_stops_early_has_what_was_finished_and_everything_is_closed(together
         return made[-1]
 
     trials = [trial(id, make=functools.partial(make, id)) for id in HOST]
-    games = playing.play(NANO, PARAMS, trials, ROWS)
+    games = playing.play_trials(NANO, PARAMS, trials, ROWS)
     first = next(games)
     games.close()
     assert made and all(one.closed for one in made)

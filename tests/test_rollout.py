@@ -83,7 +83,7 @@ def test_same_key_same_result_and_nothing_is_compiled_again(environment, agent, 
     def once():
         loop = rollout.start(environment, agent, jax.random.key(5))
         end, trajectory = rollout.rollout(environment, agent, 0.0, loop, jax.random.key(6), 16)
-        return end[0], end[2], trajectory, rollout.evaluate(environment, agent, 0.0, jax.random.key(7), 1)
+        return end[0], end[2], trajectory, rollout.run_episodes(environment, agent, 0.0, jax.random.key(7), 1)
 
     def compilations():
         caplog.clear()
@@ -105,7 +105,7 @@ def test_what_was_compiled_for_an_environment_goes_with_it(id):
         agent = agent or random_agent(made.spec.action_space)  # it outlives the environments
         loop = rollout.start(made, agent, jax.random.key(0))
         rollout.rollout(made, agent, (), loop, jax.random.key(1), 4)
-        rollout.evaluate(made, agent, (), jax.random.key(1), 1)
+        rollout.run_episodes(made, agent, (), jax.random.key(1), 1)
         made.close()
         gone.append(weakref.ref(made))
         del made, loop
@@ -125,7 +125,7 @@ def test_a_rollout_goes_on_where_the_last_one_ended(environment, agent):
 def test_evaluation_counts_what_the_rollout_shows(environment, agent):
     """Rows have the same number of episodes, their first ones, with the returns that the time steps add up to."""
     key, episodes = jax.random.key(9), 3
-    result = rollout.evaluate(environment, agent, 0.0, key, episodes)
+    result = rollout.run_episodes(environment, agent, 0.0, key, episodes)
     assert result.returns.shape == result.lengths.shape == (5, episodes)
     reset_key, act_key = jax.random.split(key)
     loop = rollout.start(environment, agent, reset_key)
@@ -142,7 +142,7 @@ def test_evaluation_counts_what_the_rollout_shows(environment, agent):
 def test_a_fixed_count_per_row_is_not_biased_to_short_episodes():
     environment = environments.make("gymnax/CartPole-v1", batch_size=64)
     agent = random_agent(environment.spec.action_space)
-    fixed = rollout.evaluate(environment, agent, (), jax.random.key(0), 16)
+    fixed = rollout.run_episodes(environment, agent, (), jax.random.key(0), 16)
     assert abs(fixed.returns.mean() - 22.2) < 1.0  # 1,024 episodes: two standard errors are 0.75
     finish = fixed.lengths.cumsum(1).ravel()
     first_to_finish = fixed.returns.ravel()[np.argsort(finish)[:50]]
@@ -159,7 +159,7 @@ def test_executed_actions_lie_in_the_space():
 
 def test_progress_ends_at_the_total(environment, agent):
     reports = []
-    rollout.evaluate(environment, agent, 0.0, jax.random.key(2), 2, lambda *report: reports.append(report))
+    rollout.run_episodes(environment, agent, 0.0, jax.random.key(2), 2, lambda *report: reports.append(report))
     assert reports[-1] == (10, 10)
     assert [done for done, _ in reports] == sorted(done for done, _ in reports)
 
@@ -170,7 +170,7 @@ def test_less_than_one_is_refused(environment, agent, count):
     with pytest.raises(ConfigError, match=f"steps is {count}, expected a whole number"):
         rollout.rollout(environment, agent, 0.0, loop, jax.random.key(6), count)
     with pytest.raises(ConfigError, match=f"episodes_per_row is {count}, expected a whole number"):
-        rollout.evaluate(environment, agent, 0.0, jax.random.key(2), count)
+        rollout.run_episodes(environment, agent, 0.0, jax.random.key(2), count)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,7 +193,7 @@ def test_a_nan_return_raises():
     inner = environments.make(JITTABLE, batch_size=4)
     spoilt = Spoilt(inner, inner.spec, lambda timestep: timestep._replace(reward=timestep.reward * jnp.nan))
     with pytest.raises(EnvironmentFaultError, match="NaN"):
-        rollout.evaluate(spoilt, random_agent(inner.spec.action_space), (), jax.random.key(0), 1)
+        rollout.run_episodes(spoilt, random_agent(inner.spec.action_space), (), jax.random.key(0), 1)
 
 
 def test_episodes_that_never_end_raise():
@@ -202,4 +202,4 @@ def test_episodes_that_never_end_raise():
     spec = dataclasses.replace(inner.spec, time_limit=9)
     spoilt = Spoilt(inner, spec, lambda timestep: timestep._replace(terminated=never, truncated=never))
     with pytest.raises(EnvironmentFaultError, match="time limit"):
-        rollout.evaluate(spoilt, random_agent(inner.spec.action_space), (), jax.random.key(0), 1)
+        rollout.run_episodes(spoilt, random_agent(inner.spec.action_space), (), jax.random.key(0), 1)

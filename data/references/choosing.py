@@ -44,7 +44,7 @@ def choose_reference(
         forms: tuple[SlotDecoding, ...] = ("greedy",) if policy.reference.expert else ("greedy", "sample")
         with opened_for(make, policy, num_envs) as environment, jax.enable_x64(False):
             played = (
-                rollout.evaluate(
+                rollout.run_episodes(
                     environment,
                     policy.agent,
                     with_decoding(policy.params["policy"], form),

@@ -181,7 +181,7 @@ def score_reference(
         def play(stage: int, form: SlotDecoding, number: int) -> rollout.EpisodeReturns:
             key = jax.random.fold_in(jax.random.fold_in(root, stage), number)
             params = with_decoding(policy.params["policy"], form)
-            episodes = rollout.evaluate(*players[form == "random"], params, key, episodes_per_env)
+            episodes = rollout.run_episodes(*players[form == "random"], params, key, episodes_per_env)
             if progress is not None:
                 progress(min((number + 1) * episodes.returns.size, most), most)
             return episodes

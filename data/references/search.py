@@ -162,7 +162,7 @@ class _Place:
         forms: tuple[SlotDecoding, ...] = ("sample", "greedy")
         for form in forms:
             params = with_decoding(jax.tree.map(np.asarray, run.learned.params), form)
-            episodes = rollout.evaluate(self.shared(self.trial_rows), run.agent, params, key, 1)
+            episodes = rollout.run_episodes(self.shared(self.trial_rows), run.agent, params, key, 1)
             self.steps += int(episodes.lengths.sum())
             returns = episodes.returns.astype(np.float64)
             found.append((float(returns.mean()), float(returns.std(ddof=1)) / returns.size**0.5))

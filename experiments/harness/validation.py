@@ -177,7 +177,7 @@ class Validation:
             for id in self._open
         ]
         found = dict[str, dict[str, float]]()
-        for played in acting.play(self._model_cfg, params, trials, _ROWS):
+        for played in acting.play_trials(self._model_cfg, params, trials, _ROWS):
             card = played.trial.codec.card
             if played.episodes is None:  # training does not depend on it
                 progress.logger.warning("cannot evaluate in %s: %s", card.id, played.error)

@@ -14,5 +14,5 @@ from .mixed import forget_mixed as forget_mixed
 from .mixed import start_mixed as start_mixed
 from .playing import Played as Played
 from .playing import Trial as Trial
-from .playing import play as play
+from .playing import play_trials as play_trials
 from .rows import Seats as Seats

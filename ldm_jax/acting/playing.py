@@ -85,7 +85,7 @@ Count = collections.abc.Callable[[int], None]
 """Called with the number of episodes that ended since the last call."""
 
 
-def play(
+def play_trials(
     cfg: ModelConfig,
     params: Params,
     trials: collections.abc.Iterable[Trial],
