@@ -7,7 +7,6 @@ others.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -22,51 +21,28 @@ from data.store.merging import copy_parts
 from experiments.harness import progress
 from experiments.harness.building import build_all, build_for
 from experiments.harness.dry_run import TO_DO, Planned
-from experiments.harness.engine import run_units, workers_for
+from experiments.harness.engine import work_on
 from experiments.harness.experts import check_same_expert
 from experiments.harness.ids import spec_of
 from experiments.harness.outcomes import in_one_line, read_outcome
 from experiments.harness.stage import UnitsFailedError, stage
-from experiments.harness.units import LOCAL, Engine, Job, Limits, Travel, check_limits, needs_of
-from experiments.harness.workdir import FREE, listed, pin_config, resolved, seed_of
+from experiments.harness.units import LOCAL, Engine, Job, Travel, UnitsConfig
+from experiments.harness.workdir import listed, pin_config, resolved, seed_of
 from ldm_jax.cards import EnvironmentCard
-from ldm_jax.errors import ConfigError, LdmError, check_finite
+from ldm_jax.errors import LdmError
 
 
 @dataclasses.dataclass(frozen=True)
-class CollectStageConfig:
-    """What is collected.
+class CollectStageConfig(UnitsConfig):
+    """What is collected; the data do not depend on how they are worked on.
 
     Attributes:
       seed: seed of all episodes and all noise.
       data: how much is collected of each environment.
-      workers: processes, each with one environment at a time; the data do not depend on it. 0 is for this process, in
-        which a crash of one environment ends all.
-      unit_seconds: that one environment may take; 0 for any number. It has failed then, and the others go on.
-      unit_memory_gb: that its process may hold, and that is set aside for it; 0 for any amount, and one gigabyte.
-      unit_cores: that are set aside for it: no machine works on more environments than it has cores for.
-      build_seconds: that the interpreter of one group of libraries may take to be built; 0 for any number.
     """
 
     seed: int = 0
     data: collect.CollectConfig = dataclasses.field(default_factory=collect.CollectConfig)
-    workers: int = dataclasses.field(default=2, metadata={FREE: True})
-    unit_seconds: float = dataclasses.field(default=0.0, metadata={FREE: True})
-    unit_memory_gb: float = dataclasses.field(default=0.0, metadata={FREE: True})
-    unit_cores: float = dataclasses.field(default=1.0, metadata={FREE: True})
-    build_seconds: float = dataclasses.field(default=3600.0, metadata={FREE: True})
-
-    def __post_init__(self) -> None:
-        check_finite(self)
-        if self.workers < 0:
-            raise ConfigError(f"workers is {self.workers}, expected at least 0")
-        check_limits(self.limits, self.workers)
-        needs_of(self.unit_cores, self.limits)
-
-    @property
-    def limits(self) -> Limits:
-        """Of each environment."""
-        return Limits(self.unit_seconds, self.unit_memory_gb, self.build_seconds)
 
 
 def _listed(workdir: pathlib.Path) -> tuple[str, ...]:
@@ -118,27 +94,17 @@ def run(
     pin_config(workdir, "collect", config, owns=("dataset",))
     dataset = create_dataset(workdir / "dataset", resolved(config))
     units = [unit for unit in todo.units if not _is_done(dataset, _load(workdir, unit.id))]
-    workers = workers_for(len(environments or todo.units), config.workers, config.limits)
+    workers = config.workers_for(len(environments or todo.units))
     for id, outcome in build_all((unit.id for unit in units), workers, config.build_seconds, engine).items():
         todo.fail(id, outcome.reason)
     units = [unit for unit in units if unit.id not in todo.failed]
-    with progress.bar("collect", sum(unit.steps for unit in units), "step") as advance:
-        working = run_units(
-            units,
-            Job(functools.partial(_collect, config), _prepare),
-            workers=workers,
-            engine=engine,
-            needs=needs_of(config.unit_cores, config.limits),
-            limits=config.limits,
-            travel=Travel(workdir, _needed, _moved, _arrived),
-            advance=advance,
-        )
-        with contextlib.closing(working):
-            for id, result, _, reason in ((each.unit.id, *each[1:]) for each in working):
-                if isinstance(result, dict):
-                    progress.log("collected", id=id, **result)
-                else:
-                    todo.fail(id, result or reason)
+    job = Job(functools.partial(_collect, config), _prepare)
+    travel = Travel(workdir, _needed, _moved, _arrived)
+    for each in work_on("collect", units, job, config, workers=workers, engine=engine, travel=travel):
+        if isinstance(each.result, dict):
+            progress.log("collected", id=each.unit.id, **each.result)
+        else:
+            todo.fail(each.unit.id, each.result or each.reason)
     if todo.failed:
         raise UnitsFailedError(todo.failed)
 

@@ -10,8 +10,6 @@ is kept: `--select='expert=yes' --config.algorithms=expert` trains nothing and t
 
 from __future__ import annotations
 
-import collections.abc
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -35,22 +33,22 @@ from environments.registry import check_known
 from experiments.harness import progress
 from experiments.harness.building import build_all, build_for
 from experiments.harness.dry_run import TO_DO, Planned
-from experiments.harness.engine import run_units, workers_for
+from experiments.harness.engine import work_on
 from experiments.harness.experts import expert_policies, measure_expert, write_facts
 from experiments.harness.outcomes import TOO_LARGE, UnitOutcome, failure, outcome_table, read_outcome, write_outcome
 from experiments.harness.stage import UnitsFailedError, stage
-from experiments.harness.units import LOCAL, Engine, Job, Limits, Travel, check_limits, needs_of
-from experiments.harness.workdir import FREE, WorkdirError, pin_config, seed_of
+from experiments.harness.units import LOCAL, Engine, Job, Travel, UnitsConfig
+from experiments.harness.workdir import WorkdirError, pin_config, seed_of
 from experiments.report.targets import find_target
 from ldm_jax.encoding.buckets import bucket_for
 from ldm_jax.environment import LibraryMissingError
-from ldm_jax.errors import ConfigError, LdmError, check_finite
+from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.types import EnvironmentSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class ReferencesConfig:
-    """How references are made.
+class ReferencesConfig(UnitsConfig):
+    """How references are made; what they are does not depend on how they are worked on.
 
     Attributes:
       seed: of training and scoring.
@@ -61,12 +59,6 @@ class ReferencesConfig:
       episodes: in each of them in one round; rounds are played until the errors are small enough.
       least_episodes: of each policy scored, whatever they tell.
       most_episodes: of each policy scored, however noisy; fewer where they would take a quarter of training's steps.
-      workers: processes; small networks do not fill two cores. Results do not depend on it. 0 is for this process,
-        in which a crash of one environment ends all.
-      unit_seconds: that one environment may take; 0 for any number. It has failed then, and the others go on.
-      unit_memory_gb: that its process may hold, and that is set aside for it; 0 for any amount, and one gigabyte.
-      unit_cores: that are set aside for it: no machine works on more environments than it has cores for.
-      build_seconds: that the interpreter of one group of libraries may take to be built; 0 for any number.
     """
 
     seed: int = 0
@@ -76,30 +68,18 @@ class ReferencesConfig:
     episodes: int = 1
     least_episodes: int = 64
     most_episodes: int = 4096
-    workers: int = dataclasses.field(default=2, metadata={FREE: True})
-    unit_seconds: float = dataclasses.field(default=0.0, metadata={FREE: True})
-    unit_memory_gb: float = dataclasses.field(default=0.0, metadata={FREE: True})
-    unit_cores: float = dataclasses.field(default=1.0, metadata={FREE: True})
-    build_seconds: float = dataclasses.field(default=3600.0, metadata={FREE: True})
 
     def __post_init__(self) -> None:
-        check_finite(self)
+        super().__post_init__()
         if not self.budget > 0:
             raise ConfigError(f"budget is {self.budget}, expected a positive fraction")
         if self.algorithms not in ("all", "trained", "expert"):
             raise ConfigError(f"algorithms is {self.algorithms!r}, expected all, trained or expert")
-        for name, least in (("num_envs", 1), ("episodes", 1), ("least_episodes", 2), ("workers", 0)):
+        for name, least in (("num_envs", 1), ("episodes", 1), ("least_episodes", 2)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if self.most_episodes < self.least_episodes:
             raise ConfigError(f"most_episodes is {self.most_episodes}, expected at least {self.least_episodes}")
-        check_limits(self.limits, self.workers)
-        needs_of(self.unit_cores, self.limits)
-
-    @property
-    def limits(self) -> Limits:
-        """Of each environment."""
-        return Limits(self.unit_seconds, self.unit_memory_gb, self.build_seconds)
 
 
 class ReferenceUnit(typing.NamedTuple):
@@ -167,39 +147,21 @@ def run(
     for id, known in found.items():
         if isinstance(known, UnitOutcome):
             settle(id, _Made(known))
-    workers = workers_for(len(environments), config.workers, config.limits)
+    workers = config.workers_for(len(environments))
     unbuilt = (id for id in found if id not in outcomes)
     for id, outcome in build_all(unbuilt, workers, config.build_seconds, engine).items():
         settle(id, _Made(outcome))
     units = [unit for id, unit in found.items() if isinstance(unit, ReferenceUnit) and id not in outcomes]
     if workers > 1:  # the longest first: else one of them may be what all wait for in the end
         units.sort(key=lambda unit: -unit.steps)
-    for id, made in _train(config, workdir, units, workers, engine):
-        settle(id, made)
+    job = Job(functools.partial(_make, config), _prepare)
+    travel = Travel(workdir, _needed, _moved, _arrived)
+    for each in work_on("references", units, job, config, workers=workers, engine=engine, travel=travel):
+        settle(each.unit.id, each.result or _Made(UnitOutcome("failed", each.reason, each.cause)))
     print(outcome_table({id: outcomes[id] for id in environments}))
     failed = {id: outcomes[id].reason for id in environments if outcomes[id].verdict == "failed"}
     if failed:
         raise UnitsFailedError(failed)
-
-
-def _train(
-    config: ReferencesConfig, workdir: pathlib.Path, units: list[ReferenceUnit], workers: int, engine: Engine
-) -> collections.abc.Iterator[tuple[str, _Made]]:
-    """What comes of each unit, by its id, as soon as it is known."""
-    with progress.bar("references", sum(unit.steps for unit in units), "step") as advance:
-        working = run_units(
-            units,
-            Job(functools.partial(_make, config), _prepare),
-            workers=workers,
-            engine=engine,
-            needs=needs_of(config.unit_cores, config.limits),
-            limits=config.limits,
-            travel=Travel(workdir, _needed, _moved, _arrived),
-            advance=advance,
-        )
-        with contextlib.closing(working):
-            for each in working:
-                yield each.unit.id, each.result or _Made(UnitOutcome("failed", each.reason, each.cause))
 
 
 def _examine(config: ReferencesConfig, id: str, directory: pathlib.Path) -> ReferenceUnit | UnitOutcome:
@@ -224,6 +186,9 @@ def _foreseen(config: ReferencesConfig, id: str) -> int | UnitOutcome:
         spec = registry.spec(id)
     except UnknownEnvironmentError:
         return round(config.budget * TOTAL_STEPS)  # the catalog does not have it; training will see
+    if config.algorithms == "expert":  # nothing is trained: it and the random policy are scored
+        episodes = max(config.least_episodes, config.num_envs * config.episodes)
+        return _too_large(spec) or 2 * episodes * spec.time_limit
     return _too_large(spec) or max(1, round(config.budget * total_steps(spec)))
 
 
@@ -294,6 +259,8 @@ def _make(config: ReferencesConfig, unit: ReferenceUnit, advance: progress.Advan
             policies.append(train_reference(registry.make, unit.id, None, seed, told, config.budget, target))
         trained_s = clock()
         scored = _score_best(config, policies, seed)
+        if config.algorithms == "expert":
+            advance(unit.steps)
         measured = {}
         if scored.policy.reference.expert:
             measured = measure_expert(registry.make, scored, config.num_envs)

@@ -6,12 +6,11 @@ down at once: killed and started again, it tries only what is missing. At the en
 
 from __future__ import annotations
 
-import collections.abc
 import contextlib
-import functools
 import os
 import pathlib
 import sys
+import typing
 
 from absl import app, flags
 
@@ -20,12 +19,13 @@ from environments.catalog import entries
 from environments.isolation import groups, venvs
 from environments.verification import STEPS, entry, name_anew, verify_id
 from experiments.harness import progress, signals
-from experiments.harness.building import build_for
-from experiments.harness.engine import run_units
+from experiments.harness.engine import work_on
 from experiments.harness.flags import define_engine, engine_of
-from experiments.harness.units import LOCAL, OUT_OF_TIME, Engine, Finished, Job, Limits
+from experiments.harness.outcomes import in_one_line
+from experiments.harness.units import LOCAL, OUT_OF_TIME, Engine, Finished, Job, UnitsConfig
 from experiments.report import catalog_page
 from ldm_jax import files
+from ldm_jax.environment import LibraryMissingError
 from ldm_jax.errors import LdmError
 
 
@@ -62,29 +62,33 @@ def verify_library(
         for known in before
         if known.version == version and candidates.get(known.id) in ("", known.reason)
     }
-    todo = {id: reason for id, reason in candidates.items() if id not in found}
-    with (
-        journal.open("a", encoding="utf-8") as file,
-        progress.bar(library, len(candidates), "id", done=len(found)) as advance,
-        contextlib.closing(
-            run_units(
-                todo,
-                Job(functools.partial(_try, todo), _prepare),
-                workers=workers,
-                engine=engine,
-                limits=Limits(timeout_s),
-            )
-        ) as working,
-    ):
+    working = work_on(
+        library,
+        [_Candidate(id, reason) for id, reason in candidates.items() if id not in found],
+        Job(_try, _prepare),
+        UnitsConfig(workers=workers, unit_seconds=timeout_s),
+        workers=workers,
+        engine=engine,
+        counted="id",
+        done=len(found),
+    )
+    with journal.open("a", encoding="utf-8") as file, contextlib.closing(working):
         for each in working:
-            line = each.result or entry(each.unit, reason=_reason(each, timeout_s))
+            line = each.result or entry(each.unit.id, reason=_reason(each, timeout_s))
             file.write(line.to_line() + "\n")
             file.flush()
             found[line.id] = line
-            advance(1)
     entries.write_entries(path, found.values())
     journal.unlink()
     return list(found.values())
+
+
+class _Candidate(typing.NamedTuple):
+    """An id to try, and why it is not even tried, if it is not."""
+
+    id: str
+    reason: str
+    steps: int = 1
 
 
 def _read_journal(path: pathlib.Path) -> list[entries.Entry]:
@@ -96,22 +100,30 @@ def _read_journal(path: pathlib.Path) -> list[entries.Entry]:
     return entries.read_entries(path)
 
 
-def _reason(ended: Finished[str, entries.Entry], timeout_s: float) -> str:
+def _reason(ended: Finished[_Candidate, entries.Entry], timeout_s: float) -> str:
     if ended.cause == OUT_OF_TIME:
         return f"it does not reset and step {STEPS} times within {timeout_s:g} s"
     return ended.reason
 
 
-def _prepare(id: str) -> entries.Entry | None:
-    failed = build_for(id)
-    return entry(id, reason=failed.reason) if failed else None
+def _prepare(unit: _Candidate) -> entries.Entry | None:
+    """Builds the interpreter that ids are tried in, where it is not there: no image, which would be built to try."""
+    library = groups.isolated_libraries().get(unit.id.partition("/")[0])
+    try:
+        if library and not unit.reason:
+            venvs.build(library.venv)
+    except LibraryMissingError as error:
+        return entry(unit.id, reason=in_one_line(error))
+    return None
 
 
-def _try(reasons: collections.abc.Mapping[str, str], id: str, advance: progress.Advance) -> entries.Entry:
+def _try(unit: _Candidate, advance: progress.Advance) -> entries.Entry:
     with open(os.devnull, "w") as nowhere:  # what libraries say must not tear the progress bar
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
-    return entry(id, reason=reasons[id]) if reasons[id] else verify_id(id)
+    found = entry(unit.id, reason=unit.reason) if unit.reason else verify_id(unit.id)
+    advance(unit.steps)
+    return found
 
 
 def show(folder: pathlib.Path, page: str) -> None:

@@ -43,6 +43,7 @@ _SUITES = {"3.9": "bullseye", "3.11": "bookworm", "3.13": "trixie"}
 _LABEL = "ldm_jax.host"
 _WALLS = ("--init", "--network=none", "--read-only", "--cap-drop=ALL", "--env=HOME=/tmp")
 _SERVICE_TIMEOUT_S, _END_TIMEOUT_S, _PULL_TIMEOUT_S, _PROBE_TIMEOUT_S = 30.0, 30.0, 120.0, 60.0
+_TRIED_AGAIN_S = 3600.0
 _SERVICE_IDLE_S = 300  # after which a service ends whose host was killed, where the kernel does not see to it
 
 _log = logging.getLogger(__name__)
@@ -88,6 +89,22 @@ def digest(name: str) -> str:
 def is_image_built(spec: venvs.VenvSpec) -> bool:
     """Whether a group's image has been built, and has been seen to run."""
     return _mark(spec).exists()
+
+
+def may_be_built(spec: venvs.VenvSpec) -> bool:
+    """Whether a group can have an image here: there can be containers, and none of the last hour could not be built."""
+    if problem() is not None:
+        return False
+    try:
+        return time.time() - _failed(spec).stat().st_mtime > _TRIED_AGAIN_S
+    except FileNotFoundError:
+        return True
+
+
+def leave(spec: venvs.VenvSpec) -> None:
+    """Has a group's image, which could not be built, not tried again for an hour: each attempt takes its time."""
+    _failed(spec).parent.mkdir(parents=True, exist_ok=True)
+    _failed(spec).touch()
 
 
 def build_image(spec: venvs.VenvSpec) -> str:
@@ -252,6 +269,10 @@ def _containerfile(spec: venvs.VenvSpec) -> pathlib.Path:
 
 def _mark(spec: venvs.VenvSpec) -> pathlib.Path:
     return cache_folder() / "images" / f"{tag(spec).rpartition('/')[2].replace(':', '-')}.built"
+
+
+def _failed(spec: venvs.VenvSpec) -> pathlib.Path:
+    return _mark(spec).with_suffix(".failed")
 
 
 @contextlib.contextmanager

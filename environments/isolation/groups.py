@@ -73,10 +73,12 @@ class IsolatedLibrary:
 
     @property
     def is_built(self) -> bool:
-        """Whether an environment can be made without building anything first."""
+        """Whether an environment can be made without building anything first; tries whether containers can start."""
         from . import containers
 
-        return venvs.built(self.venv) is not None or containers.is_image_built(self.venv)
+        if containers.may_be_built(self.venv):
+            return containers.is_image_built(self.venv)
+        return venvs.built(self.venv) is not None
 
     def candidates(self) -> dict[str, str]:
         """The ids that the library registers, each with the reason why it is not offered, empty where it is.
@@ -119,13 +121,14 @@ class IsolatedLibrary:
     def _build(self, kind: str) -> _Interpreter:
         from . import containers
 
-        if kind == "container" or (kind == "auto" and containers.problem() is None):
+        if kind == "container" or (kind == "auto" and containers.may_be_built(self.venv)):
             try:
                 image = containers.build_image(self.venv)
                 return _Interpreter(containers.PYTHON, image, containers.digest(image))
             except LibraryMissingError as error:
                 if kind == "container":
                     raise
+                containers.leave(self.venv)
                 _log.warning("%s runs in a virtual environment, as its container cannot be built: %s", self.name, error)
         return _Interpreter(venvs.build(self.venv), "", f"venv:{self.venv.digest}")
 

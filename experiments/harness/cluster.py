@@ -67,12 +67,13 @@ def run_on_cluster(
         work = ray.remote(num_returns="streaming", max_retries=0)(_work)
         work = work.options(num_cpus=needs.cores, memory=int(needs.memory_gb * 1e9))
         flying: list[_Trip[U, R]] = []
+        common = ray.put(parcels.pack(travel.root, travel.common)) if travel and travel.common else b""
         try:
             while waiting or flying:
                 if waiting:
                     _await_room(ray, needs)
                 while waiting and len(flying) < _AHEAD * ray.cluster_resources().get("CPU", 1) + 1:
-                    flying.append(waiting.popleft().begin(work, job, limits, travel, arriving))
+                    flying.append(waiting.popleft().begin(work, job, limits, travel, arriving, common))
                 ready, _ = ray.wait([trip.stream for trip in flying], num_returns=len(flying), timeout=TICK_S)
                 for trip in [trip for trip in flying if any(trip.stream is each for each in ready)]:
                     ended = trip.listen(ray, advance)
@@ -101,13 +102,19 @@ class _Trip(typing.Generic[U, R]):
     arriving: pathlib.Path | None = None
 
     def begin(
-        self, work: typing.Any, job: Job[U, R], limits: Limits, travel: Travel[U] | None, arriving: pathlib.Path | None
+        self,
+        work: typing.Any,
+        job: Job[U, R],
+        limits: Limits,
+        travel: Travel[U] | None,
+        arriving: pathlib.Path | None,
+        common: typing.Any,
     ) -> _Trip[U, R]:
         self.attempt, self.steps = self.attempt + 1, 0
         self.arriving = parcels.place_in(arriving) if arriving else None
         moved = travel.moved if travel else None
         files = parcels.pack(travel.root, travel.needed(self.unit)) if travel else b""
-        self.stream = work.remote(_version(), PICKLE.dumps((job, moved, self.unit)).tobytes(), files, limits)
+        self.stream = work.remote(_version(), PICKLE.dumps((job, moved, self.unit)).tobytes(), limits, common, files)
         return self
 
     def listen(self, ray: typing.Any, advance: progress.Advance) -> _Said | None:
@@ -157,14 +164,14 @@ class _Trip(typing.Generic[U, R]):
         return value._replace(unit=self.unit)
 
 
-def _work(version: str, payload: bytes, files: bytes, limits: Limits) -> collections.abc.Iterator[_Said]:
+def _work(version: str, payload: bytes, limits: Limits, *archives: bytes) -> collections.abc.Iterator[_Said]:
     """What a machine of the cluster does: works on a unit in a process, and says what comes of it."""
     if version != _version():
         raise ClusterError(f"{socket.gethostname()} has ldm_jax {_version()}, expected {version}: install that there")
     job, moved, unit = pickle.loads(payload)
     compilation.keep_programs(compilation.default_folder())  # of this machine, for the process and those after it
     with parcels.scratch() as root, contextlib.ExitStack() as stack:
-        before = parcels.unpack(files, root)
+        before = parcels.unpack(archives, root)
         worker: UnitProcess[typing.Any, typing.Any] = UnitProcess(stack, job)
         worker.begin(moved(unit, root) if moved else unit)
         steps: list[int] = []

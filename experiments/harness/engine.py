@@ -1,6 +1,7 @@
 """Runs independent units of work, each in a process that may crash, hang or leak without harm to the others.
 
-`run_units` works on them on this machine, or hands them to a cluster: what it yields is the same.
+`run_units` works on them on this machine, or hands them to a cluster: what it yields is the same. All stages go through
+`work_on`, which adds a bar and a configuration.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import contextlib
 import multiprocessing.connection
 import os
 import pathlib
+import typing
 
 from experiments.harness import cluster, progress
 from experiments.harness.unit_process import TICK_S, UnitProcess
-from experiments.harness.units import LOCAL, Engine, Finished, Job, Limits, Needs, R, Travel, U
+from experiments.harness.units import LOCAL, Engine, Finished, Job, Limits, Needs, R, Travel, U, UnitsConfig
 
 _CGROUP = pathlib.Path("/sys/fs/cgroup/memory.max")
 
@@ -62,9 +64,58 @@ def run_units(
             yield Finished(unit, job.function(unit, advance) if early is None else early)
 
 
-def workers_for(named: int, workers: int, limits: Limits) -> int:
-    """The processes that so many units are worth: one alone, without limits, needs none of its own."""
-    return 0 if named <= 1 and not (limits.seconds or limits.memory_gb) else workers
+class HasSteps(typing.Protocol):
+    """A unit that says how much there is to do in it."""
+
+    @property
+    def steps(self) -> int:
+        """Of what progress is counted in, about."""
+
+
+S = typing.TypeVar("S", bound=HasSteps)
+
+
+def work_on(
+    stage: str,
+    units: collections.abc.Sequence[S],
+    job: Job[S, R],
+    config: UnitsConfig,
+    *,
+    workers: int,
+    engine: Engine = LOCAL,
+    travel: Travel[S] | None = None,
+    counted: str = "step",
+    done: int = 0,
+) -> collections.abc.Generator[Finished[S, R], None, None]:
+    """Works on the units of a stage as its configuration says, with a bar of what is done, its rate and the time left.
+
+    Args:
+      stage: its name.
+      units: in the order in which they are begun.
+      job: what is done with each.
+      config: what each may take.
+      workers: processes of this machine; see `run_units`.
+      engine: where they are worked on.
+      travel: of their files.
+      counted: what the progress is counted in.
+      done: how much of that was done before.
+
+    Yields:
+      What came of each unit, as `run_units` does, which says what is raised.
+    """
+    with progress.bar(stage, done + sum(unit.steps for unit in units), counted, done) as advance:
+        working = run_units(
+            units,
+            job,
+            workers=workers,
+            engine=engine,
+            needs=config.needs,
+            limits=config.limits,
+            travel=travel,
+            advance=advance,
+        )
+        with contextlib.closing(working):
+            yield from working
 
 
 def _room(needs: Needs) -> int:

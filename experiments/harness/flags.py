@@ -204,10 +204,13 @@ def describe_fields(config: typing.Any, prefix: str = "config") -> collections.a
 
 
 def attributes(documented: type) -> dict[str, str]:
-    """What the docstring of a class says of each of its attributes."""
-    _, _, section = (inspect.getdoc(documented) or "").partition("Attributes:\n")
-    found = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section.partition("\n\n")[0], re.MULTILINE)
-    return {name: re.sub(r"\s+", " ", text) for name, text in found}
+    """What the docstring of a class, and of those that it is made from, says of each of its attributes."""
+    said: dict[str, str] = {}
+    for each in reversed(documented.__mro__[:-1]):
+        _, _, section = inspect.cleandoc(each.__doc__ or "").partition("Attributes:\n")
+        found = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section.partition("\n\n")[0], re.MULTILINE)
+        said |= {name: re.sub(r"\s+", " ", text) for name, text in found}
+    return said
 
 
 _WAYS_OUT = {

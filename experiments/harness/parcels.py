@@ -29,9 +29,9 @@ def pack(root: pathlib.Path, names: collections.abc.Iterable[str]) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(data: bytes, root: pathlib.Path) -> Listing:
-    """Unpacks what `pack` made, if anything, and says what is there then."""
-    if data:
+def unpack(archives: collections.abc.Iterable[bytes], root: pathlib.Path) -> Listing:
+    """Unpacks what `pack` made, where it made anything, and says what is there then."""
+    for data in filter(None, archives):
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             archive.extractall(root, filter="data")
     return _listing(root)

@@ -7,11 +7,13 @@ function writes itself, at once and whole, so that whoever is killed loses the u
 from __future__ import annotations
 
 import collections.abc
+import dataclasses
 import pathlib
 import typing
 
 from experiments.harness import progress
-from ldm_jax.errors import ConfigError, LdmError
+from experiments.harness.workdir import FREE
+from ldm_jax.errors import ConfigError, LdmError, check_finite
 
 U = typing.TypeVar("U")
 R = typing.TypeVar("R")
@@ -39,19 +41,6 @@ class Limits(typing.NamedTuple):
     build_seconds: float = 0.0
 
 
-def check_limits(limits: Limits, workers: int) -> None:
-    """Checks that limits make sense, with so many processes.
-
-    Raises:
-      ConfigError: a limit is negative, or there is no process that could be ended.
-    """
-    for name, value in zip(("unit_seconds", "unit_memory_gb", "build_seconds"), limits, strict=True):
-        if value < 0:
-            raise ConfigError(f"{name} is {value}, expected at least 0")
-        if value and not workers and name != "build_seconds":
-            raise ConfigError(f"{name} is {value} and workers is 0: limits hold for processes, give at least 1 worker")
-
-
 class Needs(typing.NamedTuple):
     """What is set aside for one unit while it is worked on: no machine works on more than it has room for.
 
@@ -64,15 +53,55 @@ class Needs(typing.NamedTuple):
     memory_gb: float = 1.0
 
 
-def needs_of(cores: float, limits: Limits) -> Needs:
-    """What units need of which one may hold so much memory; a gigabyte where that is not said.
+_free: typing.Any = {FREE: True}
 
-    Raises:
-      ConfigError: the cores are not a positive number.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnitsConfig:
+    """How a stage works on its environments; nothing that comes of them depends on it.
+
+    Attributes:
+      workers: processes of this machine that work at once, each on one environment. 0 is for this process, in which a
+        crash of one environment ends all.
+      unit_seconds: that one environment may take; 0 for any number. It has failed then, and the others go on.
+      unit_memory_gb: that its process may hold, and that is set aside for it; 0 for any amount, and one gigabyte.
+      unit_cores: that are set aside for it: no machine works on more environments than it has cores for.
+      build_seconds: that the interpreter of one group of libraries may take to be built; 0 for any number.
     """
-    if not cores > 0:
-        raise ConfigError(f"unit_cores is {cores}, expected a positive number")
-    return Needs(cores, limits.memory_gb or Needs().memory_gb)
+
+    workers: int = dataclasses.field(default=2, metadata=_free)
+    unit_seconds: float = dataclasses.field(default=0.0, metadata=_free)
+    unit_memory_gb: float = dataclasses.field(default=0.0, metadata=_free)
+    unit_cores: float = dataclasses.field(default=1.0, metadata=_free)
+    build_seconds: float = dataclasses.field(default=3600.0, metadata=_free)
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        for name in ("workers", "unit_seconds", "unit_memory_gb", "build_seconds"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if not self.unit_cores > 0:
+            raise ConfigError(f"unit_cores is {self.unit_cores}, expected a positive number")
+        for name in ("unit_seconds", "unit_memory_gb"):
+            if getattr(self, name) and not self.workers:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)} and workers is 0: limits hold for processes, give at least 1 "
+                    "worker"
+                )
+
+    @property
+    def limits(self) -> Limits:
+        """Of each unit."""
+        return Limits(self.unit_seconds, self.unit_memory_gb, self.build_seconds)
+
+    @property
+    def needs(self) -> Needs:
+        """Of each unit: of memory as much as it may hold; a gigabyte where that is not said."""
+        return Needs(self.unit_cores, self.unit_memory_gb or Needs().memory_gb)
+
+    def workers_for(self, named: int) -> int:
+        """The processes that so many environments are worth: one alone, without limits, needs none of its own."""
+        return 0 if named <= 1 and not (self.unit_seconds or self.unit_memory_gb) else self.workers
 
 
 class Finished(typing.NamedTuple, typing.Generic[U, R]):
@@ -119,12 +148,14 @@ class Travel(typing.NamedTuple, typing.Generic[U]):
       moved: `moved(unit, root)`, the unit as it is to be worked on below another root. A function of a module.
       arrived: `arrived(unit, root)`, called here once the unit is done: what it wrote lies below that root, on the disk
         of this machine's, and is to be taken from there whole.
+      common: files and folders below the root that all units read; they are sent once.
     """
 
     root: pathlib.Path
     needed: collections.abc.Callable[[U], collections.abc.Iterable[str]]
     moved: collections.abc.Callable[[U, pathlib.Path], U]
     arrived: collections.abc.Callable[[U, pathlib.Path], None]
+    common: tuple[str, ...] = ()
 
 
 class Engine(typing.NamedTuple):
