@@ -29,7 +29,7 @@ IDS = (  # those that take least, since of each only its end counts
         for name in ("FrozenLake-v1", "FrozenLake8x8-v1", "CliffWalking-v1", "Taxi-v4", "CartPole-v0")
     ),
     *("gymnasium/CartPole-v1", "pgx/leduc_holdem"),
-    *(f"bsuite/discounting_chain/{number}" for number in (0, 3, 6, 9, 13)),
+    *(f"bsuite/discounting_chain/{number}" for number in (0, 3, 6, 9, 13, 16, 19)),
     *(f"bsuite/{kind}/{number}" for kind in ("bandit", "bandit_noise", "bandit_scale") for number in (0, 5, 10, 15)),
     *(f"antibiosim/antibiosim/{name}-v0" for name in ("TherapySwitch", "ResistanceControl")),
     *(f"anesthesim/anesthesim/{name}-v0" for name in ("CombinedAnesthesia", "RemifentanilDosing")),
