@@ -10,15 +10,15 @@ from ldm_jax import spaces
 from ldm_jax.cards import Statistics
 from ldm_jax.encoding.actions import ActionLayout, action_layout, denormalize, to_slots
 from ldm_jax.encoding.observations import numeric_vector, observation_layout
+from ldm_jax.measuring import floored_deviation
 from ldm_jax.types import EnvironmentSpec, PyTree
 
 
 def measure(spec: EnvironmentSpec, leaves: dict[str, np.ndarray], outside: int = 0) -> Statistics:
     """Measures what standardizes an environment's data.
 
-    Everything follows the unit of what is measured. A deviation is floored at a thousandth of the range seen (below it,
-    standardizing would blow up a rare jump) and at 1e-5 of the mean (what float32 resolves). A number that never
-    changes has its own size for a deviation, 1 where it is always 0; so has the scale of rewards that are.
+    Everything follows the unit of what is measured. Deviations are floored, see `floored_deviation`; the scale of
+    rewards that are all 0 is 1.
 
     Args:
       spec: the environment's.
@@ -34,9 +34,7 @@ def measure(spec: EnvironmentSpec, leaves: dict[str, np.ndarray], outside: int =
         numbers = np.asarray(numeric_vector(layout, _observation(spec, leaves))).reshape(-1, layout.numbers)
         mean = numbers.mean(0, np.float64)
         std = np.sqrt(sum(((block - mean) ** 2).sum(0) for block in _blocks(numbers)) / steps)
-        width, size = np.ptp(np.array([numbers.min(0), numbers.max(0)], np.float64), 0), np.abs(mean)
-        constant = np.where(size > 0, size, 1.0)
-        std = np.where(width > 0, np.maximum(std, np.maximum(1e-3 * width, 1e-5 * size)), constant)
+        std = floored_deviation(std, mean, numbers.min(0), numbers.max(0))
     reward = leaves["reward"][leaves["reward"] != 0].astype(np.float64)
     actions = action_layout(spec.action_space, low=-1.0, high=1.0)
     executed = _continuous(actions, spec, leaves).reshape(steps, actions.continuous)

@@ -2,8 +2,11 @@ from . import acting as acting
 from . import cards as cards
 from . import encoding as encoding
 from . import environment as environment
+from . import episodes as episodes
 from . import errors as errors
 from . import evaluation as evaluation
+from . import live as live
+from . import measuring as measuring
 from . import model as model
 from . import policy as policy
 from . import rollout as rollout
@@ -16,7 +19,11 @@ from .environment import Environment as Environment
 from .environment import EnvironmentFaultError as EnvironmentFaultError
 from .environment import LibraryMissingError as LibraryMissingError
 from .environment import StaleStateError as StaleStateError
+from .episodes import Evaluation as Evaluation
+from .episodes import evaluate as evaluate
 from .errors import LdmError as LdmError
+from .live import Step as Step
+from .live import play as play
 from .model.config import SIZES as SIZES
 from .model.config import ModelConfig as ModelConfig
 from .model.network import Model as Model

@@ -131,7 +131,7 @@ class Policy:
           ConfigError: the environment's spaces do not fit the model, an unknown decoding, or a temperature that is
             not a positive number.
         """
-        codec, decoding = self.codec(self._card(environment)), self.decoding if decoding is None else decoding
+        codec, decoding = self.codec(self.card(environment)), self.decoding if decoding is None else decoding
         agent = acting.make_agent(self.cfg, codec, decoding, temperature)
         return self._agents.setdefault(agent, agent)
 
@@ -186,7 +186,7 @@ class Policy:
         """Codecs of one bucket, by id."""
         known = self._mixed.setdefault(tuple(sorted(ids)), {})
         if not known:
-            own = {id: self.codec(self._card(id)) for id in ids}
+            own = {id: self.codec(self.card(id)) for id in ids}
             bucket = join_all(codec.bucket for codec in own.values())
             if not bucket:
                 raise PolicyError(
@@ -216,7 +216,17 @@ class Policy:
         sides = {bucket: [(grid.side, grid.channels) for grid in bucket.grids] for bucket in self._trained}
         return Codec(card, min(filter(holds, sides), key=lambda bucket: (sides[bucket], bucket), default=own))
 
-    def _card(self, environment: str | EnvironmentCard | EnvironmentSpec | Environment) -> EnvironmentCard:
+    def card(self, environment: str | EnvironmentCard | EnvironmentSpec | Environment) -> EnvironmentCard:
+        """What the policy knows of an environment.
+
+        Args:
+          environment: an id; an environment of such an id, or its spec, which are compared with what the policy knows;
+            a card is given back.
+
+        Raises:
+          PolicyError: an id without a card.
+          CardError: the environment is not as it was when the policy was trained.
+        """
         if isinstance(environment, EnvironmentCard):
             return environment
         spec = environment.spec if isinstance(environment, Environment) else environment

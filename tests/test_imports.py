@@ -39,10 +39,11 @@ FLOORS = (
     {"environment", "spaces", "files"},
     {"cards", "sharding", "rollout"},
     {"encoding"},
-    {"model"},
+    {"model", "measuring"},
     {"training", "evaluation"},
     {"acting"},
     {"policy"},
+    {"episodes", "live"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

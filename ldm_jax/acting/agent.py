@@ -8,6 +8,7 @@ import json
 import math
 import typing
 
+import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +81,25 @@ def check_agent(cfg: ModelConfig, codec: Codec, decoding: Decoding) -> None:
             f"the model has tokens_per_step={cfg.tokens_per_step}, which is there to compare training with: "
             "train one with tokens_per_step=1 to act"
         )
-    cfg.check_fits(codec.bucket, codec.card.id, max(codec.observation_layout.sizes, default=0))
+    try:
+        cfg.check_fits(codec.bucket, codec.card.id, max(codec.observation_layout.sizes, default=0))
+    except ConfigError as error:
+        parts = {name: getattr(codec.card, f"{name}_space") for name in ("observation", "action")}
+        told = [f"{name} {leaf.name} {_short(leaf.space)}" for name, space in parts.items() for leaf in leaves(space)]
+        more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+        raise ConfigError(f"{error}. Its parts are {', '.join(told[:_TOLD])}{more}") from None
+
+
+_TOLD = 8
+"""Parts of an environment that an error names."""
+
+
+def _short(space: gymnasium.Space) -> str:
+    """A leaf space in a few words: its shape, or its choices."""
+    if isinstance(space, gymnasium.spaces.Box):
+        return f"{space.dtype}{list(space.shape)}"
+    text = " ".join(str(space).split())
+    return text if len(text) <= 60 else f"{type(space).__name__}{list(space.shape or ())}"
 
 
 class _ByValue:

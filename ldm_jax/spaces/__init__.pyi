@@ -1,6 +1,8 @@
 from .description import from_json as from_json
 from .description import to_json as to_json
 from .sampling import sample as sample
+from .single import from_gymnasium as from_gymnasium
+from .single import to_gymnasium as to_gymnasium
 from .structure import Leaf as Leaf
 from .structure import SpaceError as SpaceError
 from .structure import choices as choices
