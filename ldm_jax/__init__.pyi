@@ -22,7 +22,7 @@ from .environment import StaleStateError as StaleStateError
 from .episodes import Evaluation as Evaluation
 from .episodes import evaluate as evaluate
 from .errors import LdmError as LdmError
-from .live import Step as Step
+from .live import PlayStep as PlayStep
 from .live import play as play
 from .model.config import SIZES as SIZES
 from .model.config import ModelConfig as ModelConfig

@@ -99,9 +99,20 @@ def evaluate(
             raise ConfigError(f"rows is {rows}, expected at least 1")
         made = _maker()(environment, rows)
         try:
-            return evaluate(policy, made, key, episodes=episodes, decoding=decoding, card=card)
+            return _play_all(policy, made, key, episodes, decoding or policy.decoding, card)
         finally:
             made.close()
+    return _play_all(policy, environment, key, episodes, decoding or policy.decoding, card)
+
+
+def _play_all(
+    policy: Policy,
+    environment: Environment,
+    key: Key,
+    episodes: int,
+    decoding: acting.Decoding,
+    card: EnvironmentCard | None,
+) -> Evaluation:
     if isinstance(environment, gymnasium.Env) or not isinstance(environment, Environment):
         raise ConfigError(
             f"got {environment!r}, expected an id or an environment of `environments.make`; for one of gymnasium.make "
@@ -115,7 +126,7 @@ def evaluate(
         rows=environment.spec.batch_size,
         episodes=episodes,
         key=key,
-        decoding=decoding or policy.decoding,
+        decoding=decoding,
         keep_open=True,
     )
     (played,) = acting.play_trials(policy.cfg, policy.params, [trial])
@@ -129,7 +140,7 @@ def _card(policy: Policy, environment: Environment, key: Key) -> EnvironmentCard
     """The policy's card of an environment, or one that is made by looking at it."""
     if environment.spec.id in policy.cards:
         return policy.card(environment)
-    statistics = measuring.probe(environment, key)
+    statistics = measuring.measure_by_chance(environment, key)
     _log.warning(
         "%s: the policy was not trained in it; its card is made of its spaces and of %d random steps",
         environment.spec.id,

@@ -24,7 +24,7 @@ from ldm_jax.types import MAX_TIME_LIMIT, EnvironmentSpec, PyTree, TimeStep
 _log = logging.getLogger(__name__)
 
 
-class Step(typing.NamedTuple):
+class PlayStep(typing.NamedTuple):
     """One step of an episode.
 
     Attributes:
@@ -65,7 +65,7 @@ def play(
     seed: int = 0,
     decoding: acting.Decoding | None = None,
     card: str | EnvironmentCard | None = None,
-) -> collections.abc.Iterator[Step]:
+) -> collections.abc.Iterator[PlayStep]:
     """Lets a policy act in one plain Gymnasium environment, and gives each step as it is made.
 
     >>> import gymnasium, jax, ldm_jax
@@ -116,7 +116,7 @@ def play(
     return _play(player, environment, episodes, seed)
 
 
-def _play(player: _Player, environment: gymnasium.Env, episodes: int, seed: int) -> collections.abc.Iterator[Step]:
+def _play(player: _Player, environment: gymnasium.Env, episodes: int, seed: int) -> collections.abc.Iterator[PlayStep]:
     for episode in range(1, episodes + 1):
         observation, info = environment.reset(seed=seed) if episode == 1 else environment.reset()
         said = {"reward": 0.0, "terminated": False, "truncated": False, "first": True}
@@ -128,7 +128,7 @@ def _play(player: _Player, environment: gymnasium.Env, episodes: int, seed: int)
             last, number, total = terminated or truncated, number + 1, total + reward
             # The policy sees the end of an episode too; what it would do there is ignored.
             action = player.act(after, info, reward=reward, terminated=terminated, truncated=truncated, first=False)
-            yield Step(observation, did, reward, terminated, truncated, after, episode, number, total, info)
+            yield PlayStep(observation, did, reward, terminated, truncated, after, episode, number, total, info)
             observation = after
 
 

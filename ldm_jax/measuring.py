@@ -19,8 +19,8 @@ from ldm_jax.types import EnvironmentSpec, Key, TimeStep
 UNMEASURED = "unmeasured"
 """The algorithm on the card of an environment that has no reference."""
 
-PROBE_STEPS = 64
-"""Steps of each row of `probe`."""
+RANDOM_STEPS = 64
+"""Steps of each row of `measure_by_chance`."""
 
 
 class RunningStatistics(typing.NamedTuple):
@@ -147,8 +147,8 @@ def unmeasured_card(spec: EnvironmentSpec, statistics: Statistics) -> Environmen
     )
 
 
-def probe(environment: Environment, key: Key) -> Statistics:
-    """Measures an environment with `PROBE_STEPS` random steps of each row; it is to be reset afterwards.
+def measure_by_chance(environment: Environment, key: Key) -> Statistics:
+    """Measures an environment with `RANDOM_STEPS` random steps of each row; it is to be reset afterwards.
 
     Args:
       environment: of B rows.
@@ -158,7 +158,7 @@ def probe(environment: Environment, key: Key) -> Statistics:
     layout, running = observation_layout(spec.observation_space), start_statistics(spec.observation_space)
     draw = jax.jit(functools.partial(spaces.sample, space=spec.action_space, batch_size=spec.batch_size))
     state, timestep = rollout.reset_from_host(environment, key)
-    for t in range(PROBE_STEPS):
+    for t in range(RANDOM_STEPS):
         running = add_timestep(running, layout, jax.tree.map(np.asarray, timestep))
         action = draw(jax.random.fold_in(key, t), action_mask=timestep.action_mask)
         if not spec.jittable:

@@ -70,7 +70,7 @@ def test_an_environment_that_is_not_known_is_measured_first_and_has_no_z(caplog)
     found = ldm_jax.evaluate(unknown, CATCH, jax.random.key(0), rows=2, episodes=1)
     assert found.z is None and "no reference" in repr(found) and found.lengths.tolist() == [[9], [9]]
     (line,) = caplog.messages
-    assert "was not trained in it" in line and f"{2 * measuring.PROBE_STEPS} random steps" in line
+    assert "was not trained in it" in line and f"{2 * measuring.RANDOM_STEPS} random steps" in line
 
 
 def test_what_cannot_be_evaluated_is_said():
