@@ -34,7 +34,7 @@ from experiments.harness import progress
 from experiments.harness.building import build_all, build_for
 from experiments.harness.dry_run import TO_DO, Planned
 from experiments.harness.engine import work_on
-from experiments.harness.experts import expert_policies, measure_expert, write_facts
+from experiments.harness.experts import Watch, expert_policies, write_facts
 from experiments.harness.outcomes import TOO_LARGE, UnitOutcome, failure, outcome_table, read_outcome, write_outcome
 from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.units import LOCAL, Engine, Job, Travel, UnitsConfig
@@ -229,17 +229,23 @@ def _arrived(unit: ReferenceUnit, root: pathlib.Path) -> None:
         path.replace(target)
 
 
-def _score_best(config: ReferencesConfig, policies: list[ReferencePolicy], seed: int) -> ScoredReference:
-    """Scores the best; one that reads what a policy does not see makes room for the next if nobody can follow it."""
+def _score_best(config: ReferencesConfig, policies: list[ReferencePolicy], seed: int, watch: Watch) -> ScoredReference:
+    """Scores the best; one that fails, or that reads what a policy does not see and cannot be followed, makes room."""
     policy = choose_reference(registry.make, policies, seed, config.num_envs, config.episodes)
-    played = (config.num_envs, config.episodes, config.least_episodes, config.most_episodes)
-    scored = score_reference(registry.make, policy, seed, *played)
-    if not policy.reference.privileged:
-        return scored
-    if scored.reference_returns.mean > scored.random_returns.mean:
-        scored = dataclasses.replace(scored, distilled_returns=score_distilled(registry.make, scored, seed))
     others = [other for other in policies if other is not policy]
-    return scored if scored.admission.admitted or not others else _score_best(config, others, seed)
+    played = (config.num_envs, config.episodes, config.least_episodes, config.most_episodes)
+    try:
+        scored = score_reference(watch, policy, seed, *played)
+        if not policy.reference.privileged:
+            return scored
+        if scored.reference_returns.mean > scored.random_returns.mean:
+            scored = dataclasses.replace(scored, distilled_returns=score_distilled(registry.make, scored, seed))
+    except LdmError as error:
+        if not others:
+            raise
+        progress.log("left out", id=policy.spec.id, expert=policy.reference.expert, reason=str(error))
+        return _score_best(config, others, seed, watch)
+    return scored if scored.admission.admitted or not others else _score_best(config, others, seed, watch)
 
 
 def _make(config: ReferencesConfig, unit: ReferenceUnit, advance: progress.Advance) -> _Made:
@@ -258,17 +264,15 @@ def _make(config: ReferencesConfig, unit: ReferenceUnit, advance: progress.Advan
         if config.algorithms != "expert":
             policies.append(train_reference(registry.make, unit.id, None, seed, told, config.budget, target))
         trained_s = clock()
-        scored = _score_best(config, policies, seed)
+        watch = Watch(registry.make)
+        scored = _score_best(config, policies, seed, watch)
         if config.algorithms == "expert":
             advance(unit.steps)
-        measured = {}
-        if scored.policy.reference.expert:
-            measured = measure_expert(registry.make, scored, config.num_envs)
     except (Exception, SystemExit) as error:
         return _Made(failure(error))
     try:
         save_reference(unit.directory, scored)
-        if measured:
+        if measured := watch.facts(scored.policy.reference.expert):
             write_facts(unit.directory, measured)
     except ReferencePolicyError as error:  # something else is in the folder
         return _Made(failure(error))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import collections.abc
+import logging
+import math
 
 import jax
 
 from ldm_jax import rollout
-from ldm_jax.errors import ConfigError
+from ldm_jax.errors import ConfigError, LdmError
 
 from .pipeline import MakeEnvironment, opened_for
 from .policy import ReferencePolicy, SlotDecoding, with_decoding
+
+_log = logging.getLogger(__name__)
 
 _CHOOSING = 0xBE57  # sets the randomness of choosing apart from that of training and scoring
 
@@ -26,13 +30,15 @@ def choose_reference(
 
     Args:
       make: makes the environment, with `expert=name` too where a reference is an expert.
-      policies: of one environment; the first of equals is chosen.
+      policies: of one environment; the first of equals is chosen. An expert beside which its environment cannot be
+        played is left out, and told of.
       seed: of the episodes, which are the same for all.
       num_envs: parallel environments.
       episodes_per_env: in each of them.
 
     Raises:
       ConfigError: there is none to choose from.
+      LdmError: the environment cannot be played with any of them.
     """
     if not policies:
         raise ConfigError("got no reference to choose from, expected at least one")
@@ -55,4 +61,16 @@ def choose_reference(
             )
             return max(float(episodes.returns.mean()) for episodes in played)
 
-    return max(policies, key=best_mean)
+    means: list[float] = []
+    failed: LdmError | None = None
+    for policy in policies:
+        try:
+            means.append(best_mean(policy))
+        except LdmError as error:
+            if not policy.reference.expert:
+                raise
+            _log.warning("%s: its expert %s is left out: %s", policy.spec.id, policy.reference.expert, error)
+            failed, means = error, [*means, -math.inf]
+    if failed is not None and max(means) == -math.inf:
+        raise failed
+    return policies[means.index(max(means))]

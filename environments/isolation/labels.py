@@ -12,7 +12,7 @@ import numpy as np
 from ldm_jax import spaces
 from ldm_jax.types import Array, ExpertLabel
 
-from .worker.experts import COUNTS, NONSENSE
+from .worker.experts import COUNTS, DREW, NANOSECONDS, NONSENSE
 
 _ROUNDING = 1e-6
 """How far beyond a bound, of its size, a number may be that was rounded on its way."""
@@ -26,10 +26,12 @@ class ExpertReport(typing.NamedTuple):
     Attributes:
       counts: of what is in `worker.experts.COUNTS`: `asked`, `labels`, `none`, `slow`, `raised`, `nonsense` and `drew`.
       notes: what went wrong, the first of each kind in each worker.
+      label_seconds: of the processor's time that one answer took, on average; 0 where none was asked for.
     """
 
     counts: collections.Counter[str]
     notes: tuple[str, ...]
+    label_seconds: float = 0.0
 
 
 class Labels:
@@ -50,7 +52,7 @@ class Labels:
         """Shape and dtype of each array, that of its rows with B."""
         structs = [spaces.leaf_shape_dtype(leaf.space) for leaf in self._leaves]
         found = {f"label/{i}": ((self._batch_size, *s.shape), np.dtype(s.dtype)) for i, s in enumerate(structs)}
-        valid, counts = ((self._batch_size,), np.dtype(np.bool_)), ((workers, len(COUNTS)), np.dtype(np.uint64))
+        valid, counts = ((self._batch_size,), np.dtype(np.bool_)), ((workers, NANOSECONDS + 1), np.dtype(np.uint64))
         return {**found, "label_valid": valid, "expert": counts}
 
     def place(self, arrays: dict[str, np.ndarray]) -> None:
@@ -93,7 +95,7 @@ class Labels:
 
     def lost(self, worker: int) -> str:
         """What the expert of a worker that was lost has to do with it, as the end of a report; nothing, mostly."""
-        asked, *answers = self._counts[worker, :-1].tolist()
+        asked, *answers = self._counts[worker, :DREW].tolist()
         if asked == sum(answers):
             return ""
         self._counts[worker, 0] = sum(answers)
@@ -101,10 +103,11 @@ class Labels:
 
     def report(self) -> ExpertReport:
         """How the expert has done so far."""
-        counts = collections.Counter(dict(zip(COUNTS, self._counts.sum(0).tolist(), strict=True)))
+        *counted, nanoseconds = self._counts.sum(0).tolist()
+        counts = collections.Counter(dict(zip(COUNTS, counted, strict=True)))
         counts["nonsense"] += self._nonsense
         counts["labels"] -= self._nonsense
-        return ExpertReport(counts, tuple(self._notes))
+        return ExpertReport(counts, tuple(self._notes), 1e-9 * nanoseconds / max(counts["asked"], 1))
 
     def _leave_out(self, wrong_B: np.ndarray) -> None:
         if not self._nonsense:

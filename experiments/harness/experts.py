@@ -5,25 +5,37 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
-import time
 
-import jax
+import numpy as np
 
 import environments
-from data.references import ScoredReference, random_agent
 from data.references.expert import ExpertConfig, expert_policy
-from data.references.pipeline import MakeEnvironment, opened
+from data.references.opening import MakeEnvironment
 from data.references.policy import ReferencePolicy
 from environments.catalog.experts import find_expert
-from ldm_jax import cards, files, rollout
-from ldm_jax.types import EnvironmentSpec
+from ldm_jax import cards, files
+from ldm_jax.environment import Environment
+from ldm_jax.types import EnvironmentSpec, Key, PyTree, TimeStep
 
 FILE = "expert.json"
 """Beside the reference that an expert is."""
 
-_WARM, _STEPS = 8, 24
-_SOLVED_BY_RETURN = ("minigrid/BabyAI-",)
-"""Beginnings of ids whose return is positive where the task is solved, and 0 elsewhere."""
+_SUCCESS: dict[str, tuple[str, float]] = {
+    "minigrid/BabyAI-": ("earned", 0.0),
+    "metaworld/": ("best", 9.99),
+    "envpool/MetaWorld/": ("best", 9.99),
+    "gymnasium-robotics/PointMaze_": ("earned", 0.0),
+    "ogbench/": ("ended", 0.5),
+    "topogym/": ("ended", 0.5),
+    "nasim/": ("ended", 0.5),
+    "procedural-frozenlake/": ("earned", 0.0),
+    "gymnasium/LunarLander": ("earned", 200.0),
+    "gymnasium/BipedalWalker": ("earned", 300.0),
+    "envpool/LunarLander": ("earned", 200.0),
+    "envpool/BipedalWalker": ("earned", 300.0),
+}
+"""Beginnings of ids whose library tells success, with what has to be more than a bound in an episode of success: what
+it `earned`, its `best` reward, or whether it `ended` by itself (1) or was cut off (0)."""
 
 
 def expert_policies(spec: EnvironmentSpec) -> list[ReferencePolicy]:
@@ -59,31 +71,79 @@ def check_same_expert(id: str, reference: cards.Reference) -> None:
         )
 
 
-def measure_expert(make: MakeEnvironment, scored: ScoredReference, num_envs: int) -> dict[str, float]:
-    """Measures an expert.
+class Watch:
+    """Makes environments as `make` does, and sees how experts do in them while somebody else plays.
 
     Args:
       make: makes the environment.
-      scored: the reference that it is.
-      num_envs: parallel environments.
-
-    Returns:
-      `label_seconds` of one row in the time of acting, and `success`, a share of the episodes, where it can be told.
     """
-    id, agent = scored.policy.spec.id, random_agent(scored.policy.spec.action_space)
-    seconds = []
-    for expert in ("", scored.policy.reference.expert):
-        with opened(make, id, num_envs, expert) as environment:
-            key = jax.random.key(0)
-            loop = rollout.start(environment, agent, key)
-            loop, _ = rollout.rollout(environment, agent, (), loop, key, _WARM)
-            began = time.perf_counter()
-            rollout.rollout(environment, agent, (), loop, key, _STEPS)
-            seconds.append((time.perf_counter() - began) / (_STEPS * num_envs))
-    facts = {"label_seconds": max(seconds[1] - seconds[0], 1e-7)}
-    if id.startswith(_SOLVED_BY_RETURN):
-        facts["success"] = float((scored.reference_returns.array > 0).mean())
-    return facts
+
+    def __init__(self, make: MakeEnvironment):
+        self._make = make
+        self._watched: dict[str, _Watched] = {}
+
+    def __call__(self, id: str, batch_size: int, expert: str = "") -> Environment:
+        if not expert:
+            return self._make(id, batch_size=batch_size)
+        watched = _Watched(self._make(id, batch_size=batch_size, expert=expert))
+        self._watched[expert] = watched
+        return watched
+
+    def facts(self, expert: str) -> dict[str, float]:
+        """What was seen of an expert, beside its returns.
+
+        Args:
+          expert: its name.
+
+        Returns:
+          `label_seconds` of one answer; `answered`, the share of the time steps that it had an answer at; and
+          `success`, the share of the episodes, each row's first after a reset, where its library tells it.
+        """
+        if expert not in self._watched:
+            return {}
+        watched = self._watched[expert]
+        facts = {}
+        if report := getattr(watched.inner, "expert_report", None):
+            facts = {
+                "label_seconds": max(report.label_seconds, 1e-9),
+                "answered": report.counts["labels"] / max(report.counts["asked"], 1),
+            }
+        rule = next((rule for start, rule in _SUCCESS.items() if watched.spec.id.startswith(start)), None)
+        if rule and watched.episodes[rule[0]]:
+            facts["success"] = float((np.concatenate(watched.episodes[rule[0]]) > rule[1]).mean())
+        return facts
+
+
+class _Watched:
+    """An environment of which the first episode of each row after a reset is written down."""
+
+    def __init__(self, environment: Environment):
+        self.spec, self.inner = environment.spec, environment
+        self.episodes: dict[str, list[np.ndarray]] = {"earned": [], "best": [], "ended": []}
+
+    def reset(self, key: Key) -> tuple[PyTree, TimeStep]:
+        rows = self.spec.batch_size
+        self._open_B, self._earned_B, self._best_B = np.ones(rows, bool), np.zeros(rows), np.full(rows, -np.inf)
+        return self.inner.reset(key)
+
+    def step(self, state: PyTree, action: PyTree) -> tuple[PyTree, TimeStep]:
+        state, timestep = self.inner.step(state, action)
+        reward_B, last_B = np.asarray(timestep.reward, float), np.asarray(timestep.last)
+        self._earned_B += reward_B
+        self._best_B = np.maximum(self._best_B, reward_B)
+        closing_B = self._open_B & last_B
+        if closing_B.any():
+            self._open_B &= ~closing_B
+            for name, value_B in (
+                ("earned", self._earned_B),
+                ("best", self._best_B),
+                ("ended", np.asarray(timestep.terminated)),
+            ):
+                self.episodes[name].append(value_B[closing_B].astype(float))
+        return state, timestep
+
+    def close(self) -> None:
+        self.inner.close()
 
 
 def write_facts(directory: pathlib.Path, facts: dict[str, float]) -> None:

@@ -15,6 +15,8 @@ COUNTS = ("asked", "labels", "none", "slow", "raised", "nonsense", "drew")
 """What is counted of an expert, by worker: questions, labels, answers of None, answers that came too late, errors,
 labels that its space cannot have, and calls that drew from the environment's generator."""
 ASKED, LABELS, NONE, SLOW, RAISED, NONSENSE, DREW = range(len(COUNTS))
+NANOSECONDS = len(COUNTS)
+"""Behind the counts: the time of the processor that questions have taken."""
 
 LIMIT_S = 1.0
 """Seconds of computing that a label may take, unless something else is said."""
@@ -39,7 +41,7 @@ class Experts:
     """
 
     def __init__(self, program, action_space, arrays, worker=0, *, limit_s=LIMIT_S):
-        self._program, self._limit_s = program, limit_s
+        self._program, self._limit_ns = program, int(1e9 * limit_s)
         self._paths = [path for path, _ in find_leaves(action_space)]
         self._labels = [arrays[f"label/{i}"] for i in range(len(self._paths))]
         self._seeds = arrays["seed"]
@@ -110,14 +112,16 @@ class Experts:
         if row in self._broken:
             counts[NONE] += 1
             return
-        started = time.thread_time()
+        started = time.thread_time_ns()
         try:
             action = self._label(row, environment, observation, info)
         except FAILURES as error:
             self._tell(RAISED, row, describe(error))
             return
-        if time.thread_time() - started > self._limit_s:
-            self._tell(SLOW, row, f"it took {time.thread_time() - started:.3g} s, more than {self._limit_s:g} s")
+        taken = time.thread_time_ns() - started
+        counts[NANOSECONDS] += taken
+        if taken > self._limit_ns:
+            self._tell(SLOW, row, f"it took {1e-9 * taken:.3g} s, more than {1e-9 * self._limit_ns:g} s")
         elif action is None:
             counts[NONE] += 1
         else:
