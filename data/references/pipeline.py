@@ -16,6 +16,7 @@ from ldm_jax.evaluation import scores
 from ldm_jax.types import Agent
 
 from . import action_range
+from .candidates import total_steps
 from .expert import ExpertConfig, check_learnable, expert_policy
 from .opening import MakeEnvironment, opened, opened_for
 from .policy import ReferencePolicy, SlotDecoding, random_agent, with_decoding
@@ -155,7 +156,7 @@ def score_reference(
 
     The better of greedy and sampled decoding is found on episodes of its own, and scored afresh: choosing by the
     reported episodes would flatter it. Episodes are played by the round until the errors are small enough, whichever
-    way they lean, or have cost a quarter of the steps of training.
+    way they lean, or have cost a quarter of the steps of training; an expert, which has had none, as much as training.
 
     Args:
       make: makes the environment, as for training.
@@ -174,7 +175,7 @@ def score_reference(
       CardError: the environment is no longer the one that the reference was trained in.
     """
     root = jax.random.fold_in(jax.random.key(seed), _SCORING)
-    rounds = Rounds(num_envs, episodes_per_env, least, most, _steps_to_score(policy.reference))
+    rounds = Rounds(num_envs, episodes_per_env, least, most, _steps_to_score(policy))
     with _opened_to_score(make, policy, num_envs) as players, _single_precision():
         cards.check_matches(policy.spec, players[0][0].spec, f"the reference of {policy.spec.id}")
 
@@ -198,8 +199,11 @@ def score_reference(
 _FORMS: tuple[typing.Literal["greedy"], typing.Literal["sample"]] = ("greedy", "sample")
 
 
-def _steps_to_score(reference: cards.Reference) -> int:
-    """What each of two comparisons may take: half of a share of training's steps."""
+def _steps_to_score(policy: ReferencePolicy) -> int:
+    """What each of two comparisons may take: half of a share of training's steps; of an expert, what training takes."""
+    reference = policy.reference
+    if reference.expert:
+        return total_steps(policy.spec)
     return int(max(LEAST_STEPS, STEPS_SHARE * max(reference.steps, reference.budget_steps))) // 2
 
 
