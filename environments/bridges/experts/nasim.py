@@ -11,7 +11,12 @@ import typing
 
 import numpy as np
 
-_MAX_STATES = 6000
+_MAX_TRIED = 60_000
+"""Attacks that a search may try before it gives up."""
+_MAX_FAILED = 2
+"""Searches that may find nothing before no other is begun in the network."""
+_PLANS: typing.Any = {}
+_MAX_PLANS = 4096
 
 
 class Search:
@@ -24,7 +29,9 @@ class Search:
     def reset(self, env, obs, info):
         inner = env.unwrapped
         if self._network is not inner.network:
-            self._network, self._best = inner.network, {}
+            self._network, self._best, self._failed = inner.network, {}, 0
+            # Rows of a network that is the same find the plan of a state once.
+            self._name = env.spec.id, inner.current_state.tensor.tobytes(), str(inner.network.firewall)
             self._sensitive = list(inner.network.sensitive_addresses)
             self._moves = _useful(inner)
             last = {
@@ -36,38 +43,48 @@ class Search:
         state = env.unwrapped.current_state
         key = state.tensor.tobytes()
         if key not in self._best:
-            self._plan(state)
-        move = self._best.get(key)
+            if self._failed >= _MAX_FAILED:
+                return None
+            if (self._name, key) not in _PLANS:
+                if len(_PLANS) >= _MAX_PLANS:
+                    _PLANS.clear()
+                _PLANS[self._name, key] = self._plan(state)
+            plan = _PLANS[self._name, key]
+            self._best.update({key: None, **plan})
+            self._failed += not plan
+        move = self._best[key]
         return None if move is None else _number(env.unwrapped.action_space, move)
 
     def observe(self, action, obs, reward, end, info):
         pass
 
     def _plan(self, start):
-        """Finds the cheapest way to the goal, and keeps each of its moves under the state that it is made in."""
-        tie, key = itertools.count(), start.tensor.tobytes()
-        self._best[key] = None
-        line: typing.Any = [(0.0, 0.0, next(tie), start, key, None)]
+        """The moves of the cheapest way to the goal, by the states that they are made in; none where none is found."""
+        tie, tried = itertools.count(), 0
+        line: typing.Any = [(0.0, 0.0, next(tie), start, start.tensor.tobytes(), None)]
         done: typing.Any = set()
-        while line and len(done) < _MAX_STATES:
+        while line and tried < _MAX_TRIED:
             _, cost, _, state, key, way = heapq.heappop(line)
             if key in done:
                 continue
             done.add(key)
             if self._network.all_sensitive_hosts_compromised(state):
+                plan = {}
                 while way is not None:
                     way, before, move = way
-                    self._best[before] = move
-                return
+                    plan[before] = move
+                return plan
             for move in self._moves:
                 if not move.is_open(state):
                     continue
+                tried += 1
                 after, result = self._network.perform_action(state, move.certain)
                 new = after.tensor.tobytes()
                 if result.success and new not in done:
                     price = cost + move.cost + max(0.0, -float(result.value))
                     link = (way, key, move)
                     heapq.heappush(line, (price + self._least(after), price, next(tie), after, new, link))
+        return {}
 
     def _least(self, state):
         """What is to be paid at least from a state on: the cheapest last attack on each host that is to fall."""
