@@ -158,8 +158,8 @@ def _fit(
 
     # Whatever differs between environments of the same spaces is an argument: they share what is compiled.
     @jax.jit
-    def learn(around: PyTree, data: PyTree, keys: Array) -> PyTree:
-        def update(state: tuple[PyTree, typing.Any], key: Array) -> tuple[tuple[PyTree, typing.Any], None]:
+    def learn(around: PyTree, data: PyTree, keys: jax.Array) -> PyTree:
+        def update(state: tuple[PyTree, typing.Any], key: typing.Any) -> tuple[tuple[PyTree, typing.Any], None]:
             learned, memory = state
             index = jax.random.randint(key, (config.rows,), 0, data[1].categorical.shape[0])
             gradient = jax.grad(loss)(learned, around, jax.tree.map(lambda leaf: leaf[index], data))
