@@ -219,6 +219,43 @@ def test_the_best_of_several_references_is_chosen_by_episodes_of_its_own(spec):
         choose_reference(either, [])
 
 
+def test_an_expert_that_fails_is_left_out_and_the_others_go_on(spec, caplog):
+    def breaking(id, batch_size=1, expert=""):
+        if expert == "broken":
+            raise EnvironmentFaultError("it raised ImportError")
+        return make(id, batch_size, expert)
+
+    good, broken = (expert_policy(spec, ExpertConfig(name)) for name in ("push", "broken"))
+    assert choose_reference(breaking, [broken, good], num_envs=8) == good
+    assert "its expert broken is left out: it raised ImportError" in caplog.text
+    with pytest.raises(EnvironmentFaultError, match="ImportError"):
+        choose_reference(breaking, [broken, broken], num_envs=8)
+
+
+def test_experts_are_watched_while_they_are_scored(spec, monkeypatch):
+    watch = experts.Watch(told())
+    monkeypatch.setitem(experts._SUCCESS, ID, ("ended", 0.5))
+    with contextlib.closing(watch(ID, 4, "push")) as environment:
+        state, _ = environment.reset(jax.random.key(0))
+        for _ in range(200):  # always to one side: the pole falls, once and again, and the first time counts
+            state, _ = environment.step(state, np.zeros(4, np.int32))
+        assert len(np.concatenate(environment.episodes["ended"])) == 4
+    assert watch.facts("push") == {"success": 1.0} and watch.facts("another") == {}
+
+
+def test_a_newsvendor_orders_the_critical_share_of_the_demand():
+    from scipy import stats
+
+    from environments.bridges.experts.inventory import _best_order
+
+    for price, cost, holding, penalty, mean in ((50.0, 20.0, 2.0, 5.0, 80.0), (10.0, 9.0, 1.0, 0.5, 30.0)):
+        best = stats.poisson(mean).ppf((price + penalty - cost) / (price + penalty + holding))
+        assert _best_order(price, cost, holding, penalty, mean, pays_by_excess=False) == best
+        assert _best_order(price, cost, holding, penalty, mean, pays_by_excess=True) < mean, (
+            "what is left over costs more there"
+        )
+
+
 def test_the_table_of_experts_says_what_each_returns_and_why_one_is_refused(spec, tmp_path, monkeypatch):
     infos = {
         name: ExpertInfo(name, "1", "live", name == "b", True, name == "a", "m", (f"lib/{name}",)) for name in "abc"
@@ -289,6 +326,7 @@ def test_the_stage_takes_experts_alone_and_says_of_an_id_that_it_has_none(tmp_pa
         references_stage.run(config, tmp_path, (id, none))
     scored = references.load_reference(tmp_path / "references" / id)
     assert scored.policy.reference.expert == "lander-heuristic" and scored.admission.admitted
-    assert experts.read_facts(tmp_path / "references" / id)["label_seconds"] > 0
+    facts = experts.read_facts(tmp_path / "references" / id)
+    assert 0 < facts["label_seconds"] < 0.1 and facts["answered"] == 1 and facts["success"] > 0.5
     with pytest.raises(ConfigError, match="expected all, trained or expert"):
         ReferencesConfig(algorithms="experts")

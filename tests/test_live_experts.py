@@ -173,6 +173,12 @@ def test_every_live_expert_on_the_list_has_a_program_and_each_of_its_patterns_an
         ("bsuite/catch/0", "rule"),
         ("gym-classics/WindyGridworld-v0", "value-iteration"),
         ("gymnasium-robotics/PointMaze_UMaze-v3", "shortest-path"),
+        ("ogbench/cube-single-singletask-task1-v0", "oracle-cube"),
+        ("or-gymnasium/InvManagement-v0", "base-stock"),
+        ("or-gym-inventory/or_gym_inventory/Newsvendor-v0", "newsvendor"),
+        ("procedural-frozenlake/Procedural-FrozenLake-v1", "value-iteration"),
+        ("gym-electric-motor/Cont-CC-PMSM-v0", "cascade"),
+        ("gym-anm/ANM6Easy-v0", "mpc"),
     ],
 )
 def test_experts_of_the_libraries_pass_the_kit(id, name):

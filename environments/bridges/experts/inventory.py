@@ -40,7 +40,8 @@ class Newsvendor:
     def reset(self, env, obs, info):
         self._period = 0
         price, cost, holding, penalty, mean = map(float, obs[:5])
-        self._order = _best_order(price, cost, holding, penalty, mean, env.spec.id.startswith("Newsvendor"))
+        pays_by_excess = env.spec.id.startswith("Newsvendor")
+        self._order = _best_order(price, cost, holding, penalty, mean, pays_by_excess=pays_by_excess)
 
     def label(self, env, obs, info):
         shop = env.unwrapped
@@ -51,7 +52,7 @@ class Newsvendor:
         self._period += 1
 
 
-def _best_order(price, cost, holding, penalty, mean, pays_by_excess):
+def _best_order(price, cost, holding, penalty, mean, *, pays_by_excess):
     """The order of the largest expected profit of a period; or-gymnasium's price of it grows with what is left over."""
     from scipy import stats
 
