@@ -3,7 +3,7 @@
 import numpy as np
 
 
-class Planned:
+class LakeValues:
     """The optimal action of each state of a map; a map that stays is solved once."""
 
     def __init__(self, seed):
@@ -22,4 +22,4 @@ class Planned:
         pass
 
 
-EXPERTS = {"value-iteration": Planned}
+EXPERTS = {"value-iteration": LakeValues}
