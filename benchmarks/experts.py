@@ -131,7 +131,7 @@ def train(workdir: pathlib.Path, steps: int) -> dict[str, typing.Any]:
     for expert, ids in TRAINED.items():
         config = quickstart.QuickstartConfig(
             environments=ids,
-            references=references.ReferencesConfig(algorithms="expert", most_episodes=1024),
+            references=references.ReferencesConfig(algorithms="expert"),
             collect=collect.CollectStageConfig(data=collecting.CollectConfig(streams=96, steps=512)),
             pretrain=pretrain.PretrainConfig(training=TrainingConfig(steps=steps)),
             evaluate=evaluate.EvaluateConfig(num_envs=64, episodes=8),
@@ -150,7 +150,7 @@ def main(arguments: typing.Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="of each contender in each round")
     parser.add_argument("--environments", nargs="*", default=list(CASES), help="of the ones that are listed here")
     parser.add_argument("--train", type=pathlib.Path, help="trains in this folder, and compares no rates")
-    parser.add_argument("--steps", type=int, default=600, help="of training")
+    parser.add_argument("--steps", type=int, default=200, help="of training")
     options = parser.parse_args(arguments)
     if options.train:
         result = train(options.train, options.steps)

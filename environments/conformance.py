@@ -121,6 +121,8 @@ def check_expert(
             run = _run(labelled, key, steps, _half_labelled(labelled, seed, actions))
             for time_step in run:
                 laws.check_labels(labelled, time_step)
+            lost = [str(fault.text) for fault in getattr(labelled, "reports", ())]
+            laws.require(not lost, f"beside it the environment had {len(lost)} faults: {'; '.join(lost[:2])}")
             report = typing.cast(typing.Any, labelled).expert_report
             wrong = {
                 kind: report.counts[kind] for kind in ("slow", "raised", "nonsense", "drew") if report.counts[kind]

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from test_isolation import LIBRARY, make, play, same, worker_spec
+from test_isolation import LIBRARY, LIMIT_S, make, play, same, worker_spec
 
 import environments
 import ldm_jax
@@ -21,9 +21,9 @@ def with_expert(name):
     return {"expert": name, "expert_file": FILE}
 
 
-def make_for_the_kit(batch_size, expert, of="Steady", options=()):
+def make_for_the_kit(batch_size, expert, of="Steady", options=(), call_timeout_s=10):
     spec = worker_spec(of, **dict(options), **(with_expert(expert) if expert else {}))
-    return IsolatedEnvironment(spec, batch_size, None, Isolation(workers=1))
+    return IsolatedEnvironment(spec, batch_size, None, Isolation(workers=1, call_timeout_s=call_timeout_s))
 
 
 def actions(steps, rows=4):
@@ -105,6 +105,12 @@ def test_the_kit_finds_an_expert_that_misbehaves(name):
     law = "labelling" if name == "Meddles" else "labels"
     with pytest.raises(environments.ConformanceError, match=f"breaks the law of {law}"):
         environments.check_expert(make_for_the_kit, name, batch_size=2, steps=10)
+
+
+def test_the_kit_says_of_an_expert_that_hangs_what_it_did():
+    slow = functools.partial(make_for_the_kit, call_timeout_s=LIMIT_S)
+    with pytest.raises(environments.ConformanceError, match=r"law of labels.* had \d faults: .*had not answered"):
+        environments.check_expert(slow, "Hangs", batch_size=2, steps=10)
 
 
 def test_an_expert_that_draws_from_the_environment_s_generator_changes_nothing_and_is_told_of(plain):
