@@ -12,7 +12,6 @@ import collections.abc
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import pathlib
 import types
@@ -25,11 +24,13 @@ import environments as registry
 from data.references import ReferencePolicyError, load_reference
 from experiments.harness import progress
 from experiments.harness.dry_run import TO_DO, Planned
-from experiments.harness.metrics_log import read_rows
 from experiments.harness.outcomes import read_outcome
 from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.workdir import FREE, key_of, listed, pin_config
+from experiments.report import rollouts
 from experiments.report.page import write_report
+from experiments.report.provenance import provenance
+from experiments.report.runs import PROVENANCE, ROLLOUTS, read_run
 from experiments.report.targets import find_target
 from ldm_jax import acting, files
 from ldm_jax import policy as policies
@@ -117,7 +118,8 @@ def run(
     digest, folder = fingerprint(policy), workdir / "evaluation"
     paths = {id: folder / f"{id}.json" for id in ids if not measured[id].missing}
     faults = {id: each.measurement.missing for id, each in known.items() if each.fault}
-    faults |= _evaluate(config, policy, digest, paths, policy.decoding)
+    gallery = rollouts.Gallery(workdir / "report" / ROLLOUTS, {id: measured[id].domain for id in paths})
+    faults |= _evaluate(config, policy, digest, paths, policy.decoding, gallery)
     beside = {id: folder / "other_decoding" / f"{id}.json" for id in paths if id not in faults} if config.both else {}
     broken = _evaluate(config, policy, digest, beside, "other")
     done = {id: finished for id, path in paths.items() if (finished := _finished(path, digest))}
@@ -131,9 +133,10 @@ def run(
             item["decoding"] = acting.resolve_decoding(policy.decoding, policy.cards[id])
             item["other"] = _beside(item, _other(policy, id), _finished(beside[id], digest)) if id in beside else None
             item["faults"] = done[id].faults if id in done else {}
-    details = {"Evaluation seed": config.seed, "Policy": digest, "ldm_jax": importlib.metadata.version("ldm_jax")}
-    training = read_rows(workdir / "metrics.jsonl")
-    page = write_report(workdir / "report", found, training, "One policy, many environments", details)
+    told = provenance(workdir) | {"Evaluation": {"Seed": config.seed, "Policy": digest}}
+    (workdir / "report").mkdir(exist_ok=True)
+    files.write(workdir / "report" / PROVENANCE, json.dumps(told, indent=1) + "\n")
+    page = write_report(workdir / "report", read_run(workdir, found))
     print(f"{aggregates.table(found)}\n\nreport: {page}")
     if faults := faults | {id: f"{_other(policy, id)} decoding, reported beside: {broken[id]}" for id in broken}:
         raise UnitsFailedError(faults)
@@ -221,6 +224,7 @@ def _evaluate(
     digest: str,
     paths: collections.abc.Mapping[str, pathlib.Path],
     decoding: acting.Decoding | typing.Literal["other"],
+    gallery: rollouts.Gallery | None = None,
 ) -> dict[str, str]:
     """Plays and writes what is not there yet.
 
@@ -231,11 +235,12 @@ def _evaluate(
     shares = collections.Counter(codec.bucket for codec in codecs.values())
     # Environments of similar spaces share a program, whoever of them is left.
     joined = join_buckets(shares, config.buckets, bucket_work(policy.cfg))
+    gallery = gallery or rollouts.Gallery()
     missing = [id for id, path in paths.items() if _finished(path, digest) is None]
     trials = [
         acting.Trial(
             codec=Codec(codecs[id].card, joined[codecs[id].bucket]),
-            make=functools.partial(registry.make, id, config.num_envs),
+            make=gallery.watch(id, functools.partial(registry.make, id, config.num_envs)),
             rows=config.num_envs,
             episodes=config.episodes,
             key=key_of(config.seed, "evaluate", id),
@@ -248,6 +253,7 @@ def _evaluate(
         for played in acting.play_trials(policy.cfg, policy.params, trials, config.rows, advance):
             id = played.trial.codec.card.id
             if played.error is None:
+                gallery.write(id)
                 _write(paths[id], played, digest)
             else:
                 progress.log("failed", id=id, reason=played.error)

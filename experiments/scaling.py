@@ -124,7 +124,7 @@ def run(config: ScalingConfig, workdir: pathlib.Path, environments: tuple[str, .
         progress.log("scaling", **point)
     found = {"points": points, **fit_points(points)}
     files.write(folder / "scaling.json", json.dumps(found, indent=1) + "\n")
-    (folder / "scaling.png").write_bytes(figures.scaling_picture(found, "png"))
+    (folder / "scaling.png").write_bytes(figures.scaling_picture(found))
     print(law_table(found), f"figure: {folder / 'scaling.png'}", sep="\n")
     return found
 

@@ -107,6 +107,7 @@ class EnvironmentScore:
       public_target: a published return to compare the raw return with.
       z: (model - random) / (reference - random), None where the environment is refused.
       z_first_episode: z of the first episode of each row alone, which starts with an empty context.
+      z_by_episode: z of the first episode of each row, of the second, and so on to the last, on a growing context.
       reference_distance: (model - reference) / standard deviation of one of the reference's episodes.
       z_samples: `float64 [resamples]`, bootstrap distribution of z, NaN where a resample has none; empty if refused.
     """
@@ -120,6 +121,7 @@ class EnvironmentScore:
     public_target: float | None = None
     z: Estimate | None = None
     z_first_episode: float | None = None
+    z_by_episode: tuple[float, ...] = ()
     reference_distance: float | None = None
     z_samples: Floats = dataclasses.field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
@@ -154,6 +156,7 @@ class EnvironmentScore:
             "z_low": z and z.low,
             "z_high": z and z.high,
             "z_first_episode": self.z_first_episode,
+            "z_by_episode": [*self.z_by_episode],
             "reference_distance": self.reference_distance,
             "episodes": model.episodes if model else 0,
             "rows": model.rows if model else 0,
@@ -265,6 +268,7 @@ def _score(measurement: Measurement, seed: int, resamples: int, confidence: floa
     admission = admit(random_returns, reference_returns)
     random, reference = _summarize(random_returns, "random"), _summarize(reference_returns, "reference")
     model = distance = first = estimate = None
+    by_episode: tuple[float, ...] = ()
     samples = np.empty(0)
     if model_returns is not None:
         model = _summarize_rows(model_returns)
@@ -274,7 +278,9 @@ def _score(measurement: Measurement, seed: int, resamples: int, confidence: floa
             raise ScoreError("got no returns of the model in an admitted environment; evaluate it there first")
         rng = np.random.default_rng([seed, zlib.crc32(id.encode())])
         estimate, samples = bootstrap_z(random_returns, reference_returns, model_returns, rng, resamples, confidence)
-        first = z_score(random.mean, reference.mean, float(np.mean(np.asarray(model_returns)[:, 0])))
+        means = np.asarray(model_returns).mean(axis=0).tolist()
+        by_episode = tuple(z_score(random.mean, reference.mean, mean) for mean in means)
+        first = by_episode[0]
     return EnvironmentScore(
         id=id,
         domain=domain,
@@ -285,6 +291,7 @@ def _score(measurement: Measurement, seed: int, resamples: int, confidence: floa
         public_target=public_target,
         z=estimate,
         z_first_episode=first,
+        z_by_episode=by_episode,
         reference_distance=distance,
         z_samples=samples,
     )
