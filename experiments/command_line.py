@@ -1,12 +1,14 @@
-"""The command line `ldm-jax`: what is here, what there is to act in, whether it keeps the contract, a policy at work.
+"""The command line `ldm-jax`: what is here, what there is to act in, a policy at work, what came of a run.
 
     ldm-jax info                          versions, devices and ways to isolate, for reports of bugs
     ldm-jax list --domain=navigation      environments of the catalog; nothing is imported or built for it
     ldm-jax check nasim/Tiny-v0           whether an environment keeps the contract, law by law
     ldm-jax play gymnax/CartPole-v1 --policy=runs/quickstart/policy
+    ldm-jax report runs/a runs/b --to=both.html
     ldm-jax dataset describe --dataset=runs/quickstart/dataset
 
-The stages of an experiment are scripts: `python -m experiments.quickstart --help`.
+`ldm-jax VERB --help` says more of each. The stages of an experiment are scripts of their own:
+`python -m experiments.quickstart --help`.
 """
 
 from __future__ import annotations
@@ -14,24 +16,24 @@ from __future__ import annotations
 import argparse
 import collections.abc
 import importlib.metadata
+import pathlib
 import platform
 import shutil
 import sys
+import typing
 
 import jax
-import numpy as np
+import shtab
 
 import environments
 import ldm_jax
 from environments.isolation import containers
 from environments.isolation.caches import cache_folder
 from environments.isolation.groups import isolated_libraries
-from experiments import conformance
+from experiments import conformance, watching
 from experiments.harness import compilation
 from experiments.harness.flags import one_line
-from ldm_jax import rollout
 from ldm_jax.acting import Decoding
-from ldm_jax.errors import ConfigError
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "gymnasium", "numpy"),
@@ -65,47 +67,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def play_policy(id: str, policy_folder: str, episodes: int, seed: int, decoding: Decoding) -> list[str]:
-    """Lets a policy act in an environment, one episode after the other, its context carried from each to the next.
-
-    Args:
-      id: of the environment; the policy has to have its card.
-      policy_folder: what `Policy.save` wrote.
-      episodes: how many.
-      seed: of the episodes and of what is drawn.
-      decoding: how actions are taken from their distribution; `card` as the reference was scored.
-
-    Returns:
-      Lines of text: one for each episode, and one of their mean beside the random policy's and the reference's.
-
-    Raises:
-      PolicyError: no policy there, or an environment that it does not know.
-      CardError: the environment is not as it was when the policy was trained.
-    """
-    if episodes < 1:
-        raise ConfigError(f"episodes is {episodes}, expected at least 1")
-    policy = ldm_jax.load(policy_folder)
-    agent = policy.agent(id, decoding)  # an id that it does not know is said before anything is made
-    environment = environments.make(id, batch_size=1)
-    try:
-        policy.agent(environment)  # compares it with what the policy knows
-        played = rollout.run_episodes(environment, agent, policy.params, jax.random.key(seed), episodes)
-    finally:
-        environment.close()
-    card = policy.cards[id]
-    random, reference = card.random_returns.mean, card.reference_returns.mean
-    lines = [f"{'episode':>7}  {'return':>10}  {'steps':>6}  {'z':>6}"]
-    for number, (total, length) in enumerate(zip(played.returns[0], played.lengths[0], strict=True), 1):
-        lines.append(f"{number:>7}  {total:>10.5g}  {length:>6}  {_z(float(total), random, reference):>6}")
-    mean = float(np.mean(played.returns))
-    scales = f"random policy {random:.5g}, reference {reference:.5g}"
-    return [*lines, f"mean return {mean:.5g}, z {_z(mean, random, reference)}; {scales}"]
-
-
-def _z(value: float, random: float, reference: float) -> str:
-    return f"{(value - random) / (reference - random):.2f}" if reference > random else "-"
-
-
 def _info(arguments: argparse.Namespace) -> None:
     print("\n".join(describe_machine()))
 
@@ -124,9 +85,99 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _play(arguments: argparse.Namespace) -> None:
-    print(
-        "\n".join(play_policy(arguments.id, arguments.policy, arguments.episodes, arguments.seed, arguments.decoding))
+    lines = watching.play_policy(
+        arguments.id,
+        arguments.policy,
+        arguments.episodes,
+        arguments.seed,
+        arguments.decoding,
+        video=arguments.video,
+        unknown=arguments.unknown,
     )
+    print("\n".join(lines))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from experiments.report.runs import report_runs  # brings matplotlib
+
+    folders = [pathlib.Path(run) for run in arguments.runs]
+    alone = folders[0] / "report" / "index.html"
+    to = pathlib.Path(arguments.to or (alone if len(folders) == 1 else "side-by-side.html"))
+    print(f"report: {report_runs(folders, to)}")
+
+
+class _Verb(typing.NamedTuple):
+    """A word of the command line.
+
+    Attributes:
+      do: what it does.
+      text: what it is for.
+      example: a line that works.
+      define: adds its flags.
+    """
+
+    do: collections.abc.Callable[[argparse.Namespace], None]
+    text: str
+    example: str
+    define: collections.abc.Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+def _define_list(parser: argparse.ArgumentParser) -> None:
+    for name, example in (("library", "minigrid"), ("domain", "navigation"), ("action", "Discrete")):
+        parser.add_argument(f"--{name}", default="", help=f"only of this {name}, such as {example}")
+    parser.add_argument("--select", default="", help="more terms, as the scripts take them: 'per_family=1 limit=20'")
+    parser.add_argument("--ids", action="store_true", help="one id a line and nothing else, all of them")
+
+
+def _define_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", help="such as nasim/Tiny-v0; its library is built if need be")
+    parser.add_argument("--isolation", default="auto", choices=("auto", "venv", "container"), help="default: auto")
+
+
+def _define_play(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", help="such as gymnax/CartPole-v1")
+    parser.add_argument("--policy", required=True, help="the folder of the policy, such as runs/quickstart/policy")
+    parser.add_argument("--episodes", type=int, default=5, help="default: 5")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    forms = typing.get_args(Decoding)
+    parser.add_argument(
+        "--decoding",
+        default="card",
+        choices=forms,
+        help="how actions are taken; default: card, as its reference was scored",
+    )
+    parser.add_argument("--video", default="", help="an mp4 file to make of it; needs pip install 'ldm_jax[video]'")
+    parser.add_argument("--unknown", action="store_true", help="also where the policy was not trained")
+
+
+def _define_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a finished run, such as runs/quickstart; several stand side by side"
+    )
+    parser.add_argument(
+        "--to", default="", help="the page; default: RUN/report/index.html, and side-by-side.html of several"
+    )
+
+
+COMMANDS: dict[str, _Verb] = {
+    "info": _Verb(_info, "versions, devices and ways to isolate, for reports of bugs", "ldm-jax info"),
+    "list": _Verb(
+        _list, "environments of the catalog", "ldm-jax list --domain=navigation --library=minigrid", _define_list
+    ),
+    "check": _Verb(_check, "whether an environment keeps the contract", "ldm-jax check nasim/Tiny-v0", _define_check),
+    "play": _Verb(
+        _play,
+        "a policy at work in an environment",
+        "ldm-jax play gymnax/CartPole-v1 --policy=runs/quickstart/policy",
+        _define_play,
+    ),
+    "report": _Verb(
+        _report,
+        "one page of a finished run, or of several side by side",
+        "ldm-jax report runs/a runs/b",
+        _define_report,
+    ),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,29 +187,20 @@ def parser() -> argparse.ArgumentParser:
         "ldm-jax", description=described[0], epilog=described[2], formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--version", action="version", version=f"ldm_jax {ldm_jax.__version__}")
+    shtab.add_argument_to(top, help='a script of completions for the shell: eval "$(ldm-jax --print-completion bash)"')
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(name: str, do: collections.abc.Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        added = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        added.set_defaults(do=do)
-        return added
-
-    verb("info", _info, "versions, devices and ways to isolate, for reports of bugs")
-    listing = verb("list", _list, "environments of the catalog")
-    for name, example in (("library", "minigrid"), ("domain", "navigation"), ("action", "Discrete")):
-        listing.add_argument(f"--{name}", default="", help=f"only of this {name}, such as {example}")
-    listing.add_argument("--select", default="", help="more terms, as the scripts take them: 'per_family=1 limit=20'")
-    listing.add_argument("--ids", action="store_true", help="one id a line and nothing else, all of them")
-    checking = verb("check", _check, "whether an environment keeps the contract")
-    checking.add_argument("id", help="such as nasim/Tiny-v0; its library is built if need be")
-    checking.add_argument("--isolation", default="auto", choices=("auto", "venv", "container"))
-    playing = verb("play", _play, "a policy at work in an environment")
-    playing.add_argument("id", help="such as gymnax/CartPole-v1")
-    playing.add_argument("--policy", required=True, help="the folder of the policy, such as runs/quickstart/policy")
-    playing.add_argument("--episodes", type=int, default=5, help="default: 5")
-    playing.add_argument("--seed", type=int, default=0, help="default: 0")
-    playing.add_argument("--decoding", default="card", choices=("card", "greedy", "mode", "sample"))
-    verbs.add_parser("dataset", help="verify, describe, merge, export-minari, import-minari; see its --help")
+    for name, verb in COMMANDS.items():
+        text = verb.text[0].upper() + verb.text[1:] + "."
+        added = verbs.add_parser(
+            name,
+            help=verb.text,
+            description=text,
+            epilog=f"example:\n  {verb.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(do=verb.do)
+        verb.define(added)
+    verbs.add_parser("dataset", help="describe, verify, merge, export-minari, import-minari; see its --help")
     return top
 
 

@@ -9,7 +9,6 @@ import logging
 import math
 import typing
 
-import gymnasium
 import numpy as np
 
 from ldm_jax import acting, measuring
@@ -19,7 +18,7 @@ from ldm_jax.errors import ConfigError
 from ldm_jax.evaluation import scores
 from ldm_jax.evaluation.bootstrap import Estimate, z_score
 from ldm_jax.policy import Policy
-from ldm_jax.types import Key
+from ldm_jax.types import EnvironmentSpec, Key
 
 MAKER_GROUP = "ldm_jax.makers"
 """The entry points that make environments by id: `make(id, batch_size)`; the core itself knows no environment."""
@@ -113,12 +112,12 @@ def _play_all(
     decoding: acting.Decoding,
     card: EnvironmentCard | None,
 ) -> Evaluation:
-    if isinstance(environment, gymnasium.Env) or not isinstance(environment, Environment):
+    if not isinstance(getattr(environment, "spec", None), EnvironmentSpec):
         raise ConfigError(
             f"got {environment!r}, expected an id or an environment of `environments.make`; for one of gymnasium.make "
             "there is ldm_jax.play"
         )
-    card = card or _card(policy, environment, key)
+    card = card or _card(policy, environment, key, decoding)
     check_matches(card, environment.spec, f"the card of {card.id}")
     trial = acting.Trial(
         codec=policy.codec(card),
@@ -136,17 +135,21 @@ def _play_all(
     return _scored(card, *played.episodes)
 
 
-def _card(policy: Policy, environment: Environment, key: Key) -> EnvironmentCard:
+def _card(policy: Policy, environment: Environment, key: Key, decoding: acting.Decoding) -> EnvironmentCard:
     """The policy's card of an environment, or one that is made by looking at it."""
-    if environment.spec.id in policy.cards:
+    spec = environment.spec
+    if spec.id in policy.cards:
         return policy.card(environment)
+    seen, acted = spec.observation_space, spec.action_space
+    nothing = measuring.statistics_of(measuring.start_statistics(seen), acted, masked=False)
+    acting.check_agent(policy.cfg, policy.codec(measuring.unmeasured_card(spec, nothing)), decoding)
     statistics = measuring.measure_by_chance(environment, key)
     _log.warning(
         "%s: the policy was not trained in it; its card is made of its spaces and of %d random steps",
-        environment.spec.id,
+        spec.id,
         statistics.steps,
     )
-    return measuring.unmeasured_card(environment.spec, statistics)
+    return measuring.unmeasured_card(spec, statistics)
 
 
 def _scored(card: EnvironmentCard, returns: np.ndarray, lengths: np.ndarray) -> Evaluation:

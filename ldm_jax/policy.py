@@ -41,6 +41,8 @@ _SCHEMA = 3
 _FILE = "policy.json"
 _OURS = re.compile(r"params(-[0-9a-f]{8})?(\..*)?|\.(policy\.json|params-[0-9a-f]{8})\.[0-9a-f]+\.aside.*")
 """Weights, whole or interrupted, and what is written aside."""
+_TOLD = 5
+"""Libraries that `repr` names."""
 
 
 class PolicyError(LdmError, ValueError):
@@ -69,8 +71,12 @@ class Policy:
         acting.check_decoding(self.decoding)
 
     def __repr__(self) -> str:
+        libraries = collections.Counter(card.library for card in self.cards.values()).most_common()
+        told = ", ".join(f"{name} {count}" for name, count in libraries[:_TOLD])
+        told += f" and {len(libraries) - _TOLD} more libraries" if len(libraries) > _TOLD else ""
+        known = f"{len(self.cards)} environments" + (f" ({told})" if told else "")
         millions = count_parameters(self.params) / 1e6
-        return f"Policy({millions:.3g}M parameters, {len(self.cards)} environments, {self.decoding})"
+        return f"Policy({millions:.3g}M parameters, window {self.cfg.window}, {known}, decoding {self.decoding!r})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Policy):
@@ -289,7 +295,7 @@ def load(directory: str | os.PathLike[str]) -> Policy:
     >>> params = ldm_jax.make_model(cfg).init(jax.random.key(0))
     >>> ldm_jax.Policy(cfg, params, cards={}).save("policy")
     >>> ldm_jax.load("policy")  # doctest: +ELLIPSIS
-    Policy(...M parameters, 0 environments, card)
+    Policy(...M parameters, window ..., 0 environments, decoding 'card')
 
     Args:
       directory: the folder that `Policy.save` wrote.

@@ -35,7 +35,7 @@ def catch_policy(tmp_path_factory):
     spec = environment.spec
     made = examples.make_card(spec.observation_space, spec.action_space, CATCH)
     card = dataclasses.replace(made, library=spec.library, version=spec.version, time_limit=spec.time_limit)
-    cfg = ldm_jax.SIZES["nano"]
+    cfg = dataclasses.replace(ldm_jax.SIZES["nano"], channels=4)
     ldm_jax.Policy(cfg, ldm_jax.make_model(cfg).init(jax.random.key(1)), {CATCH: card}).save(folder)
     return folder
 
@@ -71,11 +71,39 @@ def test_play_tells_each_episode_and_the_same_seed_the_same_ones(monkeypatch, ca
         (("play", CATCH, "--policy=nowhere"), "there is no such folder"),
         (("play", "gymnax/CartPole-v1", "--policy=FOLDER"), "has no card of 'gymnax/CartPole-v1'"),
         (("play", CATCH, "--policy=FOLDER", "--episodes=0"), "expected at least 1"),
+        (("play", "gymnax/Catch", "--policy=FOLDER", "--unknown"), "did you mean gymnax/Catch-bsuite"),
+        (("play", CATCH, "--policy=FOLDER", "--video=catch.avi"), "expected a path that ends in .mp4"),
+        (("play", CATCH, "--policy=FOLDER", "--video=nowhere/catch.mp4"), "no folder nowhere for the video: make it"),
+        (("list", "--library=pgx", "--domain=navigation"), "domain is board games"),
+        (("report", "nowhere"), "nowhere"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_way_out(monkeypatch, capsys, catch_policy, arguments, said):
     out, status = run(monkeypatch, capsys, *(each.replace("FOLDER", str(catch_policy)) for each in arguments))
     assert not out and status.startswith("error: ") and said in status and "\n" not in status
+
+
+def test_an_environment_that_is_too_large_for_the_model_is_said_with_its_parts(monkeypatch, capsys, catch_policy):
+    out, status = run(monkeypatch, capsys, "play", "gymnax/Freeway-MinAtar", f"--policy={catch_policy}", "--unknown")
+    assert not out and "needs channels=16 (the model has 4)" in status and "Its parts are observation value" in status
+
+
+def test_a_video_without_ffmpeg_is_refused_before_anything_is_played(monkeypatch, capsys, catch_policy, tmp_path):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    video = tmp_path / "catch.mp4"
+    out, status = run(monkeypatch, capsys, "play", CATCH, f"--policy={catch_policy}", f"--video={video}")
+    assert not out and "pip install 'ldm_jax[video]', or leave out --video" in status
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_verb_says_what_it_is_for_with_an_example_that_is_read(monkeypatch, capsys):
+    for name, verb in command_line.COMMANDS.items():
+        text, status = run(monkeypatch, capsys, name, "--help")
+        words = verb.example.split()
+        assert status == 0 and verb.example in " ".join(text.split()) and words[:2] == ["ldm-jax", name]
+        assert command_line.parser().parse_args(words[1:]).do is verb.do
+    text, status = run(monkeypatch, capsys, "--print-completion", "bash")
+    assert status == 0 and "complete" in text and "--policy" in text
 
 
 def test_verbs_of_datasets_are_those_of_the_script(monkeypatch, capsys):

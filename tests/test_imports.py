@@ -25,6 +25,8 @@ HOMES = {
     "tensorboardX": {"experiments/harness/metrics_log.py"},
     "tqdm": {"experiments/"},
     "matplotlib": {"experiments/report/"},
+    "imageio_ffmpeg": {"experiments/watching.py"},
+    "shtab": {"experiments/command_line.py"},
 }
 # Each environment library is imported by the adapter of its name, inside functions.
 LIBRARIES = ("gymnax", "envpool", "jumanji", "pgx", "navix", "xminigrid", "brax", "craftax")

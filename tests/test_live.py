@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import environments
 import ldm_jax
-from ldm_jax import cards, measuring, rollout, spaces
+from ldm_jax import acting, cards, measuring, spaces
 from ldm_jax.encoding.observations import observation_layout
 from ldm_jax.model.config import SIZES
 from ldm_jax.model.network import make_model
@@ -44,14 +44,17 @@ def policy():
 
 
 @pytest.mark.parametrize("id", [LAKE, CATCH])
-def test_an_environment_is_evaluated_as_by_hand_made_or_named(id):
+def test_an_environment_is_evaluated_as_by_the_stage_that_evaluates_made_or_named(id):
     with contextlib.closing(environments.make(id, 3)) as environment:
         found = ldm_jax.evaluate(policy(), environment, jax.random.key(3), episodes=2)
-        by_hand = rollout.run_episodes(environment, policy().agent(id), PARAMS, jax.random.key(3), 2)
+    trial = acting.Trial(
+        policy().codec(policy().cards[id]), functools.partial(environments.make, id, 3), 3, 2, jax.random.key(3)
+    )
+    (played,) = acting.play_trials(NANO, PARAMS, [trial])
     named = ldm_jax.evaluate(policy(), id, jax.random.key(3), rows=3, episodes=2)
     for each in (found, named):
-        np.testing.assert_array_equal(each.returns, by_hand.returns)
-        np.testing.assert_array_equal(each.lengths, by_hand.lengths)
+        np.testing.assert_array_equal(each.returns, played.episodes.returns)
+        np.testing.assert_array_equal(each.lengths, played.episodes.lengths)
     card = policy().cards[id]
     random, reference = card.random_returns.mean, card.reference_returns.mean
     assert named.z == found.z and found.z.low <= found.z.value <= found.z.high
@@ -67,10 +70,10 @@ def test_a_single_row_has_a_z_and_no_interval():
 
 def test_an_environment_that_is_not_known_is_measured_first_and_has_no_z(caplog):
     unknown = ldm_jax.Policy(NANO, PARAMS, {})
-    found = ldm_jax.evaluate(unknown, CATCH, jax.random.key(0), rows=2, episodes=1)
-    assert found.z is None and "no reference" in repr(found) and found.lengths.tolist() == [[9], [9]]
+    found = ldm_jax.evaluate(unknown, CATCH, jax.random.key(0), rows=3, episodes=1)
+    assert found.z is None and "no reference" in repr(found) and found.lengths.tolist() == [[9], [9], [9]]
     (line,) = caplog.messages
-    assert "was not trained in it" in line and f"{2 * measuring.RANDOM_STEPS} random steps" in line
+    assert "was not trained in it" in line and f"{3 * measuring.RANDOM_STEPS} random steps" in line
 
 
 def test_what_cannot_be_evaluated_is_said():

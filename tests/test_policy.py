@@ -68,7 +68,8 @@ def compiled(lines):
 
 
 def test_printing_a_policy_says_what_it_is():
-    assert repr(make_policy()) == "Policy(0.0811M parameters, 2 environments, card)"
+    shown = "Policy(0.0811M parameters, window 16, 2 environments (test 2), decoding 'card')"
+    assert repr(make_policy()) == shown.replace("16", str(NANO.window))
     assert make_policy().ids == ("test/mixed", "test/vector")
 
 
