@@ -1,7 +1,7 @@
 """Looks after datasets: `python -m experiments.dataset describe --dataset=runs/mine/dataset`.
 
     verify --dataset=URL                     reads everything again and lists what is damaged; status 1 if anything is
-    describe --dataset=URL                   environments, transitions, bytes, returns and noise levels
+    describe --dataset=URL [--page=FILE]     environments, transitions, bytes, returns and noise levels; as a page, too
     merge --dataset=URL --sources=URL,URL    copies what other datasets have into one, made if need be
     export-minari --dataset=URL --environment=ID --folder=FOLDER    one environment in Minari's format
     import-minari --dataset=URL --folder=FOLDER                     and a dataset of Minari as an environment
@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import collections.abc
 import dataclasses
+import pathlib
 import sys
 import tempfile
 import typing
@@ -26,6 +27,10 @@ from data.store import Dataset, create_dataset, find_damage, merging, open_datas
 from experiments.harness import progress
 from experiments.harness.flags import run_app
 from experiments.harness.ids import parse_ids
+from experiments.harness.outcomes import OUTCOME, read_outcome
+from experiments.report.data_card import CardRow, render_data_card
+from experiments.report.provenance import dataset_digest
+from experiments.report.runs import write_page
 from ldm_jax.cards import EnvironmentCard, Reference
 from ldm_jax.errors import LdmError
 
@@ -69,6 +74,7 @@ class Described(typing.NamedTuple):
       stored: bytes of its files; None where the place does not say.
       returns: `float64 [E]`, of the episodes that ended.
       noise: `float32 [E]`, of all episodes.
+      ended: `bool [N]`, which of all episodes those of `returns` are.
     """
 
     card: EnvironmentCard
@@ -77,16 +83,18 @@ class Described(typing.NamedTuple):
     stored: int | None
     returns: np.ndarray
     noise: np.ndarray
+    ended: np.ndarray
 
 
 def look_at(dataset: Dataset, id: str) -> Described:
     """What there is of an environment; reads its card and its episodes alone."""
-    returns, noise, parts = [np.zeros(0)], [np.zeros(0, np.float32)], dataset.parts(id)
+    returns, noise, ended = [np.zeros(0)], [np.zeros(0, np.float32)], [np.zeros(0, bool)]
+    parts = dataset.parts(id)
     for part in parts:
         index = part.episodes
         # The last episode of a stream may have been cut off by the end of the data.
-        ended = index.start + index.length < part.steps
-        returns.append(index.return_[ended])
+        ended.append(index.start + index.length < part.steps)
+        returns.append(index.return_[ended[-1]])
         noise.append(index.noise)
     return Described(
         dataset.card(id),
@@ -95,15 +103,19 @@ def look_at(dataset: Dataset, id: str) -> Described:
         dataset.storage.stored_bytes(f"{id}/"),
         np.concatenate(returns),
         np.concatenate(noise),
+        np.concatenate(ended),
     )
 
 
-def describe_dataset(dataset: Dataset, ids: collections.abc.Sequence[str] = ()) -> list[str]:
+def describe_dataset(
+    dataset: Dataset, ids: collections.abc.Sequence[str] = (), found: collections.abc.Sequence[Described] = ()
+) -> list[str]:
     """Describes a dataset.
 
     Args:
       dataset: what is described.
       ids: the environments; empty for all.
+      found: what there is of them, where it was looked at already.
 
     Returns:
       Lines of text: a table of domains, and one of environments.
@@ -111,7 +123,7 @@ def describe_dataset(dataset: Dataset, ids: collections.abc.Sequence[str] = ()) 
     Raises:
       StoreError: there is no such environment, or its card or episodes are damaged.
     """
-    found = [look_at(dataset, id) for id in ids or dataset.ids]
+    found = found or [look_at(dataset, id) for id in ids or dataset.ids]
     domains = collections.defaultdict(list)
     for each in found:
         domains[each.card.domain].append(each)
@@ -150,6 +162,52 @@ def describe_dataset(dataset: Dataset, ids: collections.abc.Sequence[str] = ()) 
         "ends of episodes aside; by: whose they are",
         *_columns(named),
     ]
+
+
+def write_data_card(dataset: Dataset, found: collections.abc.Sequence[Described], path: pathlib.Path) -> pathlib.Path:
+    """Writes the card of a dataset as one self-contained page.
+
+    Args:
+      dataset: what is described.
+      found: what there is of its environments, from `look_at`.
+      path: of the page, replaced whole.
+
+    Returns:
+      The path of the page.
+
+    Raises:
+      ReportError: the page cannot be written.
+    """
+    place = pathlib.Path(dataset.url)
+    rows = [
+        CardRow(
+            id=each.card.id,
+            domain=each.card.domain,
+            transitions=each.transitions,
+            raw=each.raw,
+            stored=each.stored,
+            random=each.card.random_returns.mean,
+            reference=each.card.reference_returns.mean,
+            returns=each.returns,
+            noise=each.noise[each.ended],
+            labels=1 - each.card.statistics.unlabelled / each.card.statistics.steps,
+            by=_who(each.card.reference),
+        )
+        for each in found
+    ]
+    refused = collections.defaultdict(list)
+    references = place.parent / "references"
+    for folder in sorted(told.parent for told in references.rglob(OUTCOME)):
+        id, outcome = folder.relative_to(references).as_posix(), read_outcome(folder)
+        if outcome and outcome.verdict != "admitted" and id not in dataset.groups:
+            refused[outcome.cause or outcome.verdict].append((id, outcome.reason))
+    made = {f"Made with {name}": _plainly(value) for name, value in sorted(dataset.configuration.items())}
+    origin = {"Digest": dataset_digest(dataset)} | made
+    return write_page(path, render_data_card(place.name, rows, refused, origin))
+
+
+def _plainly(value: typing.Any) -> str:
+    return ", ".join(f"{name} {each}" for name, each in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _who(reference: Reference) -> str:
@@ -207,7 +265,16 @@ def _verify() -> None:
 
 
 def _describe() -> None:
-    print("\n".join(describe_dataset(open_dataset(flags.FLAGS.dataset), parse_ids(flags.FLAGS.environments))))
+    dataset, page = open_dataset(flags.FLAGS.dataset), flags.FLAGS.page
+    ids = parse_ids(flags.FLAGS.environments) or dataset.ids
+    with progress.bar("describe", len(ids), "environment") as advance:
+        found = []
+        for id in ids:
+            found.append(look_at(dataset, id))
+            advance(1)
+    print("\n".join(describe_dataset(dataset, ids, found)))
+    if page:
+        print(f"\npage: {write_data_card(dataset, found, pathlib.Path(page))}")
 
 
 def _merge() -> None:
@@ -270,6 +337,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("dataset", None, "path or URL of the dataset", required=True)
     if verb == "describe":
         flags.DEFINE_string("environments", "", "ids with commas between; default: all")
+        flags.DEFINE_string("page", "", "where to write the data card, one HTML file; default: none is written")
     if verb == "merge":
         flags.DEFINE_list("sources", None, "paths or URLs with commas between, of what is copied", required=True)
     if verb in ("export-minari", "import-minari"):

@@ -14,7 +14,9 @@ from tiny_datasets import ID, append, card, episodes, leaves, memory
 
 from data import store
 from experiments import dataset as script
+from experiments.harness import outcomes
 from ldm_jax.cards import Statistics
+from ldm_jax.errors import LdmError
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,22 @@ def test_a_description_counts_what_is_there(whole):
     assert all_row[:4] == ["all", "2", "81", f"{raw:.1f}"] and float(all_row[4]) > 0
     assert own_row[:3] == [ID, "54", f"{raw:.1f}"] and own_row[-3:] == ["0.25", "to", "0.25"]
     assert len(script.describe_dataset(store.open_dataset(whole), ["x/other"])) == len(text) - 1
+
+
+def test_the_page_of_a_dataset_says_what_is_there_and_what_was_left_out_and_why(whole, tmp_path):
+    left_out, kept = (
+        outcomes.UnitOutcome("failed", "no <b>licence</b>", "library missing"),
+        outcomes.UnitOutcome("admitted", ""),
+    )
+    for id, outcome in {"x/gone": left_out, ID: kept}.items():
+        outcomes.write_outcome(whole.parent / "references" / id, outcome)
+    dataset = store.open_dataset(whole)
+    found = [script.look_at(dataset, id) for id in dataset.ids]
+    page = script.write_data_card(dataset, found, tmp_path / "new" / "card.html").read_text()
+    assert "81 transitions of 2 environments" in page and "seed" in page
+    assert "<code>x/gone</code> no &lt;b&gt;licence&lt;/b&gt;" in page and f"<code>{ID}</code>" not in page
+    with pytest.raises(LdmError, match="Give another path"):
+        script.write_data_card(dataset, found, tmp_path)
 
 
 @pytest.mark.parametrize(

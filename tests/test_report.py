@@ -14,7 +14,7 @@ import pytest
 
 import environments
 from environments.catalog import entries
-from experiments.report import document, page, rollouts, runs, targets
+from experiments.report import data_card, document, page, rollouts, runs, targets
 from ldm_jax import rollout
 from ldm_jax.evaluation import aggregates, scores
 
@@ -231,6 +231,43 @@ def browser():
         yield found
 
 
+def card_page(path, count):
+    """The data card of made-up environments; one has no episode, one no span between random and reference."""
+    rng, named = (
+        np.random.default_rng(0),
+        [HOSTILE, *(f"library{i % 40}/Environment-{i:04}-v0" for i in range(1, count))],
+    )
+    rows = [
+        data_card.CardRow(
+            id=id,
+            domain=DOMAINS[i % 10],
+            transitions=1000 * (i + 1),
+            raw=40_000 * (i + 1),
+            stored=9000 * (i + 1),
+            random=0.0,
+            reference=0.0 if i == 1 else 100.0,
+            returns=np.zeros(0) if i == 2 else rng.normal(60, 20, 30),
+            noise=np.zeros(0, np.float32) if i == 2 else np.linspace(0, 1, 30, dtype=np.float32),
+            labels=1.0,
+            by="ppo greedy",
+        )
+        for i, id in enumerate(named)
+    ]
+    refused = {"faults": [(HOSTILE, f"it raised {HOSTILE}")]}
+    path.write_text(data_card.render_data_card(HOSTILE, rows, refused, {"Digest": "0" * 32}))
+    return path
+
+
+def test_a_data_card_of_five_thousand_environments_stays_small_and_runs_nothing_of_others(browser, tmp_path):
+    path = card_page(tmp_path / "card.html", 5000)
+    assert path.stat().st_size < 5_000_000
+    assert browser.open(path) < 2
+    assert browser.errors() == [] and browser.run("return window.hacked === undefined")
+    assert browser.texts(".told")[0] == "1 to 50 of 5,000" and len(browser.texts(".group .name")) == 10
+    browser.one(".group .name").click()
+    assert browser.texts(".told")[0] == "1 to 50 of 500 found among 5,000"
+
+
 def rows_shown(browser):
     return browser.texts("tbody tr th .id")
 
@@ -281,6 +318,7 @@ def test_a_page_fits_its_window_and_follows_the_theme_which_a_button_turns(
     browser, report, other, tmp_path, width, scheme
 ):
     pages = {"report": report, "report-2": runs.report_runs([other, other], tmp_path / "two.html")}
+    pages["data-card"] = card_page(tmp_path / "card.html", 60)
     for name, path in pages.items():
         browser.open(path, width, scheme)
         assert browser.run("return document.documentElement.scrollWidth") <= width

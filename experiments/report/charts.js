@@ -12,11 +12,11 @@ function decades(chart, axis, low, high) {
 
 // Lines: [{name, color: "--variable", values, dash, width, stepped, low, high}].
 function lineChart(target, { label, x, y, lines, height = 340 }) {
-  const values = [x.values], series = [{}], bands = [], readings = [];
+  const values = [x.values], series = [{}], areas = [], readings = [];
   const legend = element("ul", { class: "legend" });
   for (const line of lines) {
     if (line.low) {
-      bands.push({ series: [values.length, values.length + 1], line });
+      areas.push({ series: [values.length, values.length + 1], line });
       values.push(line.high, line.low);
       series.push({ line, hidden: true }, { line, hidden: true });
     }
@@ -37,7 +37,7 @@ function lineChart(target, { label, x, y, lines, height = 340 }) {
     if (plot) plot.destroy();
     const ink = color("--muted"), grid = color("--grid"), font = "12px system-ui, sans-serif";
     const axis = { stroke: ink, font, labelFont: font, ticks: { show: false }, grid: { stroke: grid, width: 1 } };
-    const stepped = uPlot.paths.stepped({ align: -1 });
+    const stepped = uPlot.paths.stepped({ align: -1 }), bars = uPlot.paths.bars({ size: [0.7, 60] });
     plot = new uPlot({
       ...size(),
       legend: { show: false },
@@ -52,11 +52,12 @@ function lineChart(target, { label, x, y, lines, height = 340 }) {
         stroke: hidden ? "transparent" : color(line.color),
         width: hidden ? 0 : line.width || 2,
         dash: line.dash,
-        paths: line.stepped ? stepped : undefined,
+        paths: line.bars && !hidden ? bars : line.stepped ? stepped : undefined,
+        fill: line.bars ? `color-mix(in srgb, ${color(line.color)} 30%, transparent)` : undefined,
         points: { show: Boolean(line.points) && !hidden, size: 7, fill: color(line.color) },
         spanGaps: true,
       }) || {}),
-      bands: bands.map(({ series, line }) => ({ series, fill: `color-mix(in srgb, ${color(line.color)} 16%, transparent)` })),
+      bands: areas.map(({ series, line }) => ({ series, fill: `color-mix(in srgb, ${color(line.color)} 16%, transparent)` })),
       hooks: {
         setCursor: [(chart) => {
           const at = chart.cursor.idx;

@@ -19,9 +19,12 @@ function rollouts(target, runs, score) {
     const z = score(recording.id, recording.run);
     const figure = element("figure", {}, canvas, element("figcaption", {},
       element("b", {}, broken(recording.id)), element("span", {}, `${runs.length > 1 ? `${runs[recording.run].name}, ` : ""}z ${z}${caption ? ` · ${caption}` : ""}`), told));
-    const player = { canvas, told, recording, draw: painter(recording), visible: true };
+    const player = { canvas, told, recording, draw: painter(recording, () => paint()), visible: true };
     shown.push(player);
-    new IntersectionObserver((entries) => { player.visible = entries[0].isIntersecting; }).observe(canvas);
+    new IntersectionObserver((entries) => {
+      player.visible = entries[0].isIntersecting;
+      if (!playing) paint();
+    }).observe(canvas);
     return figure;
   }));
   button.addEventListener("click", () => {
@@ -56,12 +59,13 @@ function rollouts(target, runs, score) {
   if (playing) requestAnimationFrame(tick);
 }
 
-function painter(recording) {
-  return { pictures: paintPictures, cells: paintCells, lines: paintLines }[recording.kind](recording);
+function painter(recording, loaded) {
+  return { pictures: paintPictures, cells: paintCells, lines: paintLines }[recording.kind](recording, loaded);
 }
 
-function paintPictures({ source, width, height, columns, count: frames, sharp }) {
+function paintPictures({ source, width, height, columns, count: frames, sharp }, loaded) {
   const sheet = new Image();
+  sheet.addEventListener("load", loaded);
   sheet.src = source;
   return (pen, t) => {
     if (!sheet.complete || !sheet.naturalWidth) return;

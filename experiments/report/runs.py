@@ -42,6 +42,15 @@ def report_runs(folders: collections.abc.Sequence[pathlib.Path], path: pathlib.P
         raise ReportError(f"got {len(folders)} runs, expected the folders of 1 to {_MOST}, such as runs/quickstart")
     runs = [read_run(folder) for folder in folders]
     page = render_report([run._replace(name=name) for run, name in zip(runs, _names(folders), strict=True)])
+    return write_page(path, page)
+
+
+def write_page(path: pathlib.Path, page: str) -> pathlib.Path:
+    """Writes a page, and the folders above it.
+
+    Raises:
+      ReportError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, page)
