@@ -5,11 +5,14 @@ line of the workdir; started again it goes on with what is missing.
 
     python -m benchmarks.references --workdir=runs/panel
     python -m benchmarks.references --workdir=runs/panel --environments=gymnax/CartPole-v1,envpool/Taxi-v3 --budget=0.3
+    python -m benchmarks.references --workdir=runs/panel --environments=none --rates=ppo_to_sb3_host,ppo_to_rejax
 
 Its last line is one JSON object: `panel` has `ids`, `finished`, `admitted`, `minutes` of training and of scoring,
-`scoring_share` of both together, and of those with a public return `share`, the mean share of the way to it from random
-(at most 1 each), and `near`, how many get 0.9 of it. `complete` says whether all of the panel are in it.
-`ppo_to_sb3_jittable`, `ppo_to_sb3_host` and `ppo_to_rejax` are not measured here yet, and null.
+`scoring_share` of both together, `cpu_minutes` of all processes, and of those with a public return `share`, the mean
+share of the way to it from random (at most 1 each), and `near`, how many get 0.9 of it. `complete` says whether all of
+the panel are in it. `ppo_to_sb3_jittable`, `ppo_to_sb3_host` and `ppo_to_rejax` are our rate of training divided by
+theirs, measured where `--rates` names them (see `benchmarks.training`), else what they were before in this workdir, or
+null.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import argparse
 import collections.abc
 import json
 import pathlib
+import resource
 import subprocess
 import sys
 import time
@@ -25,12 +29,14 @@ import typing
 
 from ldm_jax import files
 
+from .training import RIVALS, compare_training
+
 PANEL = pathlib.Path(__file__).with_name("panel.txt")
 NEAR = 0.9
 
 
 class Line(typing.NamedTuple):
-    """What came of one environment; `error` says why nothing came, and seconds are of the clock."""
+    """What came of one environment; `error` says why nothing came, seconds are of the clock, or of processors."""
 
     id: str
     admitted: bool
@@ -45,6 +51,7 @@ class Line(typing.NamedTuple):
     train_seconds: float
     score_seconds: float
     error: str = ""
+    cpu_seconds: float = 0.0
 
 
 def read_panel(path: pathlib.Path = PANEL) -> list[str]:
@@ -91,6 +98,7 @@ def summarize(lines: collections.abc.Sequence[Line], ids: collections.abc.Sequen
         "complete": len(lines) == len(ids),
         "admitted": sum(line.admitted for line in lines),
         "minutes": round(training + scoring, 1),
+        "cpu_minutes": round(sum(line.cpu_seconds for line in lines) / 60, 1),
         "scoring_share": round(scoring / max(training + scoring, 1e-9), 3),
         "with_target": len(shares),
         "share": round(sum(shares) / len(shares), 3) if shares else None,
@@ -103,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--environments", default="")
+    parser.add_argument("--rates", default="", help=f"of {', '.join(RIVALS)}; all for all of them")
     parser.add_argument("--budget", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
@@ -111,13 +120,15 @@ def main() -> None:
         print(json.dumps(measure(options.one, options.budget, options.seed)._asdict()))
         return
     ids = options.environments.split(",") if options.environments else read_panel()
+    ids = [] if ids == ["none"] else ids
+    rates = list(RIVALS) if options.rates == "all" else options.rates.split(",") if options.rates else []
+    if unknown := set(rates) - set(RIVALS):
+        parser.error(f"got --rates={','.join(sorted(unknown))}, expected some of {', '.join(RIVALS)}")
     lines = [_line(options, id) for id in ids]
     for line in lines:
         print(json.dumps(line._asdict()))
-    print(json.dumps({"panel": summarize(lines, ids)} | dict.fromkeys(_NOT_YET)))
-
-
-_NOT_YET = ("ppo_to_sb3_jittable", "ppo_to_sb3_host", "ppo_to_rejax")
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    print(json.dumps({"panel": summarize(lines, ids)} | compare_training(options.workdir, rates)))
 
 
 def _line(options: argparse.Namespace, id: str) -> Line:
@@ -126,7 +137,7 @@ def _line(options: argparse.Namespace, id: str) -> Line:
     if path.exists():
         return Line(**json.loads(path.read_text("utf-8")))
     arguments = [f"--workdir={options.workdir}", f"--one={id}", f"--budget={options.budget}", f"--seed={options.seed}"]
-    began = time.monotonic()
+    began, spent = time.monotonic(), _cpu_seconds()
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.references", *arguments], capture_output=True, text=True, check=False
     )
@@ -135,9 +146,16 @@ def _line(options: argparse.Namespace, id: str) -> Line:
     else:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         line = Line(id, False, "", "", 0, 0.0, 0.0, 0.0, 0, None, time.monotonic() - began, 0.0, reason)
+    line = line._replace(cpu_seconds=_cpu_seconds() - spent)
     options.workdir.mkdir(parents=True, exist_ok=True)
     files.write(path, json.dumps(line._asdict()))
     return line
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one started and waited for, theirs included."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import environments
 from data import references
 from data.references import candidates, probing, search
 from data.references.algorithm import Algorithm, Learned
+from data.references.hyperparameters import Hyperparameters
 from data.references.scoring import Rounds, play_rounds, told_apart
 from ldm_jax import rollout
 from ldm_jax.evaluation import scores
@@ -126,6 +127,15 @@ def test_what_helps_some_tasks_is_tried_wherever_it_may_help():
     assert {each.seed for each in sparse} == {0, 1}
     (table,) = candidates.find_candidates(spec_of(DISCRETE, DISCRETE), probing.Probe())
     assert table.recipe.algorithm == "tabular"
+    for action in (DISCRETE, spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3), spaces.Tuple((BOX, DISCRETE))):
+        repeating = candidates.find_candidates(spec_of(BOX, action), probing.Probe(steps=4096, repeated=0.9))
+        assert ("hashed" in {each.recipe.algorithm for each in repeating}) == (not isinstance(action, spaces.Tuple))
+    goals = spaces.Dict({"achieved_goal": BOX, "desired_goal": BOX})
+    for observation, action, rewards in ((goals, BOX, 2), (goals, BOX, 9), (goals, DISCRETE, 2), (BOX, BOX, 2)):
+        seen = probing.Probe(steps=4096, rewards=rewards)
+        found = candidates.find_candidates(spec_of(observation, action), seen)
+        relabelling = any(getattr(each.recipe.config, "relabelled", 0) > 0 for each in found)
+        assert relabelling == (observation is goals and action is BOX and rewards == 2)
     large = candidates.find_candidates(spec_of(spaces.Discrete(10**6), DISCRETE), probing.Probe())
     assert "tabular" not in {each.recipe.algorithm for each in large}
 
@@ -148,7 +158,7 @@ def test_halving_costs_what_it_may_and_ends_with_one(count, total):
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class Told(Hyperparameters):
     """How likely the better action becomes in the end, and what training says of its episodes meanwhile."""
 
     final: float = 1.0
@@ -189,12 +199,12 @@ def told(monkeypatch):
     monkeypatch.setattr(references.recipes, "ALGORITHMS", known)
     monkeypatch.setattr(search, "FLAT_AFTER", 2.0)
 
-    def halve(*configs, target=None):
+    def halve(*configs, target=None, total=10_000, progress=None):
         each = [candidates.Candidate(str(i), references.Recipe("told", config)) for i, config in enumerate(configs)]
         with search.contextlib.ExitStack() as stack:
             place = search._Place(environments.make, "gymnasium/Pays-v0", stack)
-            steps = candidates.winner_steps(10_000, len(each))
-            return search._halve(search._Plan(place, 0, 10_000, steps, target, True, None), each)
+            steps = candidates.winner_steps(total, len(each))
+            return search._halve(search._Plan(place, 0, total, steps, target, True, progress), each)
 
     return halve
 
@@ -220,8 +230,20 @@ def test_halving_keeps_the_best_and_trains_it_to_the_end(told):
     assert found.tried == ("0", "1", "2", "3") and found.steps > 10_000 * 0.9  # with what compared them
 
 
-def test_the_same_seed_finds_the_same(told):
-    one, other = (told(Told(0.3), Told(1.0)) for _ in range(2))
+def test_a_larger_budget_is_for_those_too_that_learn_from_few_steps(told):
+    told_steps = [told(Told(1.0), total=total).config.budget_steps for total in (50_000, 1_000_000, 3_000_000)]
+    assert told_steps == [50_000, 100_000, 300_000]
+
+
+def test_the_same_seed_finds_the_same_and_so_does_what_is_begun_again_after_it_was_killed(told):
+    def kill(done, total):
+        if done > 2 * total / 3:
+            raise KeyboardInterrupt
+
+    one = told(Told(0.3), Told(1.0))
+    with pytest.raises(KeyboardInterrupt):
+        told(Told(0.3), Told(1.0), progress=kill)
+    other = told(Told(0.3), Told(1.0))
     assert one.candidate == other.candidate and (one.steps, one.curve, one.tried) == (
         other.steps,
         other.curve,

@@ -18,6 +18,7 @@ from ldm_jax.spaces import leaves
 from ldm_jax.types import EnvironmentSpec
 
 from . import tabular
+from .hindsight import has_goals
 from .networks import is_image
 from .ppo_loss import PPOConfig
 from .probing import Probe
@@ -29,15 +30,18 @@ HALVING = 4
 LEAST_RUNG = 45_000
 """Environment steps that tell one candidate from another: a budget that cannot pay for them has fewer candidates."""
 
-TOTAL_STEPS, TABLE_STEPS = 1_000_000, 250_000
-"""Environment steps for all candidates together; the second where a table is enough."""
-
+TOTAL_STEPS, JITTABLE_STEPS, TABLE_STEPS = 1_000_000, 1_500_000, 250_000
+"""Environment steps for all candidates together; the second where they cost little, the third for a table."""
 
 SELDOM = 1e-3
 """Share of random steps that are paid, below which learning is a matter of luck."""
 
 OFTEN = 0.5
 """Share of random steps that met an observation seen before, beyond which states can be told apart and counted."""
+
+
+RELABELLED = 0.8
+"""Share of what is learned from that gets another goal, where observations hold goals (Andrychowicz et al. 2017)."""
 
 
 class Candidate(typing.NamedTuple):
@@ -68,7 +72,9 @@ class Rung(typing.NamedTuple):
 
 def total_steps(spec: EnvironmentSpec) -> int:
     """Environment steps that a full budget has for all candidates together."""
-    return TABLE_STEPS if tabular.is_tabular(spec) else TOTAL_STEPS
+    if tabular.is_tabular(spec):
+        return TABLE_STEPS
+    return JITTABLE_STEPS if spec.jittable else TOTAL_STEPS
 
 
 def find_candidates(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
@@ -91,7 +97,7 @@ def find_candidates(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...
 
 def _ppo(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
     continuous = any(isinstance(leaf.space, spaces.Box) for leaf in leaves(spec.action_space))
-    base = PPOConfig(budget_steps=TOTAL_STEPS, entropy_coef=0.0 if continuous else 0.01)
+    base = PPOConfig(budget_steps=JITTABLE_STEPS, entropy_coef=0.0 if continuous else 0.01)
     if any(map(_is_grid, (leaf.space for leaf in leaves(spec.observation_space)))):
         grid = dataclasses.replace(base, activation="relu")
         return _named(
@@ -119,17 +125,22 @@ def _by_algorithm(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
     kinds = {type(leaf.space) for leaf in leaves(spec.action_space)}
     wanted: dict[str, bool] = {
         "recurrent_ppo": probe.memory,
-        "hashed": probe.repeated > OFTEN and kinds == {spaces.Discrete},
+        "hashed": probe.repeated > OFTEN and tabular.takes(spec),
         "pqn": isinstance(spec.action_space, spaces.Discrete),
         "sac": kinds == {spaces.Box} and not spec.jittable,  # it learns from fewer steps, and takes longer over each
     }
     names = (name for name, fits in wanted.items() if fits and name in ALGORITHMS)
-    return tuple(Candidate(name, Recipe(name, _config(name))) for name in names)
+    found = tuple(Candidate(name, Recipe(name, _config(name))) for name in names)
+    # How near a goal is near enough can be learned where rewards say nothing else.
+    if kinds != {spaces.Box} or not has_goals(spec.observation_space) or not 1 <= probe.rewards <= 2:
+        return found
+    relabelling = dataclasses.replace(_config("sac"), relabelled=RELABELLED, discount=0.98)
+    return (Candidate("sac, goals in hindsight", Recipe("sac", relabelling)), *found)
 
 
 def _config(name: str) -> typing.Any:
     config = ALGORITHMS[name].config()
-    return dataclasses.replace(config, budget_steps=TOTAL_STEPS) if name in ("recurrent_ppo", "pqn") else config
+    return dataclasses.replace(config, budget_steps=JITTABLE_STEPS) if name in ("recurrent_ppo", "pqn") else config
 
 
 def _named(configs: collections.abc.Mapping[str, PPOConfig]) -> tuple[Candidate, ...]:

@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 import typing
 
 from ldm_jax.errors import ConfigError, check_finite
+
+_Config = typing.TypeVar("_Config", bound="Hyperparameters")
+
+
+class Hyperparameters:
+    """What the configurations of all algorithms that learn from rollouts share; each is a frozen dataclass.
+
+    Attributes:
+      traced: names of the numbers that no compiled program depends on: it takes them as arguments, so that
+        configurations that differ in nothing else share it.
+    """
+
+    traced: typing.ClassVar[tuple[str, ...]] = ()
+    budget_steps: int
+    num_envs: int
+    rollout_length: int
+
+    @property
+    def updates(self) -> int:
+        """Rollouts that the budget pays for, at least one."""
+        return max(1, self.budget_steps // (self.num_envs * self.rollout_length))
+
+    @property
+    def numbers(self) -> dict[str, typing.Any]:
+        """Those that a compiled program takes as arguments."""
+        return {name: float(getattr(self, name)) for name in self.traced}
+
+    def with_numbers(self: _Config, numbers: dict[str, typing.Any]) -> _Config:
+        """The configuration with other numbers, which may be traced and are not checked."""
+        copied = copy.copy(self)
+        for name, value in numbers.items():
+            object.__setattr__(copied, name, value)
+        return copied
+
+    @property
+    def structure(self: _Config) -> _Config:
+        """The configuration without those numbers: equal ones compile to one program."""
+        return self.with_numbers(dict.fromkeys(self.traced, 0.0))
 
 
 def check_hyperparameters(

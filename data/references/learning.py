@@ -7,7 +7,9 @@ rollout of a Python loop.
 from __future__ import annotations
 
 import collections.abc
+import functools
 import typing
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from ldm_jax.errors import ConfigError, LdmError
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from .algorithm import REPORTS, Learned
+from .hyperparameters import Hyperparameters
 from .moments import Moments, add_moments, first_moments, init_moments, scale
 
 
@@ -132,12 +135,19 @@ def init_learner(params: PyTree, optimizer: PyTree, size: int, num_envs: int, ow
     )
 
 
-def learn(environment: Environment, method: Method, seed: int) -> collections.abc.Iterator[Learned]:
+MethodOf = collections.abc.Callable[[EnvironmentSpec, typing.Any], Method]
+"""A function of a module, which makes the method of a specification and a configuration."""
+
+
+def learn(
+    environment: Environment, method_of: MethodOf, config: Hyperparameters, seed: int
+) -> collections.abc.Iterator[Learned]:
     """Acts and learns, and pauses at each report.
 
     Args:
-      environment: with the method's number of rows.
-      method: how.
+      environment: with the configuration's number of rows.
+      method_of: how; it is called again where a program is compiled, with `config.numbers` traced.
+      config: hyperparameters, settled.
       seed: of everything random.
 
     Yields:
@@ -146,10 +156,11 @@ def learn(environment: Environment, method: Method, seed: int) -> collections.ab
     Raises:
       DivergenceError: training diverged.
     """
-    spec, (num_envs, length, updates) = environment.spec, method.schedule
+    spec, method = environment.spec, method_of(environment.spec, config)
+    num_envs, length, updates = method.schedule
     if spec.batch_size != num_envs:
         raise ConfigError(f"the environment has {spec.batch_size} rows, expected num_envs = {num_envs}")
-    update_many = _driver(environment, method)
+    update_many = _driver(environment, method_of, config, method)
     reset_key, key = jax.random.split(jax.random.key(seed))
     loop = rollout.start(environment, method.explorer, reset_key)
     learner = method.begin(seed)
@@ -170,43 +181,77 @@ _Driver = collections.abc.Callable[
     [LearnerState, rollout.RolloutState, Array, int, int], tuple[LearnerState, rollout.RolloutState]
 ]
 
+_Numbers = dict[str, typing.Any]
 
-def _driver(environment: Environment, method: Method) -> _Driver:
-    """Does the updates from `begin` to before `end`, as one program where the environment allows it.
 
-    What is compiled here is forgotten with the driver: a program holds on to the environment it was made for.
-    """
-    jittable = environment.spec.jittable
+def _driver(environment: Environment, method_of: MethodOf, config: Hyperparameters, method: Method) -> _Driver:
+    """Does the updates from `begin` to before `end`, as one program where the environment allows it."""
+    if environment.spec.jittable:
+        return functools.partial(_inside(environment, method_of, config.structure), config.numbers)
+    spec, structure, numbers = environment.spec, config.structure, config.numbers
 
-    def update(own: PyTree, learner: LearnerState, experience: Experience, key: Array) -> LearnerState:
+    def update(numbers: _Numbers, own: PyTree, learner: LearnerState, experience: Experience, key: Array) -> PyTree:
+        method = method_of(spec, structure.with_numbers(numbers))
         return method.update(learner._replace(own=own), experience, key)
 
-    learn_once = update if jittable else jax.jit(update, donate_argnums=0)  # a replay buffer is written in place
-
-    def act_and_learn(
-        key: Array, i: Array | int, learner: LearnerState, loop: rollout.RolloutState
-    ) -> tuple[LearnerState, rollout.RolloutState]:
-        act_key, learn_key = jax.random.split(jax.random.fold_in(key, i))
-        loop, trajectory = rollout.rollout(
-            environment, method.explorer, method.acting(learner), loop, act_key, method.schedule.rollout_length
-        )
-        experience = Experience(trajectory, loop.timestep, loop.carry)
-        return learn_once(learner.own, learner._replace(own=()), experience, learn_key), loop
+    compiled = jax.jit(update, donate_argnums=1)  # a replay buffer is written in place
 
     def on_host(
         learner: LearnerState, loop: rollout.RolloutState, key: Array, begin: int, end: int
     ) -> tuple[LearnerState, rollout.RolloutState]:
         for i in range(begin, end):
-            learner, loop = act_and_learn(key, i, learner, loop)
+            loop, experience, learn_key = _act(environment, method, learner, loop, key, i)
+            learner = compiled(numbers, learner.own, learner._replace(own=()), experience, learn_key)
         return learner, loop
 
-    @jax.jit
-    def inside(
-        learner: LearnerState, loop: rollout.RolloutState, key: Array, begin: int, end: int
-    ) -> tuple[LearnerState, rollout.RolloutState]:
-        return jax.lax.fori_loop(begin, end, lambda i, state: act_and_learn(key, i, *state), (learner, loop))
+    return on_host
 
-    return inside if jittable else on_host
+
+_COMPILED: weakref.WeakKeyDictionary[Environment, dict[typing.Any, collections.abc.Callable[..., typing.Any]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _inside(
+    environment: Environment, method_of: MethodOf, structure: Hyperparameters
+) -> collections.abc.Callable[..., tuple[LearnerState, rollout.RolloutState]]:
+    """The program of an environment that all configurations of a structure share; it lives as long as that does."""
+    programs = _COMPILED.setdefault(environment, {})
+    if (method_of, structure) not in programs:
+        alive = weakref.ref(environment)
+
+        @jax.jit
+        def inside(
+            numbers: _Numbers, learner: LearnerState, loop: rollout.RolloutState, key: Array, begin: int, end: int
+        ) -> tuple[LearnerState, rollout.RolloutState]:
+            here = alive()
+            assert here is not None, "who calls holds it"
+            method = method_of(here.spec, structure.with_numbers(numbers))
+
+            def act_and_learn(i: Array, state: PyTree) -> PyTree:
+                learner, loop = state
+                loop, experience, learn_key = _act(here, method, learner, loop, key, i)
+                return method.update(learner, experience, learn_key), loop
+
+            return jax.lax.fori_loop(begin, end, act_and_learn, (learner, loop))
+
+        programs[method_of, structure] = inside
+    return programs[method_of, structure]
+
+
+def _act(
+    environment: Environment,
+    method: Method,
+    learner: LearnerState,
+    loop: rollout.RolloutState,
+    key: Array,
+    i: Array | int,
+) -> tuple[rollout.RolloutState, Experience, Array]:
+    """The rollout before update i, and the key to learn from it."""
+    act_key, learn_key = jax.random.split(jax.random.fold_in(key, i))
+    acting, length = method.acting(learner), method.schedule.rollout_length
+    loop, trajectory = rollout.rollout(environment, method.explorer, acting, loop, act_key, length)
+    return loop, Experience(trajectory, loop.timestep, loop.carry), learn_key
 
 
 def normalize_rewards(discount: float, learner: LearnerState, reward: Array, last: Array) -> tuple[Array, LearnerState]:

@@ -74,7 +74,7 @@ def learn(environment: Environment, config: PPOConfig, seed: int) -> collections
       config: hyperparameters, settled.
       seed: of everything random.
     """
-    return learning.learn(environment, _method(_parts(environment.spec, config)), seed)
+    return learning.learn(environment, _method, config, seed)
 
 
 def agent(spec: EnvironmentSpec, config: PPOConfig) -> Agent:
@@ -134,33 +134,32 @@ def _begin(parts: _Parts, seed: int) -> LearnerState:
     return init_learner(params, optimizer, parts.model.size, parts.config.num_envs)
 
 
-def _method(parts: _Parts) -> Method:
-    config, model = parts.config, parts.model
+def _method(spec: EnvironmentSpec, config: PPOConfig) -> Method:
+    parts = _parts(spec, config)
+    model = parts.model
     return Method(
         schedule=Schedule(config.num_envs, config.rollout_length, config.updates),
         begin=functools.partial(_begin, parts),
         numbers=lambda timestep: model.numbers(model.see(model.begin(config.num_envs), timestep)),
-        explorer=_explorer(parts),
-        acting=lambda learner: (learner.params, learner.moments),
+        explorer=_explorer(parts.layout, model),
+        acting=lambda learner: (learner.params, learner.moments, config.noise_correlation),
         update=functools.partial(_update, parts),
         kept=lambda learner: {"network": learner.params, "moments": learner.moments._asdict()},
     )
 
 
-def _explorer(parts: _Parts) -> Agent:
+def _explorer(layout: ActionLayout, model: ActorCritic) -> Agent:
     """The agent that acts while learning: sampled slots, with noise that may last; it records what the update needs."""
-    config, layout, model = parts.config, parts.layout, parts.model
 
     def init(batch_size: int) -> PyTree:
         return jnp.zeros((batch_size, layout.continuous)), model.begin(batch_size)
 
     def step(params: PyTree, carry: PyTree, timestep: TimeStep, key: Array) -> tuple[PyTree, PyTree, ActorRecord]:
-        (learned, moments), (noise, memory) = params, carry
+        (learned, moments, correlation), (noise, memory) = params, carry
         seen = model.see(memory, timestep)
         (logits, mean, value), after = model.act(learned["perceptrons"], moments, memory, seen, timestep)
         white = sample_slots(layout, key, logits, jnp.zeros_like(mean), jnp.ones_like(mean))
         # Each step's noise is standard normal by itself, so the log-probability of one step needs no history.
-        correlation = config.noise_correlation
         going = correlation * noise + (1 - correlation**2) ** 0.5 * white.continuous
         noise = jnp.where(timestep.first[:, None], white.continuous, going)
         slots = Slots(white.categorical, mean + jnp.exp(learned["log_std"]) * noise)

@@ -16,7 +16,7 @@ from ldm_jax.encoding.actions import ActionLayout, Slots
 from ldm_jax.errors import ConfigError
 from ldm_jax.types import Array, PyTree
 
-from .hyperparameters import check_hyperparameters, check_minibatches
+from .hyperparameters import Hyperparameters, check_hyperparameters, check_minibatches
 from .learning import average, blank
 from .memory import ActorCritic
 from .moments import Moments
@@ -24,7 +24,7 @@ from .policy import choice_logits
 
 
 @dataclasses.dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(Hyperparameters):
     """Hyperparameters; the defaults do for most small environments.
 
     Attributes:
@@ -50,6 +50,18 @@ class PPOConfig:
       memory: width of what policy and value remember of the episode; 0: they see the observation alone.
       sequence_length: steps that learning goes back through memory at once; divides rollout_length.
     """
+
+    traced = (
+        "learning_rate",
+        "discount",
+        "gae_lambda",
+        "clip_eps",
+        "entropy_coef",
+        "value_coef",
+        "max_gradient_norm",
+        "learn_std",
+        "noise_correlation",
+    )
 
     budget_steps: int = 500_000
     num_envs: int = 64
@@ -93,11 +105,6 @@ class PPOConfig:
                 f"a rollout of {self.rollout_length} steps does not split into sequences, sequence_length is {length}"
             )
         check_minibatches(self.num_envs * (self.rollout_length // length), self.minibatches)
-
-    @property
-    def updates(self) -> int:
-        """Rollouts that the budget pays for, at least one."""
-        return max(1, self.budget_steps // (self.num_envs * self.rollout_length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +188,7 @@ def loss(
     valid, first, memory = batch.valid, batch.first, batch.memory
     batch = blank(valid, batch._replace(first=None, memory=()))
     logits, mean, value = model.unroll(params["perceptrons"], moments, memory, batch.seen, batch.action_mask, first)
-    log_std = params["log_std"]
-    if not config.learn_std:
-        log_std = jax.lax.stop_gradient(log_std)
+    log_std = jnp.where(config.learn_std, params["log_std"], jax.lax.stop_gradient(params["log_std"]))
     log_prob, entropy = log_prob_and_entropy(layout, batch.slots, logits, mean, log_std)
 
     centered = batch.advantage - average(valid, batch.advantage)

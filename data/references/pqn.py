@@ -25,7 +25,7 @@ from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from . import learning
 from .algorithm import Learned
-from .hyperparameters import check_hyperparameters, check_minibatches
+from .hyperparameters import Hyperparameters, check_hyperparameters, check_minibatches
 from .learning import Experience, LearnerState, Method, Schedule, average, blank, descend
 from .moments import Moments, init_moments
 from .networks import Network, network
@@ -34,7 +34,7 @@ from .ppo_loss import advantages
 
 
 @dataclasses.dataclass(frozen=True)
-class PQNConfig:
+class PQNConfig(Hyperparameters):
     """Hyperparameters; the defaults are for games of a few million steps at most.
 
     Attributes:
@@ -52,6 +52,8 @@ class PQNConfig:
       max_gradient_norm: of the whole gradient.
       hidden: widths of the hidden layers.
     """
+
+    traced = ("learning_rate", "discount", "trace_lambda", "first_epsilon", "exploration", "max_gradient_norm")
 
     budget_steps: int = 1_000_000
     num_envs: int = 64
@@ -76,16 +78,12 @@ class PQNConfig:
         )
         check_minibatches(self.num_envs * self.rollout_length, self.minibatches)
 
-    @property
-    def updates(self) -> int:
-        """Rollouts that the budget pays for, at least one."""
-        return max(1, self.budget_steps // (self.num_envs * self.rollout_length))
-
 
 class _Record(typing.NamedTuple):
-    """What the explorer records: the choice of each slot, and what the best ones are worth."""
+    """What the explorer records: the choice of each slot, what these are worth, and what the best ones are."""
 
     categorical: Array
+    chosen: Array
     value: Array
 
 
@@ -122,8 +120,12 @@ def learn(environment: Environment, config: PQNConfig, seed: int) -> collections
     Raises:
       SpaceError: an action has continuous parts.
     """
-    parts = _parts(environment.spec, config)
-    method = Method(
+    return learning.learn(environment, _method, config, seed)
+
+
+def _method(spec: EnvironmentSpec, config: PQNConfig) -> Method:
+    parts = _parts(spec, config)
+    return Method(
         schedule=Schedule(config.num_envs, config.rollout_length, config.updates),
         begin=functools.partial(_begin, parts),
         numbers=lambda timestep: parts.network.numbers(timestep.observation),
@@ -132,7 +134,6 @@ def learn(environment: Environment, config: PQNConfig, seed: int) -> collections
         update=functools.partial(_update, parts),
         kept=lambda learner: {"network": learner.params, "moments": learner.moments._asdict()},
     )
-    return learning.learn(environment, method, seed)
 
 
 def agent(spec: EnvironmentSpec, config: PQNConfig) -> Agent:
@@ -178,7 +179,7 @@ def _begin(parts: _Parts, seed: int) -> LearnerState:
 
 def _epsilon(config: PQNConfig, rollouts: Array) -> Array:
     """The share of random actions after so many rollouts."""
-    done = jnp.minimum(1.0, rollouts / max(1.0, config.exploration * config.updates))
+    done = jnp.minimum(1.0, rollouts / jnp.maximum(1.0, config.exploration * config.updates))
     return config.first_epsilon + (config.last_epsilon - config.first_epsilon) * done
 
 
@@ -191,6 +192,20 @@ def _best_worth(layout: ActionLayout, worth: Array) -> Array:
     """What the best choices are worth, `[...]`; 0 where a mask allows none, as at the end of an episode."""
     best = _by_slot(layout, worth).max(-1)
     return jnp.where(best > NOT_ALLOWED_FLOAT16, best, 0.0).mean(-1)
+
+
+def _chosen_worth(layout: ActionLayout, worth: Array, categorical: Array) -> Array:
+    """What choices `[..., K]` are worth, `[...]`."""
+    return jnp.take_along_axis(_by_slot(layout, worth), categorical[..., None], -1)[..., 0].mean(-1)
+
+
+def _shifted(params: PyTree, level: Array) -> PyTree:
+    """The network with everything worth so much more: where values are large, steps would take long to get there.
+
+    It is the step of Newton's method for what the outputs have in common.
+    """
+    *layers, last = params["actor"]
+    return params | {"actor": [*layers, last | {"bias": last["bias"] + level}]}
 
 
 def _mostly_best(layout: ActionLayout, worth: Array, epsilon: Array | float) -> Array:
@@ -215,7 +230,8 @@ def _explorer(parts: _Parts) -> Agent:
         learned, moments, epsilon = params
         worth, nothing, _ = parts.network.apply(learned, moments, timestep.observation, timestep.action_mask)
         slots = sample_slots(layout, key, _mostly_best(layout, worth, epsilon), nothing, nothing)
-        return carry, from_slots(layout, slots), _Record(slots.categorical, _best_worth(layout, worth))
+        chosen = _chosen_worth(layout, worth, slots.categorical)
+        return carry, from_slots(layout, slots), _Record(slots.categorical, chosen, _best_worth(layout, worth))
 
     return Agent(lambda batch_size: (), step)
 
@@ -230,16 +246,18 @@ def _update(parts: _Parts, learner: LearnerState, experience: Experience, key: A
     normalized, learner = learning.normalize_rewards(config.discount, learner, reward, terminated | truncated)
     # With the best choices for values, generalized advantages are Peng's returns less the values.
     gained, valid = advantages(value, normalized, terminated, truncated, config.discount, config.trace_lambda)
-    data = _Batch(steps.observation, record.categorical, gained + value[:-1], valid)
+    target = gained + value[:-1]
+    params = _shifted(learner.params, average(valid, target - record.chosen))
+    data = _Batch(steps.observation, record.categorical, target, valid)
     data = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), data)
 
     def loss(params: PyTree, batch: _Batch) -> Array:
         valid, batch = batch.valid, blank(batch.valid, batch)
         worth, _, _ = net.apply(params, learner.moments, batch.observation, None)
-        chosen = jnp.take_along_axis(_by_slot(parts.layout, worth), batch.categorical[..., None], -1)[..., 0].mean(-1)
+        chosen = _chosen_worth(parts.layout, worth, batch.categorical)
         return average(valid, 0.5 * (chosen - batch.target) ** 2)
 
-    step, state = functools.partial(learning.gradient_step, parts.optimizer, loss), (learner.params, learner.optimizer)
+    step, state = functools.partial(learning.gradient_step, parts.optimizer, loss), (params, learner.optimizer)
     (params, optimizer), losses = descend(step, state, data, config.epochs, config.minibatches, key)
     moments = learning.add_numbers(learner, net.numbers(data.observation))
     return learner._replace(

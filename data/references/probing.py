@@ -39,6 +39,7 @@ class Probe:
       episode_length: mean of the episodes that ended; the time limit where none has.
       rewarded: share of the steps whose reward is not 0.
       largest_reward: of all rewards, without their sign.
+      rewards: how many of them differ.
       positive: whether a reward was above 0.
       states: how many observations differ.
       repeated: share of the steps whose observation had been seen before.
@@ -51,6 +52,7 @@ class Probe:
     episode_length: float = 0.0
     rewarded: float = 1.0
     largest_reward: float = 1.0
+    rewards: int = 0
     positive: bool = True
     states: int = 0
     repeated: float = 0.0
@@ -94,6 +96,7 @@ def _describe(
         episode_length=float(valid.sum() / ended) if ended else float(time_limit),
         rewarded=float((earned > 0).mean()) if earned.size else 0.0,
         largest_reward=float(earned.max(initial=0.0)),
+        rewards=np.unique(reward[valid]).size,
         positive=bool((reward[valid] > 0).any()),
         states=first_seen.size,
         repeated=1 - first_seen.size / states.size,

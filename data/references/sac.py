@@ -1,5 +1,6 @@
 """Soft actor-critic: continuous actions learned from all that was seen, for simulators whose steps are dear.
 
+Where observations hold goals, they may be relabelled in hindsight, see `hindsight`.
 Source: Haarnoja et al. 2018 (SAC, and its temperature that finds itself); Fujimoto et al. 2018 (the smaller of two
 critics).
 """
@@ -23,9 +24,9 @@ from ldm_jax.environment import Environment
 from ldm_jax.spaces import SpaceError, leaf_shape_dtype, leaves, unflatten
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
-from . import action_range, learning
+from . import action_range, hindsight, learning
 from .algorithm import Learned
-from .hyperparameters import check_hyperparameters
+from .hyperparameters import Hyperparameters, check_hyperparameters
 from .learning import Experience, LearnerState, Method, Schedule, average, blank
 from .moments import Moments, init_moments, scale
 from .networks import Network, apply_perceptron, init_perceptron, network
@@ -42,7 +43,7 @@ BUFFER_BYTES = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
-class SACConfig:
+class SACConfig(Hyperparameters):
     """Hyperparameters.
 
     Attributes:
@@ -59,6 +60,7 @@ class SACConfig:
       hidden: widths of the hidden layers of policy and critics.
       action_scale: how far actions reach in dimensions that declare no bounds, see `action_range.limits`; 0: it is
         found by trying, before training.
+      relabelled: share of what is learned from that gets another goal, where observations hold goals.
     """
 
     budget_steps: int = 150_000
@@ -73,6 +75,7 @@ class SACConfig:
     averaging: float = 0.005
     hidden: tuple[int, ...] = (128, 128)
     action_scale: float = 0.0
+    relabelled: float = 0.0
 
     def __post_init__(self) -> None:
         check_hyperparameters(
@@ -80,13 +83,8 @@ class SACConfig:
             whole=("budget_steps", "num_envs", "rollout_length", "batch_size", "capacity"),
             positive=("replay_ratio", "learning_rate", "averaging"),
             not_negative=("action_scale",),
-            shares=("warmup", "discount", "averaging"),
+            shares=("warmup", "discount", "averaging", "relabelled"),
         )
-
-    @property
-    def updates(self) -> int:
-        """Rollouts that the budget pays for, at least one."""
-        return max(1, self.budget_steps // (self.num_envs * self.rollout_length))
 
 
 class _Transitions(typing.NamedTuple):
@@ -101,11 +99,15 @@ class _Transitions(typing.NamedTuple):
 
 
 class _Own(typing.NamedTuple):
-    """What is kept beside what is trained: the replay buffer, how many rollouts it was given, the target critics."""
+    """What is kept beside what is trained: the replay buffer, how many rollouts it was given, the target critics.
+
+    And what relabelling keeps, if goals are relabelled.
+    """
 
     buffer: _Transitions
     rollouts: Array
     targets: PyTree
+    goals: hindsight.GoalMemory | None
 
 
 class _Parts(typing.NamedTuple):
@@ -133,6 +135,11 @@ class _Parts(typing.NamedTuple):
         """Rollouts of random actions."""
         return math.ceil(self.config.warmup * self.config.updates)
 
+    @property
+    def relabels(self) -> bool:
+        """Whether goals are relabelled."""
+        return self.config.relabelled > 0 and hindsight.has_goals(self.spec.observation_space)
+
 
 def settle(environment: Environment, config: SACConfig, seed: int) -> SACConfig:
     """The configuration with what it left open found by trying; see `action_range.settled`."""
@@ -150,8 +157,12 @@ def learn(environment: Environment, config: SACConfig, seed: int) -> collections
     Raises:
       SpaceError: an action has parts that are categories.
     """
-    parts = _parts(environment.spec, config)
-    method = Method(
+    return learning.learn(environment, _method, config, seed)
+
+
+def _method(spec: EnvironmentSpec, config: SACConfig) -> Method:
+    parts = _parts(spec, config)
+    return Method(
         schedule=Schedule(config.num_envs, config.rollout_length, config.updates),
         begin=functools.partial(_begin, parts),
         numbers=lambda timestep: parts.network.numbers(timestep.observation),
@@ -160,7 +171,6 @@ def learn(environment: Environment, config: SACConfig, seed: int) -> collections
         update=functools.partial(_update, parts),
         kept=lambda learner: _kept(learner.params, learner.moments),
     )
-    return learning.learn(environment, method, seed)
 
 
 def agent(spec: EnvironmentSpec, config: SACConfig) -> Agent:
@@ -226,7 +236,8 @@ def _begin(parts: _Parts, seed: int) -> LearnerState:
         now, zeros(parts.layout.continuous), zeros(), after, zeros(dtype=np.bool_), zeros(dtype=np.bool_)
     )
     shapes = jax.eval_shape(parts.optimizer.init, params)
-    own = _Own(buffer, np.zeros((), np.int32), jax.tree.map(np.copy, params["critics"]))
+    goals = hindsight.begin_goals(parts.places, parts.config.num_envs) if parts.relabels else None
+    own = _Own(buffer, np.zeros((), np.int32), jax.tree.map(np.copy, params["critics"]), goals)
     return learning.init_learner(params, shapes, parts.network.size, parts.config.num_envs, own)
 
 
@@ -280,6 +291,9 @@ def _update(parts: _Parts, learner: LearnerState, experience: Experience, key: A
     own: _Own = learner.own
     begin = own.rollouts * parts.rows % parts.places
     buffer = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, begin, 0), own.buffer, seen)
+    goals = own.goals
+    if goals is not None:
+        goals = hindsight.remember_goals(goals, after, reward[1:], terminated[1:], last, begin)
     rollouts = own.rollouts + 1
     filled = jnp.minimum(rollouts * parts.rows, parts.places)
 
@@ -288,6 +302,8 @@ def _update(parts: _Parts, learner: LearnerState, experience: Experience, key: A
         index_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
         index_N = jax.random.randint(index_key, (config.batch_size,), 0, filled)
         batch = jax.tree.map(lambda x: x[index_N], buffer)
+        if goals is not None:
+            batch = _relabel(parts, goals, buffer, batch, index_N, jax.random.fold_in(index_key, 1))
         loss = functools.partial(_loss, parts, learner, targets, noise_key)
         (params, optimizer), value = learning.gradient_step(parts.optimizer, loss, (params, optimizer), batch)
         targets = optax.incremental_update(params["critics"], targets, config.averaging)
@@ -298,7 +314,18 @@ def _update(parts: _Parts, learner: LearnerState, experience: Experience, key: A
     params, optimizer, targets, value = jax.lax.fori_loop(
         0, jnp.where(rollouts < parts.warmup, 0, count), once, jax.tree.map(jnp.asarray, state)
     )
-    return learner._replace(params=params, optimizer=optimizer, loss=value, own=_Own(buffer, rollouts, targets))
+    return learner._replace(params=params, optimizer=optimizer, loss=value, own=_Own(buffer, rollouts, targets, goals))
+
+
+def _relabel(
+    parts: _Parts, goals: hindsight.GoalMemory, buffer: _Transitions, batch: _Transitions, index_N: Array, key: Array
+) -> _Transitions:
+    """The batch with some of its goals relabelled."""
+    given = hindsight.Relabelled(batch.observation, batch.following, batch.reward, batch.terminated)
+    found = hindsight.relabel(
+        goals, given, buffer.following, index_N, key, parts.config.relabelled, parts.spec.time_limit
+    )
+    return batch._replace(**found._asdict())
 
 
 def _loss(

@@ -24,6 +24,7 @@ from ldm_jax.types import Agent, EnvironmentSpec, PyTree
 
 from .algorithm import Learned
 from .candidates import Candidate, Rung, affordable, find_candidates, rungs, total_steps, winner_steps
+from .hyperparameters import Hyperparameters
 from .learning import DivergenceError
 from .opening import MakeEnvironment, opened
 from .policy import SlotDecoding, with_decoding
@@ -129,6 +130,7 @@ class _Place:
     def __init__(self, make: MakeEnvironment, id: str, stack: contextlib.ExitStack) -> None:
         self._make, self._id, self._stack = make, id, stack
         self._shared: dict[int, Environment] = {}
+        self._agents: dict[tuple[str, typing.Any], Agent] = {}
         with opened(make, id, 1) as environment:
             self.spec = environment.spec
         self.steps = 0  # those of the probe and of trials
@@ -149,6 +151,13 @@ class _Place:
         if rows not in self._shared:
             self._shared[rows] = self._own(rows)[0]
         return self._shared[rows]
+
+    def agent(self, algorithm: str, config: Hyperparameters) -> Agent:
+        """Who acts by what was learned: one for all configurations of a structure, so that it compiles once."""
+        which = (algorithm, config.structure)
+        if which not in self._agents:
+            self._agents[which] = ALGORITHMS[algorithm].agent(self.spec, config)
+        return self._agents[which]
 
     def probe(self, seed: int) -> Probe:
         found = probe(self.shared(self.trial_rows), jax.random.fold_in(jax.random.key(seed), _PROBING))
@@ -334,9 +343,9 @@ def _close(plan: _Plan, runs: collections.abc.Sequence[_Run]) -> None:
 def _begin(plan: _Plan, candidate: Candidate, faults: list[Exception], tried: list[str]) -> _Run | None:
     tried.append(candidate.name)
     algorithm, seed, spec = ALGORITHMS[candidate.recipe.algorithm], plan.seed + candidate.seed, plan.place.spec
-    # What learns from fewer steps says so by its own budget, and is given no more.
-    own = candidate.recipe.config
-    config = dataclasses.replace(own, budget_steps=min(own.budget_steps, plan.steps))
+    # What learns from fewer steps says so by its own budget, and is given no more unless all are.
+    own, more = candidate.recipe.config, max(1.0, plan.total / total_steps(spec))
+    config = dataclasses.replace(own, budget_steps=min(round(own.budget_steps * more), plan.steps))
     environment, close = plan.place.training(config.num_envs)
     cards.check_matches(spec, environment.spec, f"what {spec.id} said of itself when made a moment ago")
     try:
@@ -344,7 +353,8 @@ def _begin(plan: _Plan, candidate: Candidate, faults: list[Exception], tried: li
     except (LdmError, EnvironmentFaultError) as fault:
         faults.append(fault)
         return None
-    return _Run(candidate, config, algorithm.agent(spec, config), algorithm.learn(environment, config, seed), close)
+    agent = plan.place.agent(candidate.recipe.algorithm, config)
+    return _Run(candidate, config, agent, algorithm.learn(environment, config, seed), close)
 
 
 def _is_near(plan: _Plan, run: _Run) -> bool:

@@ -27,7 +27,7 @@ from ldm_jax.spaces import SpaceError, leaves
 from ldm_jax.types import Agent, Array, EnvironmentSpec, PyTree, TimeStep
 
 from .algorithm import REPORTS, Learned
-from .hyperparameters import check_hyperparameters
+from .hyperparameters import Hyperparameters, check_hyperparameters
 from .mdp import NOT_BEST, EmpiricalMDP, add_experience, best_plan, curious_plan, empty_mdp
 from .policy import SlotPolicy, slot_agent, with_decoding
 from .states import Known, find_states, hash_observations, key_table, nothing_known, number_states
@@ -44,7 +44,7 @@ class UnsuitableError(LdmError, ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class TabularConfig:
+class TabularConfig(Hyperparameters):
     """How long to explore and how far to look ahead.
 
     Attributes:
@@ -68,11 +68,6 @@ class TabularConfig:
         for name in ("discount", "epsilon"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
-
-    @property
-    def rounds(self) -> int:
-        """Plans that the budget pays for, at least one."""
-        return max(1, self.budget_steps // (self.num_envs * self.rollout_length))
 
 
 def is_tabular(spec: EnvironmentSpec) -> bool:
@@ -121,8 +116,8 @@ def learn(environment: Environment, config: TabularConfig, seed: int) -> collect
     reset_key, key = jax.random.split(jax.random.key(seed))
     loop = rollout.start(environment, explorer, reset_key)
     params, each = example(spec, config), config.num_envs * config.rollout_length
-    reports = {config.rounds * (i + 1) // REPORTS for i in range(REPORTS)}
-    for done in range(1, config.rounds + 1):
+    reports = {config.updates * (i + 1) // REPORTS for i in range(REPORTS)}
+    for done in range(1, config.updates + 1):
         round_key = jax.random.fold_in(key, done - 1)
         acting = with_decoding(params, "sample")
         loop, trajectory = rollout.rollout(environment, explorer, acting, loop, round_key, config.rollout_length)
