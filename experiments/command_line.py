@@ -3,7 +3,7 @@
     ldm-jax info                          versions, devices and ways to isolate, for reports of bugs
     ldm-jax list --domain=navigation      environments of the catalog; nothing is imported or built for it
     ldm-jax check nasim/Tiny-v0           whether an environment keeps the contract, law by law
-    ldm-jax play gymnax/CartPole-v1 --policy=runs/quickstart/policy
+    ldm-jax play gymnax/CartPole-v1 --policy=runs/quickstart/policy --video=cart.mp4
     ldm-jax report runs/a runs/b --to=both.html
     ldm-jax dataset describe --dataset=runs/quickstart/dataset
 
@@ -168,7 +168,7 @@ COMMANDS: dict[str, _Verb] = {
     "play": _Verb(
         _play,
         "a policy at work in an environment",
-        "ldm-jax play gymnax/CartPole-v1 --policy=runs/quickstart/policy",
+        "ldm-jax play gymnax/CartPole-v1 --policy=runs/quickstart/policy --video=cart.mp4",
         _define_play,
     ),
     "report": _Verb(

@@ -7,6 +7,7 @@ import contextlib
 import math
 import pathlib
 import typing
+import warnings
 
 import gymnasium
 import jax
@@ -14,12 +15,13 @@ import numpy as np
 
 import environments
 import ldm_jax
+from experiments.report.rollouts import Recorder, draw_frames
 from ldm_jax import files
 from ldm_jax.acting import Decoding
 from ldm_jax.errors import ConfigError
 from ldm_jax.evaluation.aggregates import number
 
-MOST_FRAMES = 1000
+MOST_FRAMES = 600
 """Steps that a video shows, the first ones."""
 _FPS = 20
 
@@ -73,23 +75,33 @@ def play_policy(
     if not unknown:
         policy.agent(id, decoding)  # an id that it does not know is said before anything is made
     rendered = _rendered(id) if video and id in policy.cards else None
-    if video and rendered is None:
-        raise VideoError(f"{id} renders no pictures, expected an environment of Gymnasium that does: leave out --video")
-    with contextlib.closing(rendered or environments.make(id, batch_size=1)) as environment:
-        if rendered is not None:
+    if rendered is not None:
+        with contextlib.closing(rendered):
             watched = _film(policy, rendered, id, episodes, seed, decoding, pathlib.Path(video))
-        else:
-            watched = _watch(policy, environment, episodes, seed, decoding)
+    else:
+        with contextlib.closing(environments.make(id, batch_size=1)) as environment:
+            watched = _watch(policy, environment, episodes, seed, decoding, video)
     shown = [f"video: {video}, {watched.pictures}, at most {MOST_FRAMES:,} steps"] if video else []
     return [*_table(watched, policy.cards.get(id)), *shown]
 
 
 def _watch(
-    policy: ldm_jax.Policy, environment: ldm_jax.Environment, episodes: int, seed: int, decoding: Decoding
+    policy: ldm_jax.Policy,
+    environment: ldm_jax.Environment,
+    episodes: int,
+    seed: int,
+    decoding: Decoding,
+    video: str,
 ) -> Watched:
-    """Plays in an environment of ours."""
-    played = ldm_jax.evaluate(policy, environment, jax.random.key(seed), episodes=episodes, decoding=decoding)
-    return Watched(played.returns[0].tolist(), played.lengths[0].tolist())
+    """Plays in an environment of ours; a video shows what the policy sees."""
+    inside: ldm_jax.Environment = Recorder(environment, MOST_FRAMES) if video else environment
+    played = ldm_jax.evaluate(policy, inside, jax.random.key(seed), episodes=episodes, decoding=decoding)
+    if isinstance(inside, Recorder):
+        frames = draw_frames(environment.spec.observation_space, inside.observations)
+        with write_video(pathlib.Path(video)) as show:
+            for frame in frames:
+                show(frame)
+    return Watched(played.returns[0].tolist(), played.lengths[0].tolist(), "drawn from what the policy sees")
 
 
 def _film(
@@ -185,7 +197,9 @@ def write_video(path: pathlib.Path) -> collections.abc.Iterator[collections.abc.
             if writer is None:
                 size, form = (frame.shape[1], frame.shape[0]), ["-f", "mp4"]  # its name beside does not say so
                 writer = imageio_ffmpeg.write_frames(str(aside), size, fps=_FPS, macro_block_size=2, output_params=form)
-                writer.send(None)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # its child becomes ffmpeg at once
+                    writer.send(None)
             writer.send(np.ascontiguousarray(frame, np.uint8))
 
         try:

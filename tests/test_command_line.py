@@ -96,6 +96,20 @@ def test_a_video_without_ffmpeg_is_refused_before_anything_is_played(monkeypatch
     assert not any(tmp_path.iterdir())
 
 
+def test_a_video_holds_each_step_that_was_played_and_changes_nothing_of_it(monkeypatch, capsys, catch_policy, tmp_path):
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    video = tmp_path / "catch.mp4"
+    play = ("play", CATCH, f"--policy={catch_policy}", "--episodes=3", "--decoding=sample")
+    text, status = run(monkeypatch, capsys, *play, f"--video={video}")
+    *lines, last = text.splitlines()
+    assert status == 0 and last.startswith(f"video: {video}, drawn from what the policy sees")
+    assert lines == run(monkeypatch, capsys, *play)[0].splitlines()
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(video))
+    # Nine steps, the observation before them, and three episodes.
+    assert frames == 3 * 10 and seconds == pytest.approx(frames / 20, abs=0.1)
+    assert [path.name for path in tmp_path.iterdir()] == ["catch.mp4"]
+
+
 def test_every_verb_says_what_it_is_for_with_an_example_that_is_read(monkeypatch, capsys):
     for name, verb in command_line.COMMANDS.items():
         text, status = run(monkeypatch, capsys, name, "--help")
