@@ -1,4 +1,5 @@
-# Two commands for a new user: `make quickstart` and `make test`. All they need is Python 3.11, git and make.
+# Two commands for a new user: `make quickstart` and `make test`; `make docs` builds the pages. All they need is Python
+# 3.11, git and make.
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
 # Further flags of the quickstart, for example FLAGS=--preset=smoke; and options of pytest, for example PYTEST="-k scores".
@@ -12,7 +13,7 @@ DIST := build/dist
 INSTALLED := build/installed
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test docs lint clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-quickstart
@@ -29,6 +30,17 @@ test: lint
 	$(BIN)/python -c '$(PURELIB)' > "$$($(INSTALLED)/bin/python -c '$(PURELIB)')/dependencies.pth"
 	PYTHONSAFEPATH=1 LDM_JAX_TESTS_INSTALLED=1 $(INSTALLED)/bin/python -m pytest -q -n 2 \
 	  --dist=worksteal --durations=10 $(PYTEST)
+
+# Notebooks are run first: pages show what this version prints and draws. NOTEBOOKS names some of them alone, `none` none:
+# pages then show what was run last or is stored. LINKS=--external asks for links that leave the site too.
+NOTEBOOKS ?=
+LINKS ?=
+SITE := build/docs/site
+docs: $(VENV)/.installed-docs
+	test "$(NOTEBOOKS)" = none || $(BIN)/python docs/execute.py $(NOTEBOOKS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python docs/links.py $(SITE) $(LINKS)
+	@echo "the pages are in $(SITE)/index.html; $(BIN)/mkdocs serve shows them while you write"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
