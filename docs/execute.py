@@ -16,6 +16,8 @@ import time
 import nbclient
 import nbformat
 
+from experiments.harness import compilation
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BUILT = ROOT / "build" / "docs"
 KEPT = ("image/png", "text/plain")
@@ -38,7 +40,11 @@ def execute(source: pathlib.Path, work: pathlib.Path, timeout_s: int = 900) -> n
     """
     notebook = nbformat.read(source, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=timeout_s, kernel_name="python3", resources={"metadata": {"path": str(work)}}
+        notebook,
+        timeout=timeout_s,
+        resources={"metadata": {"path": str(work)}},
+        kernel_name="python3",
+        startup_timeout=300,  # a machine with much to do is slow to start one
     )
     client.execute()
     for cell in notebook.cells:
@@ -66,6 +72,7 @@ def main(arguments: list[str]) -> None:
     for folder in (work, BUILT / "notebooks"):
         folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # so that pages are the same wherever they are made
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", compilation.default_folder())
     for source in sources:
         if given.names and source.stem not in given.names:
             continue

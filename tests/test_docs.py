@@ -91,6 +91,9 @@ def is_documented(module, name):
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     body = ast.parse(path.read_text("utf-8")).body
     for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
+            above = module.split(".")[: -node.level or None] if node.level else []
+            return is_documented(".".join([*above, *filter(None, [node.module])]), name)
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return bool(ast.get_docstring(node))
         targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
@@ -122,7 +125,7 @@ def test_examples_of_a_page_import_what_exists(page):
 
 @pytest.mark.parametrize("page", RUN)
 def test_examples_of_a_page_run(page, capsys):
-    names = {"__name__": "example"}
+    names = {"__name__": "__main__"}
     for block in blocks(DOCS / page, "python"):
         exec(compile(block, page, "exec"), names)
     if page == "evaluation.md":
@@ -155,9 +158,7 @@ def test_commands_of_a_page_name_scripts_and_flags_that_exist(page):
 
 def check_flags(module, words):
     script = importlib.import_module(module)
-    sources = "".join(
-        inspect.getsource(importlib.import_module(each)) for each in (module, "experiments.harness.flags")
-    )
+    sources = inspect.getsource(script) + inspect.getsource(flags)
     for word in words:
         given = re.match(r"--(?:no)?([\w.]+)", word)
         if given and given[1].startswith("config."):
