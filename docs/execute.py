@@ -44,6 +44,7 @@ def execute(source: pathlib.Path, work: pathlib.Path, timeout_s: int = 900) -> n
         timeout=timeout_s,
         resources={"metadata": {"path": str(work)}},
         kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],
         startup_timeout=300,  # a machine with much to do is slow to start one
     )
     client.execute()

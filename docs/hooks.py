@@ -134,7 +134,7 @@ def render_notebook(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:
     for number, cell in enumerate(json.loads(path.read_text("utf-8"))["cells"]):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            page.append(source)
+            page.append(source.replace(".ipynb)", ".md)"))
             if not number:
                 page.append(f"[The notebook]({path.name}){{ download }}: run it in a checkout of the repository.")
             continue

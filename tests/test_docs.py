@@ -87,12 +87,15 @@ def test_every_public_name_is_in_the_reference_with_a_docstring():
 
 def is_documented(module, name):
     """Whether a name of a module has a docstring, a constant one below it; read from the source."""
-    path = ROOT.joinpath(*module.split("."))
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    folder = ROOT.joinpath(*module.split("."))
+    path = folder.with_suffix(".py")
+    if folder.is_dir():  # a room: its stub says where its names are
+        path = folder / ("__init__.pyi" if (folder / "__init__.pyi").exists() else "__init__.py")
     body = ast.parse(path.read_text("utf-8")).body
     for node, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
-            above = module.split(".")[: -node.level or None] if node.level else []
+            levels = node.level - folder.is_dir()
+            above = module.split(".")[: -levels or None] if node.level else []
             return is_documented(".".join([*above, *filter(None, [node.module])]), name)
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return bool(ast.get_docstring(node))

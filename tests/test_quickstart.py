@@ -152,6 +152,16 @@ def test_the_examples_of_the_readme_run(killed, capsys):
     assert names["dungeons"] and all(id.startswith("minihack/") for id in names["dungeons"])
 
 
+@pytest.mark.parametrize("page", ["quickstart.md", "data.md"])
+def test_the_examples_of_the_pages_run(killed, page):
+    workdir, _, _ = killed
+    text = (pathlib.Path(__file__).parents[1] / "docs" / page).read_text().replace("runs/quickstart", str(workdir))
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert examples and str(workdir) in examples[0]
+    for example in examples:
+        exec(example, {})
+
+
 def test_another_configuration_is_refused(killed):
     workdir, _, _ = killed
     before = _units(workdir)

@@ -22,6 +22,7 @@ from ldm_jax.spaces import SpaceError
 MANIFEST_FORMAT = "ldm_jax trajectories"
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+"""The file that says what a folder is: a dataset, and of which configuration."""
 RECORDS = "manifest/"
 """The folder of the records of environments."""
 ID_BYTES = 240
