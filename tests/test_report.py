@@ -14,7 +14,7 @@ import pytest
 
 import environments
 from environments.catalog import entries
-from experiments.report import data_card, document, page, rollouts, runs, targets
+from experiments.report import data_card, document, page, provenance, rollouts, runs, targets
 from ldm_jax import rollout
 from ldm_jax.evaluation import aggregates, scores
 
@@ -220,6 +220,15 @@ def test_nothing_of_another_s_text_can_end_the_element_that_it_stands_in(tmp_pat
     for text in (HOSTILE, "</ScRiPt ", "<!--<script>", "\u2028"):
         found = document.embed({text: [text]})
         assert not re.search("[<>\u2028]", found) and json.loads(found) == {text: [text]}
+
+
+def test_provenance_tells_what_a_run_was_made_of_and_nobody_s_folders(tmp_path):
+    configuration = {"weights": "/home/somebody/secret/weights.json", "data": ["s3://bucket/mine/dataset"], "seed": 3}
+    (tmp_path / "pretrain.json").write_text(json.dumps(configuration))
+    told = provenance.provenance(tmp_path)
+    assert told["Configuration"] == {"pretrain": {"weights": "…/weights.json", "data": ["…/dataset"], "seed": 3}}
+    assert told["Versions"]["jax"] == jax.__version__ and told["Machine"]["Devices"] and told["Code"]["Commit"]
+    assert not re.search(rf"somebody|bucket|{re.escape(str(tmp_path))}", json.dumps(told))
 
 
 # In a browser

@@ -103,5 +103,16 @@ def _processor() -> str:
 
 def _configuration(path: pathlib.Path) -> JsonValue:
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text("utf-8"))
+        return _nowhere(json.loads(path.read_text("utf-8")))
     return None
+
+
+def _nowhere(value: JsonValue) -> JsonValue:
+    """A configuration whose paths and addresses have only their last names: where things lay is nobody's business."""
+    if isinstance(value, dict):
+        return {name: _nowhere(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_nowhere(each) for each in value]
+    if isinstance(value, str) and (value.startswith(("/", "~")) or "://" in value):
+        return f"…/{value.rstrip('/').rpartition('/')[2]}"
+    return value
