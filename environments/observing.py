@@ -80,6 +80,11 @@ class ObservedEnvironment:
         """How the expert has done since `make`."""
         return self._labels.report()
 
+    @property
+    def solved(self) -> np.ndarray | None:
+        """`bool [B]`, whether the task was solved at the last step, where the environment tells it; else None."""
+        return getattr(self._inner, "solved", None)
+
     def reset(self, key: Key) -> tuple[PyTree, TimeStep]:
         state, timestep = self._inner.reset(key)
         self._arrays["seed"][:] = draw_seeds(jax.random.fold_in(key, 1), self.spec.batch_size)

@@ -108,6 +108,11 @@ class GymnasiumEnvironment:
         """How the expert has done since `make`; None without one."""
         return self._batch.labels.report() if self._batch.labels else None
 
+    @property
+    def solved(self) -> np.ndarray | None:
+        """`bool [B]`, whether the task was solved at the last step; None without an expert, or where nobody tells."""
+        return self._batch.labels.solved if self._batch.labels else None
+
     def reset(self, key: Array) -> tuple[Token, TimeStep]:
         self._step_count = 0
         return self._advance(self._batch.start(key))

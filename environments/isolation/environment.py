@@ -104,6 +104,11 @@ class IsolatedEnvironment:
         """How the expert has done since `make`; None without one."""
         return self._labels.report() if self._labels else None
 
+    @property
+    def solved(self) -> np.ndarray | None:
+        """`bool [B]`, whether the task was solved at the last step; None without an expert, or where nobody tells."""
+        return self._labels.solved if self._labels else None
+
     def reset(self, key: Array) -> tuple[Token, TimeStep]:
         if not self._finalize.alive:
             self._scratch, self._finalize = self._prepare()

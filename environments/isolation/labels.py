@@ -12,7 +12,7 @@ import numpy as np
 from ldm_jax import spaces
 from ldm_jax.types import Array, ExpertLabel
 
-from .worker.experts import COUNTS, DREW, NANOSECONDS, NONSENSE
+from .worker.experts import COUNTS, DREW, NANOSECONDS, NONSENSE, UNTOLD
 
 _ROUNDING = 1e-6
 """How far beyond a bound, of its size, a number may be that was rounded on its way."""
@@ -53,12 +53,18 @@ class Labels:
         structs = [spaces.leaf_shape_dtype(leaf.space) for leaf in self._leaves]
         found = {f"label/{i}": ((self._batch_size, *s.shape), np.dtype(s.dtype)) for i, s in enumerate(structs)}
         valid, counts = ((self._batch_size,), np.dtype(np.bool_)), ((workers, NANOSECONDS + 1), np.dtype(np.uint64))
-        return {**found, "label_valid": valid, "expert": counts}
+        return {**found, "label_valid": valid, "expert": counts, "success": ((self._batch_size,), np.dtype(np.uint8))}
 
     def place(self, arrays: dict[str, np.ndarray]) -> None:
         """Takes the arrays."""
         self._values = [arrays[f"label/{i}"] for i in range(len(self._leaves))]
-        self._valid_B, self._counts = arrays["label_valid"], arrays["expert"]
+        self._valid_B, self._counts, self._success_B = arrays["label_valid"], arrays["expert"], arrays["success"]
+        self._success_B[:] = UNTOLD
+
+    @property
+    def solved(self) -> np.ndarray | None:
+        """`bool [B]`, whether the library said at the last step that its task is solved; None where it does not say."""
+        return None if (self._success_B == UNTOLD).any() else self._success_B == 1
 
     def receive(self, last_B: np.ndarray, mask: np.ndarray | None) -> ExpertLabel:
         """The labels of a time step; those that the space or the mask does not have are left out.

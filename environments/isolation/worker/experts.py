@@ -15,6 +15,8 @@ COUNTS = ("asked", "labels", "none", "slow", "raised", "nonsense", "drew")
 """What is counted of an expert, by worker: questions, labels, answers of None, answers that came too late, errors,
 labels that its space cannot have, and calls that drew from the environment's generator."""
 ASKED, LABELS, NONE, SLOW, RAISED, NONSENSE, DREW = range(len(COUNTS))
+UNTOLD = 2
+"""In the place of whether a task is solved (0 or 1), where the library's `info` does not tell its `success`."""
 NANOSECONDS = len(COUNTS)
 """Behind the counts: the time of the processor that questions have taken."""
 
@@ -47,6 +49,7 @@ class Experts:
         self._seeds = arrays["seed"]
         # Views of memory: an element of theirs costs a tenth of one of an array.
         self._valid, self._counts = memoryview(arrays["label_valid"]), memoryview(arrays["expert"][worker])
+        self._success = memoryview(arrays["success"])
         self._plain, self._wholes = (
             self._paths == [()],
             self._labels[0].dtype.kind in "iu" and self._labels[0].ndim == 1,
@@ -73,6 +76,10 @@ class Experts:
         self._valid[row] = False
         observation, reward, ended, info = outcome
         info = info if isinstance(info, dict) else {}
+        if "success" in info:
+            self._success[row] = bool(info["success"])
+        else:  # few say it at the start of an episode too
+            self._success[row] = 0 if action is None and self._success[row] != UNTOLD else UNTOLD
         if action is None:
             self._generators[row] = find_generators(environment)
         generators = self._generators[row]
