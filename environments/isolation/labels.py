@@ -46,6 +46,17 @@ class Labels:
     def __init__(self, id: str, space: gymnasium.Space, batch_size: int):
         self._id, self._space, self._batch_size = id, space, batch_size
         self._leaves = spaces.leaves(space)
+        # Looked at with every time step: of each leaf its number of choices, the first of them and where they begin in
+        # a mask, or its bounds.
+        self._sizes = [np.array(spaces.choices(leaf.space), np.int64) for leaf in self._leaves]
+        self._firsts = [spaces.first_value(leaf.space) if spaces.choices(leaf.space) else 0 for leaf in self._leaves]
+        starts = np.cumsum([0, *(size for sizes in self._sizes for size in sizes)])[:-1]
+        self._offsets = np.split(starts, np.cumsum([len(sizes) for sizes in self._sizes])[:-1])
+        self._bounds = [
+            spaces.bounds(leaf.space) if not len(sizes) else None
+            for leaf, sizes in zip(self._leaves, self._sizes, strict=True)
+        ]
+        self._rows = np.arange(batch_size)[:, None]
         self._nonsense, self._notes = 0, list[str]()
 
     def wanted(self, workers: int) -> dict[str, tuple[tuple[int, ...], typing.Any]]:
@@ -76,17 +87,15 @@ class Labels:
         valid_B = self._valid_B & ~last_B
         values = [value.copy() for value in self._values]
         allowed_B = np.ones_like(valid_B)
-        start = 0
-        for i, leaf in enumerate(self._leaves):
-            if sizes := spaces.choices(leaf.space):
-                index = (values[i].astype(np.int64) - spaces.first_value(leaf.space)).reshape(self._batch_size, -1)
-                inside = (index >= 0) & (index < np.array(sizes))
+        for i, limits in enumerate(self._bounds):
+            if limits is None:
+                index = (values[i].astype(np.int64) - self._firsts[i]).reshape(self._batch_size, -1)
+                inside = (index >= 0) & (index < self._sizes[i])
                 if mask is not None:
-                    offsets = start + np.cumsum([0, *sizes[:-1]])
-                    inside &= np.take_along_axis(mask, np.where(inside, index, 0).astype(np.int64) + offsets, 1)
-                start += sum(sizes)
+                    place = np.where(inside, index, 0) + self._offsets[i]
+                    inside &= mask[self._rows, place]
             else:
-                values[i], inside = _within(values[i], *spaces.bounds(leaf.space))
+                values[i], inside = _within(values[i], *limits)
             allowed_B &= inside.reshape(self._batch_size, -1).all(1)
         if np.count_nonzero(valid_B & ~allowed_B):
             self._leave_out(valid_B & ~allowed_B)
