@@ -134,12 +134,12 @@ def train(workdir: pathlib.Path, steps: int) -> dict[str, typing.Any]:
             references=references.ReferencesConfig(algorithms="expert"),
             collect=collect.CollectStageConfig(data=collecting.CollectConfig(streams=96, steps=512)),
             pretrain=pretrain.PretrainConfig(training=TrainingConfig(steps=steps)),
-            evaluate=evaluate.EvaluateConfig(num_envs=64, episodes=8),
+            evaluate=evaluate.EvaluateConfig(num_envs=256, episodes=16),
         )
         report = quickstart.run(config, workdir / expert)
         for found in report["environments"]:
             result[found["id"]] = {"expert": expert, "z": found["z"]}
-            print(f"{found['id']:>45} {expert:>14} z {found['z']['mean']:.3f}")
+            print(f"{found['id']:>45} {expert:>14} z {found['z']:.3f}")
     return result
 
 
