@@ -321,7 +321,9 @@ def _describe(target: pathlib.Path) -> dict[str, typing.Any]:
     try:
         description = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise PolicyError(f"{target} holds no policy: there is no {path}") from error
+        inside = target / "policy"  # of a run
+        hint = f"; pass {inside}" if (inside / _FILE).exists() else ""
+        raise PolicyError(f"{target} holds no policy: there is no {path}{hint}") from error
     except ValueError as error:
         raise PolicyError(f"{path} is damaged: {error}") from error
     schema = description.get("schema") if isinstance(description, dict) else None

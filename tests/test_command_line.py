@@ -75,6 +75,8 @@ def test_play_tells_each_episode_and_the_same_seed_the_same_ones(monkeypatch, ca
         (("play", CATCH, "--policy=FOLDER", "--video=catch.avi"), "expected a path that ends in .mp4"),
         (("play", CATCH, "--policy=FOLDER", "--video=nowhere/catch.mp4"), "no folder nowhere for the video: make it"),
         (("list", "--library=pgx", "--domain=navigation"), "domain is board games"),
+        (("play", CATCH, "--policy=FOLDER/.."), "holds no policy: there is no"),
+        (("play", CATCH, "--policy=FOLDER/.."), "; pass "),
         (("report", "nowhere"), "nowhere"),
     ],
 )
