@@ -10,11 +10,13 @@ last line is one JSON object:
     environments, made by the benchmark itself, over plain;
   kinds: the training step on each kind of space alone, over plain;
   loader_steps_per_s: windows that the loader's one thread encodes, in time steps per second, by length of window;
+  loop_to_step: time of a step in the loop over that of the step on one of the loop's own batches;
   loader_to_step: the loader's rate over that of the step on the same batches;
   <size>_to_matmul: FLOP/s of the plain step over the best float32 product, only 6N and causal attention counting;
   compile_s, programs: seconds of compilation of the loop, and how many programs it compiles.
 
-`--only=kinds` or `--only=mixture` measures that part alone. With `--data=FOLDER` the data are kept and used again.
+`--only=kinds`, `--only=mixture` (the loop) or `--only=loader` measures that part alone, and `--kinds=text` one kind, in
+less than a minute each once the programs are compiled. With `--data=FOLDER` the data are kept and used again.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from .kinds import KINDS, PLAIN, make_codec, make_example
 from .timing import PRODUCTS, Contenders, Times, compare, matrix_products
 
 _STREAMS, _LONG_WINDOW = 32, 1024
-_LOOP_STEPS = 30
+_LOOP_STEPS = 20
 """Of the loop in one call: many beside the batches that the loader holds ready when it begins."""
 
 
@@ -159,9 +161,10 @@ def loop_contender(
     return steps
 
 
-def measure_mixture(config: PretrainConfig, folder: pathlib.Path, arguments: argparse.Namespace) -> dict[str, float]:
+def measure_mixture(
+    config: PretrainConfig, dataset: Dataset, folder: pathlib.Path, repetitions: int
+) -> dict[str, float]:
     """The loop against the step on its own batches and against the plain step."""
-    dataset = make_dataset(folder / "dataset")
     prepared = prepare(config, dataset)
     rows = sum(prepared.batches.rows.values())
     codec = make_codec(*KINDS[PLAIN], PLAIN)
@@ -176,16 +179,15 @@ def measure_mixture(config: PretrainConfig, folder: pathlib.Path, arguments: arg
             "step": step_contender(prepared.cfg, config, jax.device_put(prepared.batches.train[0])),
             "loop": loop,
         }
-        times = compare(contenders, arguments.repetitions, seconds=0.0)
+        times = compare(contenders, repetitions, seconds=0.0)
     times.seconds["loop"][:] = [seconds / _LOOP_STEPS for seconds in times.seconds["loop"]]
     _print(times, {})
-    loader = {window: measure_loader(config, dataset, window) for window in (config.window, _LONG_WINDOW)}
     return {
         "mixture_to_plain": times.speed("loop", PLAIN),
         "step_to_plain": times.speed("step", PLAIN),
+        "loop_to_step": 1 / times.speed("loop", "step"),
         "tokens": rows * config.window,
-        "loader_steps_per_s": {str(window): rate for window, rate in loader.items()},
-        "loader_to_step": loader[config.window] / (rows * config.window / times.median("step")),
+        "step_s": times.median("step"),
         "compile_s": sum(compiled),
         "programs": len(compiled),
     }
@@ -234,7 +236,7 @@ def _rounded(value: typing.Any) -> typing.Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="micro", choices=sorted(SIZES))
-    parser.add_argument("--only", default="", choices=("", "kinds", "mixture"))
+    parser.add_argument("--only", default="", choices=("", "kinds", "mixture", "loader"))
     parser.add_argument("--kinds", default="", help="only kinds with this in their name")
     parser.add_argument("--window", type=int, default=64, help="T; attention sees half of it")
     parser.add_argument("--tokens", type=int, default=3328, help="of a batch of one kind")
@@ -245,11 +247,22 @@ def main() -> None:
     model = dataclasses.replace(SIZES[arguments.size], window=arguments.window // 2)
     config = PretrainConfig(model=model, window=arguments.window)
     result: dict[str, typing.Any] = {"size": arguments.size}
-    if arguments.only != "mixture":
+    if arguments.only in ("", "kinds"):
         result |= measure_kinds(config, arguments.tokens, arguments)
     if arguments.only != "kinds":
-        with tempfile.TemporaryDirectory() as folder:
-            result |= measure_mixture(config, arguments.data or pathlib.Path(folder), arguments)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = arguments.data or pathlib.Path(temporary)
+            dataset = make_dataset(folder / "dataset")
+            if arguments.only != "loader":
+                result |= measure_mixture(config, dataset, folder, arguments.repetitions)
+            if arguments.only != "mixture":
+                rates = {
+                    str(window): measure_loader(config, dataset, window) for window in (config.window, _LONG_WINDOW)
+                }
+                result["loader_steps_per_s"] = rates
+                if "step_s" in result:
+                    steps_per_s = result["tokens"] / result["step_s"]
+                    result["loader_to_step"] = rates[str(config.window)] / steps_per_s
     print(json.dumps(_rounded(result)))
 
 

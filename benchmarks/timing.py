@@ -47,7 +47,7 @@ def compare(contenders: Contenders, repetitions: int, seconds: float) -> Times:
     calls = {}
     for name, contender in contenders.items():
         contender()
-        calls[name] = max(1, round(seconds / _time(contender, 1)))
+        calls[name] = max(1, round(seconds / _time(contender, 1))) if seconds else 1
     times: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for repetition in range(repetitions):

@@ -39,6 +39,8 @@ from ldm_jax.training.loss import drop_previous_actions, imitation_loss
 from ldm_jax.training.optimizer import is_matrix, make_optimizer, make_schedule
 from ldm_jax.types import TimeStep
 
+pytestmark = pytest.mark.usefixtures("in_haste")
+
 NANO = dataclasses.replace(SIZES["nano"], values=64)
 MODEL = make_model(NANO)
 # Compiled as a whole: one by one, their many small operations take longer.

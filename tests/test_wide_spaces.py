@@ -297,6 +297,10 @@ def test_what_a_bucket_costs_is_the_sum_of_its_parts():
         bucket = (examples.make_codec(name) if name in examples.SPACES else wide_codec(name)).bucket
         counted = cost.bucket_flops(cfg, bucket, 8, 64) + cost.flops_per_token(cfg, 2 * cfg.window).forward
         assert work(bucket) == pytest.approx(counted, rel=0.05)
+    stacked = bucket_for(gs.Box(0, 255, (60, 80, 12), np.uint8), gs.Discrete(3))
+    for bucket, message in ((stacked, "channels=16"), (wide_codec("muscles").bucket, "numeric=2048")):
+        with pytest.raises(ConfigError, match=rf"the bucket {bucket.name} needs {message} \(the model has"):
+            bucket_work(SIZES["nano"])(bucket)
 
 
 def test_parts_that_are_not_there_change_nothing():

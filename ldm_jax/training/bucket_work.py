@@ -43,7 +43,8 @@ def bucket_work(cfg: ModelConfig, drawn_slots: int = _ALL) -> collections.abc.Ca
       drawn_slots: the most of a kind that the head looks at, see `TrainingConfig`; default: all, as in acting.
 
     Returns:
-      A function from a bucket that fits it to floating-point operations, forward.
+      A function from a bucket to floating-point operations, forward. Each part of the bucket has to fit the model
+      (`ConfigError`), all of its grids and texts together need not.
     """
     one = dataclasses.replace(cfg, layers=1)
     model = make_model(one)
@@ -72,6 +73,8 @@ def bucket_work(cfg: ModelConfig, drawn_slots: int = _ALL) -> collections.abc.Ca
     nothing = decoder + cost.bucket_flops(cfg, _NOTHING, _ROWS, _STEPS)
 
     def work(bucket: Bucket) -> float:
+        for one in _parts(bucket):
+            cfg.check_fits(one, f"the bucket {bucket.name}")
         total = nothing + sum(part(grids=(grid,)) for grid in bucket.grids)
         if bucket.texts:
             total += part(texts=(cfg.text,)) * sum(bucket.texts) / cfg.text
@@ -86,3 +89,12 @@ def bucket_work(cfg: ModelConfig, drawn_slots: int = _ALL) -> collections.abc.Ca
         return total
 
     return work
+
+
+def _parts(bucket: Bucket) -> collections.abc.Iterator[Bucket]:
+    """Its grids and texts one by one, and what is left without them."""
+    yield dataclasses.replace(bucket, grids=(), texts=())
+    for grid in bucket.grids:
+        yield dataclasses.replace(_NOTHING, grids=(grid,))
+    for text in bucket.texts:
+        yield dataclasses.replace(_NOTHING, texts=(text,))

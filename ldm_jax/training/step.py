@@ -29,6 +29,10 @@ KEY_IMPL = "threefry2x32"
 """The kind of all keys of training: a run draws the same whatever kind the process has for its default."""
 
 
+_IN_HASTE: dict[str, typing.Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""For a CPU's programs that take longer to be optimized than they run."""
+
+
 class TrainState(typing.NamedTuple):
     """All that a training step changes; a pytree.
 
@@ -52,8 +56,10 @@ def init_state(model: Model, cfg: TrainingConfig, mesh: jax.sharding.Mesh | None
     """Fresh parameters and optimizer state, a pure function of the seed; split over the mesh if there is one."""
     init = functools.partial(_init_state, model, cfg)
     shardings = _shardings(state_shapes(model, cfg, mesh)) if mesh else None
-    # Hundreds of small arrays: one program compiles faster than each of them.
-    return jax.jit(init, out_shardings=shardings)()
+    # Hundreds of small arrays: one program compiles faster than each of them. It runs once.
+    options = _IN_HASTE if jax.default_backend() == "cpu" else None
+    # Lowered apart, since a function with options cannot be traced inside another one.
+    return jax.jit(init, out_shardings=shardings).lower().compile(options)()
 
 
 def state_shapes(model: Model, cfg: TrainingConfig, mesh: sharding.AnyMesh | None = None) -> TrainState:
