@@ -2,11 +2,13 @@
 
 Writes one group per environment to `dataset/`, whole or not at all. Killed and started again, it collects only what is
 missing; a group whose reference has changed since is collected anew. One that fails, crashes or hangs does not stop the
-others.
+others; the table of all comes last. Episodes that fail are kept, and counted in it.
 """
 
 from __future__ import annotations
 
+import collections
+import collections.abc
 import dataclasses
 import functools
 import pathlib
@@ -24,7 +26,7 @@ from experiments.harness.dry_run import TO_DO, Planned
 from experiments.harness.engine import work_on
 from experiments.harness.experts import check_same_expert
 from experiments.harness.ids import spec_of
-from experiments.harness.outcomes import in_one_line, read_outcome
+from experiments.harness.outcomes import UnitOutcome, failure, in_one_line, outcome_table, read_outcome
 from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.units import LOCAL, Engine, Job, Travel, UnitsConfig
 from experiments.harness.workdir import listed, pin_config, resolved, seed_of
@@ -71,7 +73,7 @@ def foresee(config: CollectStageConfig, workdir: pathlib.Path, environments: tup
     return planned
 
 
-@stage("collect", among=_listed, plan=foresee)
+@stage("collect", among=lambda config, workdir: _listed(workdir), plan=foresee)
 def run(
     config: CollectStageConfig, workdir: pathlib.Path, environments: tuple[str, ...] = (), *, engine: Engine = LOCAL
 ) -> None:
@@ -96,17 +98,19 @@ def run(
     units = [unit for unit in todo.units if not _is_done(dataset, _load(workdir, unit.id))]
     workers = config.workers_for(len(environments or todo.units))
     for id, outcome in build_all((unit.id for unit in units), workers, config.build_seconds, engine).items():
-        todo.fail(id, outcome.reason)
-    units = [unit for unit in units if unit.id not in todo.failed]
+        todo.fail(id, outcome)
+    units = [unit for unit in units if unit.id not in todo.outcomes]
     job = Job(functools.partial(_collect, config), _prepare)
     travel = Travel(workdir, _needed, _moved, _arrived)
     for each in work_on("collect", units, job, config, workers=workers, engine=engine, travel=travel):
         if isinstance(each.result, dict):
+            todo.outcomes[each.unit.id] = UnitOutcome("collected", _summary(each.result))
             progress.log("collected", id=each.unit.id, **each.result)
         else:
-            todo.fail(each.unit.id, each.result or each.reason)
-    if todo.failed:
-        raise UnitsFailedError(todo.failed)
+            todo.fail(each.unit.id, UnitOutcome("failed", each.result or each.reason, each.cause))
+    print(outcome_table({unit.id: _BEFORE for unit in todo.units} | todo.outcomes))
+    if failed := {id: each.reason for id, each in todo.outcomes.items() if each.verdict == "failed"}:
+        raise UnitsFailedError(failed)
 
 
 class CollectUnit(typing.NamedTuple):
@@ -117,15 +121,23 @@ class CollectUnit(typing.NamedTuple):
     steps: int
 
 
+_BEFORE = UnitOutcome("collected", "before")
+
+
+def _summary(facts: collections.abc.Mapping[str, typing.Any]) -> str:
+    text = "{steps:,} steps, {episodes:,} episodes of which {failed:,} failed, {faults:,} faults survived"
+    return text.format(**facts)
+
+
 class _ToDo(typing.NamedTuple):
-    """What is known before: what is to be collected, and why nothing is of others."""
+    """What is to be collected, and what came of each environment of which that is known."""
 
     units: list[CollectUnit]
-    failed: dict[str, str]
+    outcomes: dict[str, UnitOutcome]
 
-    def fail(self, id: str, reason: str) -> None:
-        self.failed[id] = reason
-        progress.log("failed", id=id, reason=reason)
+    def fail(self, id: str, outcome: UnitOutcome) -> None:
+        self.outcomes[id] = outcome
+        progress.log("failed", id=id, reason=outcome.reason)
 
 
 def _examine(config: CollectStageConfig, workdir: pathlib.Path, named: tuple[str, ...]) -> _ToDo:
@@ -139,9 +151,10 @@ def _examine(config: CollectStageConfig, workdir: pathlib.Path, named: tuple[str
                 streams = collect.affordable_streams(scored.policy.spec, config.data)
                 found.units.append(CollectUnit(id, workdir, streams * config.data.steps))
             else:
+                found.outcomes[id] = UnitOutcome("refused", scored.admission.reason)
                 progress.log("refused", id=id, reason=scored.admission.reason)
         except LdmError as error:
-            found.fail(id, in_one_line(error))
+            found.fail(id, failure(error))
     return found
 
 
@@ -191,6 +204,8 @@ def _collect(config: CollectStageConfig, unit: CollectUnit, advance: progress.Ad
         check_same_expert(unit.id, scored.policy.reference)
         streams = collect.affordable_streams(scored.policy.spec, config.data)
         with opened_for(registry.make, scored.policy, streams) as environment:
+            # What is cut off where a worker fails stays in the data, and its place is filled again.
+            faults: collections.abc.Mapping[str, int] = getattr(environment, "faults", {})
             seed = seed_of(config.seed, "collect", unit.id)
             collected = collect.collect(environment, scored.policy, seed, config.data, advance)
         card = EnvironmentCard.of(
@@ -213,6 +228,8 @@ def _collect(config: CollectStageConfig, unit: CollectUnit, advance: progress.Ad
         "streams": streams,
         "steps": collected.statistics.steps,
         "episodes": len(collected.episodes.start),
+        "failed": int(collected.episodes.failed(config.data.steps, scored.random_returns.mean).sum()),
+        "faults": sum(faults.values()),
         "random": collected.random,
         "agreement": collected.agreement,
         "unlabelled": collected.statistics.unlabelled,

@@ -75,6 +75,7 @@ class Described(typing.NamedTuple):
       returns: `float64 [E]`, of the episodes that ended.
       noise: `float32 [E]`, of all episodes.
       ended: `bool [N]`, which of all episodes those of `returns` are.
+      failed: episodes that ended with no more than the random policy gets on average.
     """
 
     card: EnvironmentCard
@@ -84,26 +85,28 @@ class Described(typing.NamedTuple):
     returns: np.ndarray
     noise: np.ndarray
     ended: np.ndarray
+    failed: int
 
 
 def look_at(dataset: Dataset, id: str) -> Described:
     """What there is of an environment; reads its card and its episodes alone."""
     returns, noise, ended = [np.zeros(0)], [np.zeros(0, np.float32)], [np.zeros(0, bool)]
-    parts = dataset.parts(id)
+    parts, card, failed = dataset.parts(id), dataset.card(id), 0
     for part in parts:
         index = part.episodes
-        # The last episode of a stream may have been cut off by the end of the data.
-        ended.append(index.start + index.length < part.steps)
+        ended.append(index.ended(part.steps))
         returns.append(index.return_[ended[-1]])
+        failed += int(index.failed(part.steps, card.random_returns.mean).sum())
         noise.append(index.noise)
     return Described(
-        dataset.card(id),
+        card,
         sum(part.steps * part.streams for part in parts),
         sum(part.record.nbytes for part in parts),
         dataset.storage.stored_bytes(f"{id}/"),
         np.concatenate(returns),
         np.concatenate(noise),
         np.concatenate(ended),
+        failed,
     )
 
 
@@ -134,8 +137,8 @@ def describe_dataset(
         stored = None if None in sizes else sum(size or 0 for size in sizes)
         raw = sum(each.raw for each in members)
         rows.append((domain, str(len(members)), f"{transitions:,}", *_per(transitions, raw, stored)))
-    heads = ("transitions", "bytes", "stored", "episodes", "returns", "random", "reference", "labels", "by", "noise")
-    named = [("environment", *heads)]
+    heads = ("transitions", "bytes", "stored", "episodes", "failed", "returns", "random", "reference")
+    named = [("environment", *heads, "labels", "by", "noise")]
     for each in found:
         named.append(
             (
@@ -143,6 +146,7 @@ def describe_dataset(
                 f"{each.transitions:,}",
                 *_per(each.transitions, each.raw, each.stored),
                 f"{len(each.returns):,}",
+                f"{each.failed:,}",
                 _quantiles(each.returns),
                 f"{each.card.random_returns.mean:.4g}",
                 f"{each.card.reference_returns.mean:.4g}",
@@ -158,7 +162,8 @@ def describe_dataset(
         "",
         *_columns(rows),
         "",
-        "returns: quantiles 0.1, 0.5 and 0.9 of episodes that ended; labels: the share of steps that have one, the "
+        "returns: quantiles 0.1, 0.5 and 0.9 of episodes that ended; failed: of these, no better than random is on "
+        "average; labels: the share of steps that have one, the "
         "ends of episodes aside; by: whose they are",
         *_columns(named),
     ]

@@ -27,7 +27,7 @@ from ldm_jax.model.config import SIZES
 from ldm_jax.training.checkpoints import Checkpoints
 
 
-@stage("pretrain", among=lambda workdir: open_dataset(workdir / "dataset").ids)
+@stage("pretrain", among=lambda config, workdir: open_dataset(config.dataset or workdir / "dataset").ids)
 def run(
     config: PretrainConfig, workdir: pathlib.Path, environments: tuple[str, ...] = (), data: pathlib.Path | None = None
 ) -> None:
@@ -37,7 +37,7 @@ def run(
       config: what to train.
       workdir: where everything is written.
       environments: ids to train on; empty for all in the dataset. Those that do not fit the model are left out.
-      data: the dataset; default: `dataset/` in the workdir.
+      data: the dataset; default: the one that the configuration names.
 
     Raises:
       WorkdirError: the workdir cannot be used.
@@ -48,7 +48,8 @@ def run(
       Interrupted: a signal asked for the end.
     """
     connect(config.hosts)
-    mesh, batches, cfg, model, shapes = prepare(config, open_dataset(data or workdir / "dataset"), environments)
+    dataset = open_dataset(data or config.dataset or workdir / "dataset")
+    mesh, batches, cfg, model, shapes = prepare(config, dataset, environments)
     with Validation(config.evaluation, model, cfg, batches, config.decoding, mesh) as validate:
         pin_config(workdir, "pretrain", config, owns=("checkpoints", "metrics.jsonl", "tensorboard", "policy"))
         barrier("pinned")

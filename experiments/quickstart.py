@@ -98,7 +98,7 @@ def run(
       config: of the stages.
       workdir: everything is written there; it must be empty, or begun with the same configuration.
       environments: overrides `config.environments`; empty for those.
-      engine: where references and data are made; what is trained is trained here.
+      engine: where environments are worked on; what is trained is trained here.
 
     Returns:
       The contents of `report/scores.json`.
@@ -120,7 +120,7 @@ def run(
     with _going_on(failed):
         collect.run(config.collect, workdir, tuple(id for id in ids if id not in failed), engine=engine)
     pretrain.run(config.pretrain, workdir)
-    return evaluate.run(config.evaluate, workdir, ids, failed)
+    return evaluate.run(config.evaluate, workdir, ids, failed, engine=engine)
 
 
 def _check(config: QuickstartConfig, ids: tuple[str, ...]) -> None:

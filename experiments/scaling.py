@@ -88,7 +88,7 @@ def shape(name: str, base: ModelConfig) -> ModelConfig:
     return dataclasses.replace(base, width=width, layers=layers, heads=heads, kv_heads=heads, feed_forward=2 * width)
 
 
-@stage("scaling", among=lambda workdir: open_dataset(workdir / "dataset").ids)
+@stage("scaling", among=lambda config, workdir: open_dataset(workdir / "dataset").ids)
 def run(config: ScalingConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> dict[str, typing.Any]:
     """Trains what is missing, and fits.
 

@@ -111,6 +111,8 @@ def environment_of(folder: pathlib.Path) -> dict[str, str]:
         "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
         "PIP_RETRIES": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_register_timeout_seconds": "900",  # a busy machine is not a lost one
+        "RAY_health_check_timeout_ms": "120000",
     }
 
 

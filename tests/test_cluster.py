@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,12 +16,13 @@ import threading
 import time
 
 import pytest
+import test_evaluate
 
 from data.collect import CollectConfig
 from data.references import load_reference
 from data.store import open_dataset, verify_dataset
-from experiments import collect, references
-from experiments.harness import cluster
+from experiments import collect, evaluate, references
+from experiments.harness import cluster, outcomes
 from experiments.harness.engine import run_units
 from experiments.harness.units import (
     DIED,
@@ -47,6 +50,7 @@ def machines():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_register_timeout_seconds", "600")  # a busy machine is not a lost one
         patch.setenv(
             "PYTHONPATH", os.pathsep.join([str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         )
@@ -159,7 +163,7 @@ def test_what_a_unit_reads_gets_there_and_what_it_writes_gets_back_whole(machine
     assert sorted(seen) == ["a", "b"] and not (tmp_path / ".arriving").exists()
 
 
-def test_references_and_data_made_on_a_cluster_are_those_that_are_made_here(machines, tmp_path):
+def test_references_data_and_scores_made_on_a_cluster_are_those_that_are_made_here(machines, tmp_path):
     id, engine = "envpool/FrozenLake-v1", Engine("ray", machines.address)
     making = references.ReferencesConfig(budget=0.01, num_envs=16, episodes=16, workers=0)
     collecting = collect.CollectStageConfig(data=CollectConfig(streams=4, steps=64, block=64), workers=0)
@@ -172,6 +176,13 @@ def test_references_and_data_made_on_a_cluster_are_those_that_are_made_here(mach
     verify_dataset(arrived)
     assert arrived.configuration == made.configuration and arrived.ids == made.ids == (id,)
     assert arrived.card(id) == made.card(id) and arrived.group(id).parts == made.group(id).parts, "checksums and all"
+    scored = {}
+    for workdir, where in ((tmp_path / "here", LOCAL), (tmp_path / "there", engine)):
+        shutil.rmtree(workdir / "references")
+        test_evaluate.lay_out(workdir, test_evaluate.OLD)
+        scored[where] = evaluate.run(dataclasses.replace(test_evaluate.CONFIG, together=1), workdir, engine=where)
+        assert {outcomes.read_outcome(workdir / "evaluation" / id).verdict for id in test_evaluate.OLD} == {"evaluated"}
+    assert scored[LOCAL]["environments"] == scored[engine]["environments"]
     assert not any((tmp_path / "there").rglob(".arriving*"))
 
 
@@ -217,6 +228,13 @@ def test_a_unit_that_no_machine_has_room_for_is_said(machines, tmp_path, monkeyp
     for needs in (Needs(64, 0.1), Needs(1, 1e6)):
         with pytest.raises(ClusterError, match=r"no machine of the cluster has as much: they have 2 and"):
             [*work(machines, tmp_path, ["a"], needs=needs)]
+
+
+def test_a_cluster_that_begins_nothing_is_said(machines, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cluster, "NOTICE_S", 0.0)
+    with caplog.at_level("INFO", logger="ldm_jax"):
+        assert [each.result for each in work(machines, tmp_path, ["a"])] == ["a: done"]
+    assert "waiting units=1 reason=no machine has begun one" in caplog.text
 
 
 @pytest.mark.parametrize(

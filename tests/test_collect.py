@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import os
 import pathlib
 import pickle
@@ -127,6 +128,18 @@ def test_episodes_tile_the_streams(case):
         assert ended or start + length == STEPS, "only the end of the data cuts an episode off"
         assert seed == 7 and noise == noise_levels(STREAMS)[stream]
     assert (seen == 1).all()
+
+
+def test_failed_episodes_stay_in_the_data_and_are_counted(case):
+    _, _, collected = case
+    random = float(np.median(collected.episodes.return_))
+    failed = 0
+    for stream in range(STREAMS):
+        firsts = [*np.flatnonzero(collected.leaves["first"][:, stream])]
+        for begin, after in itertools.pairwise(firsts):  # the last one is cut off
+            failed += collected.leaves["reward"][begin:after, stream].sum(dtype=np.float64) <= random
+    assert collected.episodes.failed(STEPS, random).sum() == failed > 0
+    assert not collected.episodes.failed(STEPS, -np.inf).any()
 
 
 def test_statistics_are_those_of_the_data(case):

@@ -34,10 +34,13 @@ PARAMS = examples.random_params(make_model(NANO))
 HOST = ("envpool/CliffWalking-v1", "envpool/FrozenLake-v1", "envpool/FrozenLake8x8-v1", "envpool/Taxi-v3")
 CLIFF, LAKE = OLD = HOST[:2]
 ISOLATED = "misbehaving/Steady-v0"
-CONFIG = evaluate.EvaluateConfig(num_envs=4, episodes=6, rows=8, buckets=1)
+DYING = "dying/Cliff-v1"
+CONFIG = evaluate.EvaluateConfig(num_envs=4, episodes=6, rows=8, buckets=1, workers=0)
 
 
 def spec_of(id):
+    if id == DYING:
+        return dataclasses.replace(spec_of(CLIFF), id=DYING, library="dying", version="1.0")
     made = misbehaving("Steady", 1) if id == ISOLATED else contextlib.closing(environments.make(id))
     with made as environment:
         return environment.spec
@@ -88,6 +91,7 @@ def by_id(found):
 def stamps(workdir):
     """Of each finished evaluation, whatever would change if it were written again."""
     paths = (workdir / "evaluation").rglob("[!.]*.json")
+    paths = [path for path in paths if path.name != "outcome.json"]
     return {path.relative_to(workdir): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
@@ -182,7 +186,7 @@ def making(monkeypatch, **limits):
                 return real(id, rows)
             return Dying(stack.enter_context(misbehaving("Steady", rows, **limits)))
 
-        monkeypatch.setattr(evaluate.registry, "make", make)
+        monkeypatch.setattr(environments, "make", make)
         return stack.pop_all()
 
 
@@ -198,6 +202,63 @@ def test_a_worker_that_dies_costs_its_own_environment_at_most_and_is_counted(str
         found = by_id(evaluate.run(CONFIG, workdir))
     assert found[ISOLATED]["faults"] == {"crash": 1} and found[ISOLATED]["episodes"] == 4 * 6
     assert before.items() < stamps(workdir).items(), "what was played before is not played again"
+
+
+ADAPTER = """
+import contextlib
+import dataclasses
+import os
+
+import environments
+
+def candidates():
+    return {"Cliff-v1": ""}
+
+class Dying:
+    def __init__(self, inner):
+        self.inner, self.steps = inner, 0
+        self.spec = dataclasses.replace(inner.spec, id="dying/Cliff-v1", library="dying", version="1.0")
+
+    def reset(self, key):
+        return self.inner.reset(key)
+
+    def step(self, state, action):
+        self.steps += 1
+        if self.steps > 3:
+            os._exit(7)
+        return self.inner.step(state, action)
+
+    def close(self):
+        self.inner.close()
+
+def make(name, batch_size, time_limit):
+    return Dying(environments.make("envpool/CliffWalking-v1", batch_size))
+"""
+
+
+def test_an_environment_that_ends_its_process_costs_the_others_nothing(straight, tmp_path):
+    workdir, plugin = lay_out(tmp_path / "run", (*OLD, DYING)), tmp_path / "plugin"
+    information = plugin / "dying-1.0.dist-info"
+    information.mkdir(parents=True)
+    (plugin / "dying_adapter.py").write_text(ADAPTER)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: dying\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[ldm_jax.environments]\ndying = dying_adapter\n")
+    changes = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(CONFIG)} | {"workers": 1}
+    command = [sys.executable, "-m", "experiments.evaluate", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in changes.items()]
+    path = os.pathsep.join([str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 1 and "1 failed, the others are done" in done.stderr.splitlines()[-1], done.stderr
+    found = by_id(json.loads((workdir / "report" / "scores.json").read_text()))
+    assert "ends its process with status 7" in found[DYING]["reason"]
+    assert all(found[id] == by_id(straight[0])[id] for id in OLD), "alone or together, they play the same"
+    outcomes = {id: json.loads((workdir / "evaluation" / id / "outcome.json").read_text()) for id in found}
+    assert {id: each["verdict"] for id, each in outcomes.items()} == {
+        CLIFF: "evaluated",
+        LAKE: "evaluated",
+        DYING: "failed",
+    }
+    assert outcomes[DYING]["reason"] == found[DYING]["reason"]
 
 
 def test_an_environment_that_is_another_now_is_said_and_the_others_are_scored(straight, workdir, tmp_path):

@@ -241,6 +241,25 @@ def test_where_there_is_no_podman_auto_is_a_virtual_environment_and_container_sa
     assert groups.isolated_libraries()["corridor"].is_built
 
 
+def test_what_has_to_be_built_is_what_will_be_used_and_an_image_that_fails_is_not_tried_each_time(group, monkeypatch):
+    environments.make("corridor/Steady-v0").close()
+    assert registry.unbuilt_group("corridor") == ""
+    tried = []
+
+    def fail(spec):
+        tried.append(spec)
+        raise ldm_jax.LibraryMissingError("no network")
+
+    monkeypatch.setattr(containers, "problem", lambda: None)
+    monkeypatch.setattr(containers, "build_image", fail)
+    assert registry.unbuilt_group("corridor") == "corridor", "its image comes before the virtual environment"
+    for _ in range(2):
+        registry.build_group("corridor")
+        assert registry.unbuilt_group("corridor") == "" and len(tried) == 1
+    monkeypatch.setattr(containers, "TRIED_AGAIN_S", -1.0)
+    assert registry.unbuilt_group("corridor") == "corridor"
+
+
 def test_a_build_that_fails_leaves_nothing_but_its_log(tmp_path, cache, caplog):
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("no-such-package-anywhere==1.0\n")

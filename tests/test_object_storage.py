@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 from tiny_datasets import ID, append
 
 from data import store
+from data.store import storage
 
 
 def ask(url, method, body=None):
@@ -126,6 +128,19 @@ def test_a_bucket_without_permission_is_said_to_be_one(server):
             assert "delete the group" not in str(caught.value) and "\n" not in str(caught.value)
     finally:
         ask(f"{server}/moto-api/reset-auth", "POST", b"inf")
+
+
+def test_a_bucket_that_does_not_answer_is_said_to_be_out_of_reach(monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_RETRIES", 1)
+    monkeypatch.setattr(storage, "ANSWERED_S", 1.0)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(store.StoreError, match=r"cannot reach s3://mine/a: no answer within 1 s. See to the net"):
+            store.open_dataset("s3://mine/a")
+    with pytest.raises(store.StoreError, match=r"cannot reach s3://mine/a: .*[Cc]onnect.*See to the network"):
+        store.create_dataset("s3://mine/a")
 
 
 class _Refusing(http.server.BaseHTTPRequestHandler):

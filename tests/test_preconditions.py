@@ -13,6 +13,7 @@ import os
 import pathlib
 import pickle
 import pkgutil
+import random
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ import experiments
 import ldm_jax
 from data.collect import CollectConfig
 from data.references.expert import ExpertConfig
-from data.store import open_dataset
+from data.store import open_dataset, verify_dataset
 from experiments import collect, diagnose, evaluate, pretrain, quickstart, references, scaling
 from experiments.harness import flags
 from experiments.harness.stage import UnitsFailedError
@@ -53,7 +54,7 @@ STAGES = {
             peak_flops=1e11,
         ),
     ),
-    "evaluate": (evaluate, evaluate.EvaluateConfig(num_envs=8, episodes=2)),
+    "evaluate": (evaluate, evaluate.EvaluateConfig(num_envs=8, episodes=2, workers=0)),
     "quickstart": (quickstart, quickstart.SMOKE),
     "scaling": (scaling, scaling.ScalingConfig()),
     "diagnose": (diagnose, diagnose.DiagnoseConfig()),
@@ -379,6 +380,33 @@ def test_processes_collect_the_same_data_and_one_that_takes_too_much_is_a_failur
     collect.run(STAGES["collect"][1], alone)
     found, wanted = ({k: v for k, v in files(each / "dataset").items() if "part-" in k} for each in (workdir, alone))
     assert found == wanted and len(found) > 20
+
+
+def test_killed_at_any_moment_a_collection_goes_on_and_finds_the_same(finished, workdir, tmp_path):
+    remove(workdir, "dataset")
+    draw, copies = random.Random(1), []
+    with start("collect", workdir) as process:
+        while not (workdir / "dataset").exists() and process.poll() is None:
+            time.sleep(0.01)
+        while process.poll() is None and len(copies) < 4:
+            # What is there while a process stands still is what would be there had it been killed.
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+            copies.append(tmp_path / str(len(copies)))
+            shutil.copytree(workdir, copies[-1])
+            process.send_signal(signal.SIGCONT)
+            time.sleep(draw.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+    wanted = open_dataset(finished / "dataset")
+    assert copies
+    for copied in copies:
+        assert not run("collect", copied)
+        found = open_dataset(copied / "dataset")
+        verify_dataset(found)
+        assert {id: (found.card(id), len(found.parts(id))) for id in found.ids} == {
+            id: (wanted.card(id), 1) for id in IDS
+        }
 
 
 def test_no_library_moves_results_by_changing_the_directory(finished, tmp_path, monkeypatch):

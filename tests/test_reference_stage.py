@@ -1,5 +1,6 @@
 """The stage that makes references: one bad environment costs nothing but itself, and says why."""
 
+import dataclasses
 import json
 import os
 import random
@@ -248,6 +249,14 @@ def test_a_dry_run_says_what_would_be_done_and_touches_nothing(tmp_path, monkeyp
     assert {*states} >= {*environments.select("library=gymnax").ids}
     assert ", 2 finished" in out and "to be built first: nasim" in out and "about" in out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_where_nothing_is_trained_the_scoring_of_experts_is_foreseen(tmp_path):
+    (id,) = environments.select("expert=yes limit=1").ids
+    for changes, episodes in [({"least_episodes": 64}, 64), ({"least_episodes": 8, "num_envs": 16, "episodes": 3}, 48)]:
+        config = dataclasses.replace(CONFIG, algorithms="expert", budget=9.0, **changes)
+        (planned,) = references.foresee(config, tmp_path, (id,))
+        assert planned.steps == 2 * episodes * environments.spec(id).time_limit
 
 
 @pytest.mark.parametrize(

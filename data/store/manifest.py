@@ -64,6 +64,14 @@ class EpisodeIndex(typing.NamedTuple):
     noise: np.ndarray
     stream: np.ndarray
 
+    def ended(self, steps: int) -> np.ndarray:
+        """`bool [E]`: which ended within their part of so many steps; its end cuts off the last of a stream."""
+        return self.start + self.length < steps
+
+    def failed(self, steps: int, random_return: float) -> np.ndarray:
+        """`bool [E]`: which ended with no more than a random policy gets on average; they are data as all others."""
+        return self.ended(steps) & (self.return_ <= random_return)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, EpisodeIndex) and all(map(np.array_equal, self, other))
 

@@ -18,11 +18,16 @@ from .manifest import MANIFEST, Json, StoreError
 INDEX_CACHE_BYTES = 64 << 20
 """Bound on what TensorStore keeps of a process's reads, for the indices of shards; chunks are kept by `chunks`."""
 BUCKET_RETRIES = 8
-"""Of a request to a bucket: one that cannot be reached is said to be so after a minute."""
+"""Of a request to a bucket that has answered once: a minute without an answer is no end of a run."""
+ANSWERED_S = 15.0
+"""How long a bucket may take to answer for the first time."""
+FIRST_RETRIES = 3
+"""Of the first request."""
 READS_AT_ONCE = 256
 """Bound on the small files that are asked for before the first of them has come."""
 READ_ERRORS = (ValueError, OSError, RuntimeError)
 """What TensorStore raises where a file or a place is at fault."""
+_SILENT = re.compile(r"\bUNAVAILABLE\b|\bDEADLINE_EXCEEDED\b|retry attempts failed")
 StoredArray = ts.TensorStore
 PendingRead = ts.Future
 
@@ -55,23 +60,37 @@ class Storage:
         text = text.rstrip("/") if is_url else os.path.abspath(os.path.expanduser(text))
         object.__setattr__(self, "url", text)
         _ = self._kvstore
+        if self.url.startswith(("s3://", "gs://")):
+            self._check_reachable()
 
     def __getstate__(self) -> dict[str, str]:
         return {"url": self.url}
 
     @functools.cached_property
     def _kvstore(self) -> ts.KvStore:
+        return self._open(_context())
+
+    def _open(self, context: ts.Context) -> ts.KvStore:
         spec: typing.Any = f"{self.url}/"
         if self.url.startswith("s3://"):
             spec = _s3_spec(self.url)
         elif "://" not in self.url:
             spec = {"driver": "file", "path": os.path.join(self.url, "")}
         try:
-            return ts.KvStore.open(spec, context=_context()).result()
+            return ts.KvStore.open(spec, context=context).result()
         except READ_ERRORS as error:
             raise StoreError(
                 f"cannot open {self.url}: {reason(error)}. Expected a path or a file, memory, s3 or gs URL"
             ) from error
+
+    def _check_reachable(self) -> None:
+        """Raises StoreError where nothing answers: whatever is answered is said when the place is used."""
+        try:
+            self._open(_context(FIRST_RETRIES)).read(MANIFEST).result(timeout=ANSWERED_S)
+        except (*READ_ERRORS, TimeoutError) as error:
+            if isinstance(error, TimeoutError) or _SILENT.search(str(error)):
+                why = reason(error) or f"no answer within {ANSWERED_S:g} s"
+                raise StoreError(f"cannot reach {self.url}: {why}. See to the network, and to its endpoint") from error
 
     @functools.cached_property
     def _folder(self) -> str | None:
@@ -171,7 +190,9 @@ class Storage:
     def check_array(self, folder: str, metadata: Json) -> None:
         """Raises what `READ_ERRORS` names where the zarr.json in a folder is missing, damaged or not this one."""
         ts.open(
-            self._array_spec(folder, metadata) | {"recheck_cached_metadata": True}, open=True, context=_context()
+            self._array_spec(folder, metadata) | {"recheck_cached_metadata": True},
+            open=True,
+            context=_context(),
         ).result()
 
     def stored_bytes(self, folder: str) -> int | None:
@@ -266,9 +287,9 @@ def reason(error: BaseException) -> str:
 
 
 @functools.cache
-def _context() -> ts.Context:
+def _context(max_retries: int = BUCKET_RETRIES) -> ts.Context:
     # One for the process: the cache is then bounded as a whole, and `memory://` names one place.
-    retries = {"max_retries": BUCKET_RETRIES, "initial_delay": "500ms", "max_delay": "16s"}
+    retries = {"max_retries": max_retries, "initial_delay": "500ms", "max_delay": "16s"}
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": INDEX_CACHE_BYTES},

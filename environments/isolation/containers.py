@@ -43,7 +43,8 @@ _SUITES = {"3.9": "bullseye", "3.11": "bookworm", "3.13": "trixie"}
 _LABEL = "ldm_jax.host"
 _WALLS = ("--init", "--network=none", "--read-only", "--cap-drop=ALL", "--env=HOME=/tmp")
 _SERVICE_TIMEOUT_S, _END_TIMEOUT_S, _PULL_TIMEOUT_S, _PROBE_TIMEOUT_S = 30.0, 30.0, 120.0, 60.0
-_TRIED_AGAIN_S = 3600.0
+TRIED_AGAIN_S = 3600.0
+"""After which an image is tried again that could not be built."""
 _SERVICE_IDLE_S = 300  # after which a service ends whose host was killed, where the kernel does not see to it
 
 _log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def may_be_built(spec: venvs.VenvSpec) -> bool:
     if problem() is not None:
         return False
     try:
-        return time.time() - _failed(spec).stat().st_mtime > _TRIED_AGAIN_S
+        return time.time() - _failed(spec).stat().st_mtime > TRIED_AGAIN_S
     except FileNotFoundError:
         return True
 

@@ -35,13 +35,16 @@ _AHEAD = 2  # units that are handed over for each core of the cluster, so that n
 REACHED_S = 5.0
 """How long an address may take to answer."""
 _HOST_TICK_S = 1.0
+NOTICE_S = 60.0
+"""How long no unit may have begun, until that is said."""
 # Ray speaks gRPC, over HTTP/2: whoever is greeted so answers with settings, and the fourth byte of a frame is its type.
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _HTTP2_SETTINGS = b"\x04"
 _ARRIVING = ".arriving"
 
 _Said = tuple[str, typing.Any]
-"""`("advance", n)`, `("piece", bytes)` of what was written, then `("finished", Finished)` or `("raised", error)`."""
+"""`("begun", host)`, `("advance", n)`, `("piece", bytes)` of what was written, then `("finished", Finished)` or
+`("raised", error)`."""
 
 
 def run_on_cluster(
@@ -67,6 +70,7 @@ def run_on_cluster(
         work = ray.remote(num_returns="streaming", max_retries=0)(_work)
         work = work.options(num_cpus=needs.cores, memory=int(needs.memory_gb * 1e9))
         flying: list[_Trip[U, R]] = []
+        noticed_s = time.monotonic()
         common = ray.put(parcels.pack(travel.root, travel.common)) if travel and travel.common else b""
         try:
             while waiting or flying:
@@ -75,6 +79,11 @@ def run_on_cluster(
                 while waiting and len(flying) < _AHEAD * ray.cluster_resources().get("CPU", 1) + 1:
                     flying.append(waiting.popleft().begin(work, job, limits, travel, arriving, common))
                 ready, _ = ray.wait([trip.stream for trip in flying], num_returns=len(flying), timeout=TICK_S)
+                if any(trip.begun for trip in flying):
+                    noticed_s = time.monotonic()
+                elif time.monotonic() - noticed_s > NOTICE_S:
+                    noticed_s = time.monotonic()
+                    progress.log("waiting", units=len(flying), reason="no machine has begun one; `ray status` says why")
                 for trip in [trip for trip in flying if any(trip.stream is each for each in ready)]:
                     ended = trip.listen(ray, advance)
                     if ended is None:
@@ -98,6 +107,7 @@ class _Trip(typing.Generic[U, R]):
     unit: U
     attempt: int = 0
     steps: int = 0
+    begun: bool = False
     stream: typing.Any = None
     arriving: pathlib.Path | None = None
 
@@ -110,7 +120,7 @@ class _Trip(typing.Generic[U, R]):
         arriving: pathlib.Path | None,
         common: typing.Any,
     ) -> _Trip[U, R]:
-        self.attempt, self.steps = self.attempt + 1, 0
+        self.attempt, self.steps, self.begun = self.attempt + 1, 0, False
         self.arriving = parcels.place_in(arriving) if arriving else None
         moved = travel.moved if travel else None
         files = parcels.pack(travel.root, travel.needed(self.unit)) if travel else b""
@@ -122,7 +132,9 @@ class _Trip(typing.Generic[U, R]):
         try:
             while ray.wait([self.stream], timeout=0)[0]:
                 kind, value = ray.get(next(self.stream))
-                if kind == "advance":
+                if kind == "begun":
+                    self.begun = True
+                elif kind == "advance":
                     self.steps += value
                     advance(value)
                 elif kind == "piece":
@@ -169,6 +181,7 @@ def _work(version: str, payload: bytes, limits: Limits, *archives: bytes) -> col
     if version != _version():
         raise ClusterError(f"{socket.gethostname()} has ldm_jax {_version()}, expected {version}: install that there")
     job, moved, unit = pickle.loads(payload)
+    yield "begun", socket.gethostname()
     compilation.keep_programs(compilation.default_folder())  # of this machine, for the process and those after it
     with parcels.scratch() as root, contextlib.ExitStack() as stack:
         before = parcels.unpack(archives, root)

@@ -17,7 +17,8 @@ from ldm_jax.errors import LdmError
 
 OUTCOME = "outcome.json"
 TOO_LARGE = "space too large for the model"
-_VERDICTS = ("admitted", "refused", "failed")
+Verdict = typing.Literal["admitted", "collected", "evaluated", "refused", "left out", "failed"]
+_VERDICTS: tuple[Verdict, ...] = typing.get_args(Verdict)
 _WIDTH = 100  # of a reason in the table
 
 
@@ -25,12 +26,13 @@ class UnitOutcome(typing.NamedTuple):
     """What came of one environment.
 
     Attributes:
-      verdict: "admitted", or "refused" by what the reference scored, or "failed": there is no reference.
+      verdict: "admitted", or "refused" by what the reference scored, or "failed": there is no reference. Of later
+        stages "collected" and "evaluated", or "left out": what they need of it is not there.
       reason: why, in one sentence.
       cause: the kind of the reason where it failed, in a few words that many share; empty elsewhere.
     """
 
-    verdict: typing.Literal["admitted", "refused", "failed"]
+    verdict: Verdict
     reason: str
     cause: str = ""
 

@@ -34,6 +34,7 @@ class PretrainConfig:
     Attributes:
       model: shapes of the model.
       training: how it is trained.
+      dataset: its path or URL; empty for `dataset/` in the workdir.
       window: T, steps of a training window; at least twice the model's attention window.
       rows: windows of a batch, however many environments there are; each bucket has its share, at least one.
       rows_multiple: that the rows of each bucket are, so that they divide over data x fsdp x accumulation.
@@ -54,6 +55,7 @@ class PretrainConfig:
 
     model: ModelConfig = SIZES["micro"]
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    dataset: str = dataclasses.field(default="", metadata=_free)
     window: int = 64
     rows: int = 52
     rows_multiple: int = 1

@@ -49,7 +49,7 @@ F = typing.TypeVar("F", bound=collections.abc.Callable[..., typing.Any])
 def stage(
     name: str,
     *,
-    among: collections.abc.Callable[[pathlib.Path], collections.abc.Iterable[str]] | None = None,
+    among: collections.abc.Callable[[typing.Any, pathlib.Path], collections.abc.Iterable[str]] | None = None,
     plan: Plan | None = None,
     retries: bool = False,
 ) -> collections.abc.Callable[[F], F]:
@@ -61,7 +61,7 @@ def stage(
 
     Args:
       name: of the stage.
-      among: `among(workdir)`, the ids that patterns and selections choose from; default: all of the catalog.
+      among: `among(config, workdir)`, the ids that patterns and selections choose from; default: all of the catalog.
       plan: says what a dry run does; default: each environment, of all that are chosen, is to be done.
       retries: whether it keeps what failed, so that it can be asked to try again.
 
@@ -80,7 +80,7 @@ def stage(
             config, workdir = given["config"], absolute(given["workdir"])
             asked = given.get("environments", ())
             choice = asked if isinstance(asked, Choice) else Choice(asked)
-            ids = chosen_ids(choice, functools.partial(among, workdir) if among else None)
+            ids = chosen_ids(choice, functools.partial(among, config, workdir) if among else None)
             if choice.retry and not retries:
                 raise WorkdirError(f"experiments.{name} always tries again what failed: leave out --retry")
             if "engine" in signature.parameters:
