@@ -99,8 +99,8 @@ def run(
     digest, play = fingerprint(policy), functools.partial(play_missing, config, policy, workdir, engine=engine)
     playable = [id for id in ids if not measured[id].missing]
     faults = {id: each.measurement.missing for id, each in known.items() if each.fault}
-    domains = {id: measured[id].domain for id in playable}
-    faults |= play(digest, playable, recorded=rollouts.choose_few(domains))
+    shown = rollouts.choose_few({id: measured[id].domain for id in playable})
+    faults |= play(digest, playable, recorded=shown)
     beside = [id for id in playable if id not in faults] if config.both else []
     broken = play(digest, beside, other=True)
     done = {id: one for id in playable if (one := read_finished(result_path(workdir, id), digest))}
@@ -116,15 +116,19 @@ def run(
             item["decoding"] = acting.resolve_decoding(policy.decoding, policy.cards[id])
             item["other"] = _beside(item, other_decoding(policy, id), other)
             item["faults"] = done[id].faults if id in done else {}
-    told = provenance(workdir) | {"Evaluation": {"Seed": config.seed, "Policy": digest}}
-    (workdir / "report").mkdir(exist_ok=True)
-    files.write(workdir / "report" / PROVENANCE, json.dumps(told, indent=1) + "\n")
-    page = write_report(workdir / "report", read_run(workdir, found))
+    page = _write_page(workdir, found, {"Seed": config.seed, "Policy": digest})
     print(f"{aggregates.table(found)}\n\nreport: {page}")
     faults |= {id: f"{other_decoding(policy, id)} decoding, reported beside: {broken[id]}" for id in broken}
     if faults:
         raise UnitsFailedError(faults)
     return found
+
+
+def _write_page(workdir: pathlib.Path, found: dict[str, typing.Any], details: dict[str, typing.Any]) -> pathlib.Path:
+    told = provenance(workdir) | {"Evaluation": details}
+    (workdir / "report").mkdir(exist_ok=True)
+    files.write(workdir / "report" / PROVENANCE, json.dumps(told, indent=1) + "\n")
+    return write_report(workdir / "report", read_run(workdir, found))
 
 
 class _Known(typing.NamedTuple):

@@ -150,12 +150,7 @@ def play_missing(
     missing = [id for id in ids if read_finished(result_path(workdir, id, other=other), digest) is None]
     workers = config.workers if _needs_process(config, missing) else 0
     failures = {id: made.reason for id, made in build_all(missing, workers, config.build_seconds, engine).items()}
-    buckets = _buckets(config, policy)
-    missing = sorted((id for id in missing if id not in failures), key=lambda id: buckets[id].name)
-    size = config.together
-    if engine.is_local and not (config.unit_seconds or config.unit_memory_gb):
-        size = -(-len(missing) // max(1, workers))
-    groups = [(*missing[begin : begin + size],) for begin in range(0, len(missing), max(1, size))]
+    groups = _grouped(config, policy, [id for id in missing if id not in failures], workers, engine)
     load = _load if workers or not engine.is_local else lambda unit: policy
     job = Job(functools.partial(_play, config, load), _prepare)
     travel = Travel(workdir, lambda unit: (), _moved, _arrived, common=("policy",))
@@ -185,6 +180,18 @@ def play_missing(
     for id, reason in failures.items():
         progress.log("failed", id=id, reason=reason)
     return failures
+
+
+def _grouped(
+    config: EvaluateConfig, policy: policies.Policy, ids: collections.abc.Sequence[str], workers: int, engine: Engine
+) -> list[tuple[str, ...]]:
+    """The environments that are played together: of similar spaces, and here as many as there can be."""
+    size = config.together
+    if engine.is_local and not (config.unit_seconds or config.unit_memory_gb):
+        size = max(1, -(-len(ids) // max(1, workers)))
+    buckets = _buckets(config, policy)
+    ids = sorted(ids, key=lambda id: buckets[id].name)
+    return [(*ids[begin : begin + size],) for begin in range(0, len(ids), size)]
 
 
 def _needs_process(config: EvaluateConfig, ids: collections.abc.Sequence[str]) -> bool:
