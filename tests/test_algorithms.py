@@ -1,6 +1,7 @@
 """Laws of the algorithms that find references: each solves its smallest problem, and its agent is what it learned."""
 
 import dataclasses
+import types
 
 import gymnasium as gym
 import hypothesis
@@ -13,7 +14,7 @@ from gymnasium import spaces as gym_spaces
 
 import environments
 from data import collect, references
-from data.references import hindsight, mdp, memory, moments, policy, ppo, pqn, recipes, sac, states, tabular
+from data.references import hindsight, learning, mdp, memory, moments, policy, ppo, pqn, recipes, sac, states, tabular
 from ldm_jax import rollout
 from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, action_layout
 from ldm_jax.encoding.transition import from_leaves
@@ -424,3 +425,10 @@ def test_an_algorithm_refuses_the_kinds_it_cannot_take(name, kind):
 def test_impossible_hyperparameters_are_refused(config, changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize("width", [0, 3])
+def test_the_numbers_of_a_rollout_are_taken_in_though_there_be_none(width):
+    learner = types.SimpleNamespace(moments=moments.init_moments(width))
+    seen = learning.add_numbers(learner, jnp.full((5, 2, width), 4.0))
+    assert seen.mean.shape == (width,) and np.allclose(seen.mean, 4.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections.abc
 import functools
+import math
 import typing
 import weakref
 
@@ -273,8 +274,9 @@ def normalize_rewards(discount: float, learner: LearnerState, reward: Array, las
 
 def add_numbers(learner: LearnerState, numbers: Array) -> Moments:
     """The moments with the numbers `[..., D]` of a rollout taken in."""
-    rows = numbers.reshape(-1, numbers.shape[-1])
-    return add_moments(learner.moments, rows, jnp.ones(rows.shape[0], bool))
+    *lead, width = numbers.shape
+    rows = numbers.reshape(math.prod(lead), width)  # no -1: what is seen may have no numbers
+    return add_moments(learner.moments, rows, jnp.ones(len(rows), bool))
 
 
 _Step = collections.abc.Callable[[PyTree, PyTree], tuple[PyTree, Array]]
