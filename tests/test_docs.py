@@ -187,8 +187,7 @@ def test_a_notebook_is_short_light_and_shows_pictures(path):
     cells = json.loads(text)["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     assert len(cells) < 25 and len(text) < 200_000
-    assert "plt.show()" in text  # stored outputs may be missing: the pages show those of a fresh run
-    assert not outputs or any("image/png" in output.get("data", {}) for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert cells[0]["cell_type"] == "markdown" and cells[0]["source"][0].startswith("# ")
     assert not re.search(r"(?<![\w.])/(home|root|tmp|work)/", text), "a path of somebody's machine"
