@@ -76,7 +76,7 @@ def _do(folder, unit, advance):
             held = [bytearray(b"x") * (64 << 20) for _ in range(30)]
             time.sleep(600 + len(held))
         case "wait":
-            until = time.monotonic() + 120
+            until = time.monotonic() + 600
             while not (folder / "go").exists() and time.monotonic() < until:
                 time.sleep(0.05)
         case "lose":
@@ -302,7 +302,7 @@ def test_a_driver_that_is_killed_at_any_moment_goes_on_and_repeats_nothing(machi
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.isdecimal()) == ["given"]
 
 
-def _await(holds, timeout_s=60.0):
+def _await(holds, timeout_s=300.0):
     until = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < until
