@@ -543,6 +543,22 @@ def test_a_third_party_package_is_found_and_passes_the_kit(tmp_path):
     assert result.stdout == "passed\n", result.stderr
 
 
+@pytest.mark.parametrize("ids", [("envpool/Taxi-v3", "envpool/FrozenLake-v1"), ("gymnasium/Taxi-v4",)])
+def test_the_first_of_a_library_are_made_from_several_threads_at_once(ids):
+    program = f"""
+        import concurrent.futures, threading, time, environments
+        environments.make("gymnax/Catch-bsuite").close()
+        start = threading.Barrier(8)
+        def make(i):
+            start.wait()
+            time.sleep(0.02 * i)
+            environments.make({ids}[i % {len(ids)}]).close()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(make, range(8)))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+
+
 def test_importing_the_package_imports_no_library():
     program = """
         import sys

@@ -355,6 +355,7 @@ def _family(name: str) -> str:
 
 
 def _registry() -> typing.Any:
+    _envpool()  # the whole of it: while another thread imports it, its registry is there already, and not yet filled
     return importlib.import_module("envpool.registration").registry
 
 
