@@ -223,7 +223,7 @@ def test_nothing_of_another_s_text_can_end_the_element_that_it_stands_in(tmp_pat
 
 
 def test_provenance_tells_what_a_run_was_made_of_and_nobody_s_folders(tmp_path):
-    configuration = {"weights": "/home/somebody/secret/weights.json", "data": ["s3://bucket/mine/dataset"], "seed": 3}
+    configuration = {"weights": "/srv/somebody/secret/weights.json", "data": ["s3://bucket/mine/dataset"], "seed": 3}
     (tmp_path / "pretrain.json").write_text(json.dumps(configuration))
     told = provenance.provenance(tmp_path)
     assert told["Configuration"] == {"pretrain": {"weights": "…/weights.json", "data": ["…/dataset"], "seed": 3}}
