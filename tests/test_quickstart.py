@@ -147,7 +147,9 @@ def test_the_examples_of_the_readme_run(killed, capsys):
     names = {}
     exec(acting.replace("runs/quickstart/policy", str(workdir / "policy")), names)
     printed = capsys.readouterr().out
-    assert re.search(r"mean return -?\d.* z -?\d", printed) and len(re.findall(r"episode \d: return -?\d", printed)) == 5
+    assert (
+        re.search(r"mean return -?\d.* z -?\d", printed) and len(re.findall(r"episode \d: return -?\d", printed)) == 5
+    )
     exec(choosing, names)
     assert "nasim/Tiny-v0" in names["attacks"]
     assert names["dungeons"] and all(id.startswith("minihack/") for id in names["dungeons"])
