@@ -144,12 +144,12 @@ def test_the_examples_of_the_readme_run(killed, capsys):
     readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
     acting, choosing = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert acting.count("runs/quickstart/policy") == 1 and len(acting.splitlines()) <= 20
-    names = {}
-    exec(acting.replace("runs/quickstart/policy", str(workdir / "policy")), names)
+    exec(acting.replace("runs/quickstart/policy", str(workdir / "policy")), {})
     printed = capsys.readouterr().out
     assert (
         re.search(r"mean return -?\d.* z -?\d", printed) and len(re.findall(r"episode \d: return -?\d", printed)) == 5
     )
+    names = {}
     exec(choosing, names)
     assert "nasim/Tiny-v0" in names["attacks"]
     assert names["dungeons"] and all(id.startswith("minihack/") for id in names["dungeons"])
