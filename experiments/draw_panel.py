@@ -13,6 +13,9 @@ the catalog alone, and nothing of how hard a task is:
    with a few more.
 4. Of the turns, in their order, some are set aside at even distances. They are never trained on.
 
+The draw depends on the catalog and on the experts that are listed when it is made: later ones draw others, and a panel
+that is in use is not drawn again. `panel200` is of the commit that brought its lists in.
+
 It writes `<name>.txt` and `<name>_held_out.txt`, lists as `--environments=@file` takes them, with the rule and what was
 left out in remarks.
 """
@@ -21,7 +24,6 @@ from __future__ import annotations
 
 import collections
 import collections.abc
-import hashlib
 import pathlib
 import typing
 
@@ -32,6 +34,7 @@ import environments
 from data.references.candidates import total_steps
 from data.references.networks import is_image
 from environments.catalog.entries import Entry
+from environments.catalog.selection import place_in_line
 from experiments.harness.flags import run_app
 from experiments.harness.ids import find_unfit
 from ldm_jax import files
@@ -140,12 +143,8 @@ def _too_dear(entry: Entry) -> str:
     return ""
 
 
-def _place(seed: int, name: str) -> bytes:
-    return hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-
-
 def _in_line(entries: collections.abc.Iterable[Entry], seed: int) -> list[Entry]:
-    return sorted(entries, key=lambda entry: _place(seed, entry.id))
+    return sorted(entries, key=lambda entry: place_in_line(seed, entry.id))
 
 
 def _one_of_each_kind(line: collections.abc.Iterable[Entry]) -> list[Entry]:
@@ -167,7 +166,7 @@ def _take_turns(line: collections.abc.Iterable[Entry], taken: collections.abc.Se
         lines[entry.library].append(entry)
     found: dict[str, Entry] = {}
     while lines:
-        for library in sorted(lines, key=lambda library: _place(seed, library)):
+        for library in sorted(lines, key=lambda library: place_in_line(seed, library)):
             while lines[library]:
                 entry = lines[library].popleft()
                 if entry.family not in taken and entry.family not in found:

@@ -140,9 +140,7 @@ def _card(policy: Policy, environment: Environment, key: Key, decoding: acting.D
     spec = environment.spec
     if spec.id in policy.cards:
         return policy.card(environment)
-    seen, acted = spec.observation_space, spec.action_space
-    nothing = measuring.statistics_of(measuring.start_statistics(seen), acted, masked=False)
-    acting.check_agent(policy.cfg, policy.codec(measuring.unmeasured_card(spec, nothing)), decoding)
+    acting.check_agent(policy.cfg, policy.codec(measuring.unmeasured_card(spec)), decoding)
     statistics = measuring.measure_by_chance(environment, key)
     _log.warning(
         "%s: the policy was not trained in it; its card is made of its spaces and of %d random steps",

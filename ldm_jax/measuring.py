@@ -127,17 +127,19 @@ def floored_deviation(std: np.ndarray, mean: np.ndarray, low: np.ndarray, high: 
     return np.where(width > 0, np.maximum(std, np.maximum(1e-3 * width, 1e-5 * size)), constant)
 
 
-def unmeasured_card(spec: EnvironmentSpec, statistics: Statistics) -> EnvironmentCard:
+def unmeasured_card(spec: EnvironmentSpec, statistics: Statistics | None = None) -> EnvironmentCard:
     """The card of an environment that a policy was not trained in: its spaces, and no scores.
 
     Args:
       spec: of the environment.
-      statistics: of what was seen of it.
+      statistics: of what was seen of it; default: nothing was.
 
     Returns:
       The card; its returns are 0 and say nothing, and `card` decoding samples, as nothing is known for a choice.
     """
     nothing = Returns(((0.0,),))
+    if statistics is None:
+        statistics = statistics_of(start_statistics(spec.observation_space), spec.action_space, masked=False)
     return EnvironmentCard.of(
         spec,
         statistics=statistics,

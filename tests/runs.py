@@ -4,9 +4,11 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -127,6 +129,24 @@ def finish(process):
     """Waits for the end; returns the output and the exit code."""
     out, _ = process.communicate()
     return out, process.returncode
+
+
+def copy_while_still(process, folder, copy):
+    """Copies a folder in which a process works: what is there while it stands still is what a kill would have left."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)  # all of its threads stand still from here on
+    shutil.copytree(folder, copy)
+    process.send_signal(signal.SIGCONT)
+
+
+def copies_at_drawn_moments(process, folder, into, most, draw):
+    """Copies a folder in which a process works, `most` times at most, until the process ends."""
+    copies = []
+    while process.poll() is None and len(copies) < most:
+        copies.append(into / str(len(copies)))
+        copy_while_still(process, folder, copies[-1])
+        time.sleep(draw.uniform(0, 0.5))
+    return copies
 
 
 def send_at(process, line, number=signal.SIGTERM):

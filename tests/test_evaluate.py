@@ -14,6 +14,7 @@ import time
 import examples
 import numpy as np
 import pytest
+from runs import copies_at_drawn_moments
 from test_isolation import make as misbehaving
 from test_isolation import pids
 
@@ -99,19 +100,12 @@ def test_killed_at_any_moment_an_evaluation_repeats_nothing_and_finds_the_same(s
     found, _ = straight
     flags = [f"--config.{field.name}={getattr(CONFIG, field.name)}" for field in dataclasses.fields(CONFIG)]
     command = [sys.executable, "-m", "experiments.evaluate", f"--workdir={workdir}", *flags]
-    rng, copies = random.Random(0), [workdir]
+    rng = random.Random(0)
     with subprocess.Popen([*command, f"--environments={','.join(HOST)}"], stderr=subprocess.DEVNULL) as process:
         until = time.monotonic() + 300
         while not (workdir / "evaluation").exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
-        while process.poll() is None and len(copies) < 3:
-            # What is there while a process stands still is what would be there had it been killed.
-            process.send_signal(signal.SIGSTOP)
-            os.waitpid(process.pid, os.WUNTRACED)
-            copies.append(tmp_path / str(len(copies)))
-            shutil.copytree(workdir, copies[-1])
-            process.send_signal(signal.SIGCONT)
-            time.sleep(rng.uniform(0, 0.5))
+        copies = [workdir, *copies_at_drawn_moments(process, workdir, tmp_path, 2, rng)]
         process.kill()
     assert any(len(stamps(copy)) < len(HOST) for copy in copies), "all was done before the first moment"
     for copy in copies:

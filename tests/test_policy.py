@@ -9,7 +9,6 @@ import pathlib
 import pickle
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 from compiling import compilations
 from hypothesis import strategies as st
+from runs import copy_while_still
 
 import environments
 import ldm_jax
@@ -468,11 +468,7 @@ def test_killed_at_any_moment_a_save_leaves_a_policy(tmp_path, start_saver):
     rng, (process, seconds) = random.Random(0), start_saver()
     for moment in range(8):
         time.sleep(rng.uniform(0, 2 * seconds))
-        # What is there while a process stands still is what would be there had it been killed.
-        process.send_signal(signal.SIGSTOP)
-        os.waitpid(process.pid, os.WUNTRACED)  # all of its threads stand still from here on
-        shutil.copytree(tmp_path / "policy", tmp_path / str(moment))
-        process.send_signal(signal.SIGCONT)
+        copy_while_still(process, tmp_path / "policy", tmp_path / str(moment))
         check_one_of_the_two(ldm_jax.load(tmp_path / str(moment)))
     process.kill()
     process.wait()

@@ -24,6 +24,7 @@ import gymnasium
 import numpy as np
 import pytest
 from absl import flags as absl_flags
+from runs import copies_at_drawn_moments
 
 import data
 import environments
@@ -384,18 +385,11 @@ def test_processes_collect_the_same_data_and_one_that_takes_too_much_is_a_failur
 
 def test_killed_at_any_moment_a_collection_goes_on_and_finds_the_same(finished, workdir, tmp_path):
     remove(workdir, "dataset")
-    draw, copies = random.Random(1), []
+    draw = random.Random(1)
     with start("collect", workdir) as process:
         while not (workdir / "dataset").exists() and process.poll() is None:
             time.sleep(0.01)
-        while process.poll() is None and len(copies) < 4:
-            # What is there while a process stands still is what would be there had it been killed.
-            process.send_signal(signal.SIGSTOP)
-            os.waitpid(process.pid, os.WUNTRACED)
-            copies.append(tmp_path / str(len(copies)))
-            shutil.copytree(workdir, copies[-1])
-            process.send_signal(signal.SIGCONT)
-            time.sleep(draw.uniform(0, 0.5))
+        copies = copies_at_drawn_moments(process, workdir, tmp_path, 4, draw)
         process.kill()
         process.communicate()
     wanted = open_dataset(finished / "dataset")

@@ -105,7 +105,7 @@ class Selection(typing.NamedTuple):
         return self._draw(left)
 
     def _draw(self, entries: list[Entry]) -> list[Entry]:
-        line = sorted(entries, key=lambda entry: _place(self.draws.get("seed", 0), entry.id))
+        line = sorted(entries, key=lambda entry: place_in_line(self.draws.get("seed", 0), entry.id))
         for name in _PER:
             if name in self.draws:
                 seen: collections.Counter[str] = collections.Counter()
@@ -196,5 +196,6 @@ def _plain(value: str) -> str:
     return value.casefold().replace("_", " ")
 
 
-def _place(seed: int, id: str) -> bytes:
-    return hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=8).digest()
+def place_in_line(seed: int, name: str) -> bytes:
+    """Where a seed puts an id, or whatever has a name, in the line that is drawn from: what it sorts by."""
+    return hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
