@@ -10,11 +10,13 @@ import sys
 import time
 
 import gymnasium as gym
+import jax
 import numpy as np
 import pytest
 from gymnasium import spaces
 
 import environments
+from data.references import load_reference
 from experiments import references
 from experiments.harness.ids import Choice
 from experiments.harness.outcomes import UnitOutcome
@@ -229,6 +231,12 @@ def test_killed_at_any_moment_a_run_keeps_what_is_finished(tmp_path):
     assert process.returncode == 0 and len(finished) == 4
     assert all(outcome_of(tmp_path / "run", id).verdict in ("admitted", "refused") for id in ids)
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".aside")]
+
+    # And it is what a run gives that nobody killed.
+    run(tmp_path / "straight", "Plain0")
+    killed, straight = (load_reference(tmp_path / name / "references" / ids[0]) for name in ("run", "straight"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, killed.policy.params, straight.policy.params))
+    assert (killed.random_returns, killed.reference_returns) == (straight.random_returns, straight.reference_returns)
 
 
 def test_a_dry_run_says_what_would_be_done_and_touches_nothing(tmp_path, monkeypatch, capsys):
