@@ -125,8 +125,12 @@ def test_what_helps_some_tasks_is_tried_wherever_it_may_help():
     assert {config.activation for config in configs(GRID, DISCRETE)} == {"relu"}
     sparse = candidates.find_candidates(spec_of(BOX, DISCRETE), probing.Probe(steps=4096, rewarded=0.0))
     assert {each.seed for each in sparse} == {0, 1}
-    (table,) = candidates.find_candidates(spec_of(DISCRETE, DISCRETE), probing.Probe())
+    (table,) = candidates.find_candidates(spec_of(DISCRETE, DISCRETE), probing.UNKNOWN)
     assert table.recipe.algorithm == "tabular"
+    steps = [
+        candidates.total_steps(spec_of(DISCRETE, DISCRETE), probing.Probe(memory=memory)) for memory in (False, True)
+    ]
+    assert steps == [candidates.TABLE_STEPS, candidates.TOTAL_STEPS]  # what has to be remembered fits no table
     for action in (DISCRETE, spaces.MultiDiscrete([2, 3]), spaces.MultiBinary(3), spaces.Tuple((BOX, DISCRETE))):
         repeating = candidates.find_candidates(spec_of(BOX, action), probing.Probe(steps=4096, repeated=0.9))
         assert ("hashed" in {each.recipe.algorithm for each in repeating}) == (not isinstance(action, spaces.Tuple))
@@ -136,7 +140,7 @@ def test_what_helps_some_tasks_is_tried_wherever_it_may_help():
         found = candidates.find_candidates(spec_of(observation, action), seen)
         relabelling = any(getattr(each.recipe.config, "relabelled", 0) > 0 for each in found)
         assert relabelling == (observation is goals and action is BOX and rewards == 2)
-    large = candidates.find_candidates(spec_of(spaces.Discrete(10**6), DISCRETE), probing.Probe())
+    large = candidates.find_candidates(spec_of(spaces.Discrete(10**6), DISCRETE), probing.UNKNOWN)
     assert "tabular" not in {each.recipe.algorithm for each in large}
 
 
@@ -204,7 +208,8 @@ def told(monkeypatch):
         with search.contextlib.ExitStack() as stack:
             place = search._Place(environments.make, "gymnasium/Pays-v0", stack)
             steps = candidates.winner_steps(total, len(each))
-            return search._halve(search._Plan(place, 0, total, steps, target, True, progress), each)
+            more = max(1.0, total / candidates.total_steps(place.spec))
+            return search._halve(search._Plan(place, 0, total, steps, target, True, progress, more), each)
 
     return halve
 

@@ -21,7 +21,7 @@ from . import tabular
 from .hindsight import has_goals
 from .networks import is_image
 from .ppo_loss import PPOConfig
-from .probing import Probe
+from .probing import UNKNOWN, Probe
 from .recipes import ALGORITHMS, Recipe
 
 HALVING = 4
@@ -70,9 +70,14 @@ class Rung(typing.NamedTuple):
     share: float
 
 
-def total_steps(spec: EnvironmentSpec) -> int:
-    """Environment steps that a full budget has for all candidates together."""
-    if tabular.is_tabular(spec):
+def total_steps(spec: EnvironmentSpec, probe: Probe = UNKNOWN) -> int:
+    """Environment steps that a full budget has for all candidates together.
+
+    Args:
+      spec: of the environment.
+      probe: what was seen of it.
+    """
+    if tabular.is_tabular(spec) and not probe.memory:
         return TABLE_STEPS
     return JITTABLE_STEPS if spec.jittable else TOTAL_STEPS
 
@@ -82,7 +87,7 @@ def find_candidates(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...
 
     Args:
       spec: of the environment; its id, versions and batch size do not matter.
-      probe: what was seen of it; `Probe()` where nothing was.
+      probe: what was seen of it.
 
     Returns:
       At least one candidate.

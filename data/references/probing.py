@@ -61,6 +61,10 @@ class Probe:
     steps_per_second: float = dataclasses.field(default=0.0, compare=False)
 
 
+UNKNOWN = Probe()
+"""Nothing was seen."""
+
+
 def probe(environment: Environment, key: Key) -> Probe:
     """Acts at random and looks.
 

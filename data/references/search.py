@@ -28,7 +28,7 @@ from .hyperparameters import Hyperparameters
 from .learning import DivergenceError
 from .opening import MakeEnvironment, opened
 from .policy import SlotDecoding, with_decoding
-from .probing import PROBING_STEPS, Probe, probe
+from .probing import PROBING_STEPS, UNKNOWN, Probe, probe
 from .recipes import ALGORITHMS, Recipe
 from .tabular import UnsuitableError
 
@@ -189,6 +189,7 @@ class _Plan(typing.NamedTuple):
       target: a return at which the task is solved, or None.
       early: whether training may end before its budget.
       progress: is told the steps and their total.
+      more: how many times its own budget a candidate may have that learns from fewer steps.
     """
 
     place: _Place
@@ -198,6 +199,7 @@ class _Plan(typing.NamedTuple):
     target: float | None
     early: bool
     progress: rollout.Progress | None
+    more: float = 1.0
 
     @property
     def tries(self) -> bool:
@@ -232,10 +234,15 @@ def search(
     with contextlib.ExitStack() as stack:
         place = _Place(make, id, stack)
         total = max(1, round(budget * total_steps(place.spec)))
-        seen = place.probe(seed) if total >= PROBE_SHARE * PROBING_STEPS else Probe()
+        if total >= PROBE_SHARE * PROBING_STEPS:
+            seen = place.probe(seed)
+            total = max(1, round(budget * total_steps(place.spec, seen)))  # what has to be remembered fits no table
+        else:
+            seen = UNKNOWN
         candidates = find_candidates(place.spec, seen)
         kept = candidates[: affordable(len(candidates), total)]
-        return _halve(_Plan(place, seed, total, winner_steps(total, len(kept)), target, True, progress), kept)
+        plan = _Plan(place, seed, total, winner_steps(total, len(kept)), target, True, progress, max(1.0, budget))
+        return _halve(plan, kept)
 
 
 def train_one(
@@ -344,8 +351,8 @@ def _begin(plan: _Plan, candidate: Candidate, faults: list[Exception], tried: li
     tried.append(candidate.name)
     algorithm, seed, spec = ALGORITHMS[candidate.recipe.algorithm], plan.seed + candidate.seed, plan.place.spec
     # What learns from fewer steps says so by its own budget, and is given no more unless all are.
-    own, more = candidate.recipe.config, max(1.0, plan.total / total_steps(spec))
-    config = dataclasses.replace(own, budget_steps=min(round(own.budget_steps * more), plan.steps))
+    own = candidate.recipe.config
+    config = dataclasses.replace(own, budget_steps=min(round(own.budget_steps * plan.more), plan.steps))
     environment, close = plan.place.training(config.num_envs)
     cards.check_matches(spec, environment.spec, f"what {spec.id} said of itself when made a moment ago")
     try:
