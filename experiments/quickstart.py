@@ -58,7 +58,9 @@ class QuickstartConfig:
     environments: tuple[str, ...] = ENVIRONMENTS
     references: references.ReferencesConfig = dataclasses.field(default_factory=references.ReferencesConfig)
     collect: collect.CollectStageConfig = dataclasses.field(default_factory=collect.CollectStageConfig)
-    pretrain: pretrain.PretrainConfig = pretrain.PretrainConfig(training=TrainingConfig(steps=500))
+    pretrain: pretrain.PretrainConfig = dataclasses.field(
+        default_factory=lambda: pretrain.PretrainConfig(training=TrainingConfig(steps=500))
+    )
     evaluate: evaluate.EvaluateConfig = dataclasses.field(default_factory=evaluate.EvaluateConfig)
 
 

@@ -128,13 +128,18 @@ def _ppo(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
 def _by_algorithm(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
     """Other algorithms than the one that does for most, where they may be better."""
     kinds = {type(leaf.space) for leaf in leaves(spec.action_space)}
+    repeating = probe.repeated > OFTEN
     wanted: dict[str, bool] = {
         "recurrent_ppo": probe.memory,
-        "hashed": probe.repeated > OFTEN and tabular.takes(spec),
+        "hashed": repeating and tabular.takes(spec),
         "pqn": isinstance(spec.action_space, spaces.Discrete),
         "sac": kinds == {spaces.Box} and not spec.jittable,  # it learns from fewer steps, and takes longer over each
     }
-    names = (name for name, fits in wanted.items() if fits and name in ALGORITHMS)
+    names = [name for name, fits in wanted.items() if fits and name in ALGORITHMS]
+    if (
+        repeating and not probe.memory
+    ):  # few states, or states that look alike in a way that random acting does not tell
+        names.append("recurrent_ppo")
     found = tuple(Candidate(name, Recipe(name, _config(name))) for name in names)
     # How near a goal is near enough can be learned where rewards say nothing else.
     if kinds != {spaces.Box} or not has_goals(spec.observation_space) or not 1 <= probe.rewards <= 2:
