@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import collections.abc
+import difflib
 import importlib.metadata
 import pathlib
 import platform
+import re
 import shutil
 import sys
 import typing
@@ -34,6 +36,7 @@ from experiments import conformance, watching
 from experiments.harness import compilation
 from experiments.harness.flags import one_line
 from ldm_jax.acting import Decoding
+from ldm_jax.errors import LdmError
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "gymnasium", "numpy"),
@@ -146,7 +149,7 @@ def _define_play(parser: argparse.ArgumentParser) -> None:
         choices=forms,
         help="how actions are taken; default: card, as its reference was scored",
     )
-    parser.add_argument("--video", default="", help="an mp4 file to make of it; needs pip install 'ldm_jax[video]'")
+    parser.add_argument("--video", default="", help="an mp4 file to make of it")
     parser.add_argument("--unknown", action="store_true", help="also where the policy was not trained")
 
 
@@ -180,10 +183,24 @@ COMMANDS: dict[str, _Verb] = {
 }
 
 
+class CommandError(LdmError, ValueError):
+    """A word or a flag of the command line that it does not have."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, as everything else does, and what is near."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        chosen = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        near = difflib.get_close_matches(chosen[1], re.findall(r"[\w-]+", chosen[2]), n=1) if chosen else []
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise CommandError(f"{message}{hint} See {self.prog} --help")
+
+
 def parser() -> argparse.ArgumentParser:
     """The verbs and their flags."""
     described = (__doc__ or "").partition("\n\n")
-    top = argparse.ArgumentParser(
+    top = _Parser(
         "ldm-jax", description=described[0], epilog=described[2], formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--version", action="version", version=f"ldm_jax {ldm_jax.__version__}")
@@ -206,13 +223,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Does what the command line says; mistakes of a user end it in one line and with status 1."""
-    if sys.argv[1:2] == ["dataset"]:
-        from experiments import dataset  # needs the store, which `info` must not
-
-        del sys.argv[1]
-        dataset.main(sys.argv)
-        return
     with one_line():
+        if sys.argv[1:2] == ["dataset"]:
+            from experiments import dataset  # needs the store, which `info` must not
+
+            del sys.argv[1]
+            dataset.main(sys.argv)
+            return
         compilation.keep_programs(compilation.default_folder())
         arguments = parser().parse_args()
         arguments.do(arguments)

@@ -6,7 +6,8 @@
     export-minari --dataset=URL --environment=ID --folder=FOLDER    one environment in Minari's format
     import-minari --dataset=URL --folder=FOLDER                     and a dataset of Minari as an environment
 
-A URL is a path, or a file, s3 or gs URL. What is killed is started again with the same command.
+A URL is a path, or a file, s3 or gs URL. What is killed is started again with the same command. The flags of a verb are
+told by its own --help, such as `ldm-jax dataset describe --help`, which is the same script.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import collections
 import collections.abc
 import dataclasses
+import difflib
 import pathlib
 import sys
 import tempfile
@@ -327,6 +329,10 @@ VERBS: dict[str, collections.abc.Callable[[], None]] = {
 }
 
 
+_HELP = ("-h", "--help", "--helpshort", "--helpfull")
+_FLAGS = ("dataset", "environments", "page", "sources", "folder", "environment", "random_return", "domain")
+
+
 def main(argv: list[str]) -> None:
     """Does what the first word of the command line says.
 
@@ -334,11 +340,21 @@ def main(argv: list[str]) -> None:
       argv: the command line; the word is taken out of it, and flags are left.
     """
     verb = argv.pop(1) if len(argv) > 1 else "--help"
-    if verb in ("--help", "--helpfull"):
+    if verb in _HELP:
         print(__doc__)
         return
     if verb not in VERBS:
-        sys.exit(f"error: got {verb}, expected one of {', '.join(VERBS)} first, then flags; see --help")
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        sys.exit(f"error: got {verb}, expected one of {', '.join(VERBS)} first, then flags{hint} See --help")
+    _define(verb)
+    if any(word in _HELP for word in argv):
+        print("\n".join(_describe_verb(verb)))
+        return
+    run_app(lambda _: VERBS[verb]())
+
+
+def _define(verb: str) -> None:
     flags.DEFINE_string("dataset", None, "path or URL of the dataset", required=True)
     if verb == "describe":
         flags.DEFINE_string("environments", "", "ids with commas between; default: all")
@@ -352,7 +368,13 @@ def main(argv: list[str]) -> None:
     if verb == "import-minari":
         flags.DEFINE_float("random_return", None, "of the random policy, where the dataset of Minari does not say it")
         flags.DEFINE_string("domain", "imported", "of the environment, where the dataset of Minari does not say it")
-    run_app(lambda _: VERBS[verb]())
+
+
+def _describe_verb(verb: str) -> list[str]:
+    """What a verb is for, and its flags, which have been defined."""
+    told = next(line.strip() for line in (__doc__ or "").splitlines() if line.strip().startswith(verb))
+    names = [name for name in _FLAGS if name in flags.FLAGS]
+    return [told, "", *(f"  --{name:<14} {flags.FLAGS[name].help}" for name in names)]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import math
+import os
 import pathlib
 import typing
 import warnings
@@ -20,6 +21,7 @@ from ldm_jax import files
 from ldm_jax.acting import Decoding
 from ldm_jax.errors import ConfigError
 from ldm_jax.evaluation.aggregates import number
+from ldm_jax.policy import PolicyError
 
 MOST_FRAMES = 600
 """Steps that a video shows, the first ones."""
@@ -73,7 +75,7 @@ def play_policy(
         _check_video(pathlib.Path(video))
     policy = ldm_jax.load(policy_folder)
     if not unknown:
-        policy.agent(id, decoding)  # an id that it does not know is said before anything is made
+        _check_known(policy, id)
     rendered = _rendered(id) if video and id in policy.cards else None
     if rendered is not None:
         with contextlib.closing(rendered):
@@ -83,6 +85,14 @@ def play_policy(
             watched = _watch(policy, environment, episodes, seed, decoding, video)
     shown = [f"video: {video}, {watched.pictures}, at most {MOST_FRAMES:,} steps"] if video else []
     return [*_table(watched, policy.cards.get(id)), *shown]
+
+
+def _check_known(policy: ldm_jax.Policy, id: str) -> None:
+    """Says that an id is not known before anything is made for it."""
+    try:
+        policy.card(id)
+    except PolicyError as error:
+        raise PolicyError(f"{error}: `ldm-jax play --unknown` makes one of its spaces") from error
 
 
 def _watch(
@@ -127,12 +137,18 @@ def _film(
     return watched
 
 
+_WITHOUT_A_SCREEN = {"SDL_AUDIODRIVER": "dummy", "SDL_VIDEODRIVER": "dummy", "PYGAME_HIDE_SUPPORT_PROMPT": "1"}
+"""For pygame, which draws most of Gymnasium's pictures: no sound, no window, no word."""
+
+
 def _rendered(id: str) -> gymnasium.Env | None:
     """An environment of Gymnasium that renders pictures, as it was trained in; None where there is none."""
     library, _, name = id.partition("/")
     if library != "gymnasium":
         return None
     limit = environments.spec(id).time_limit
+    for variable, value in _WITHOUT_A_SCREEN.items():
+        os.environ.setdefault(variable, value)
     try:
         made = gymnasium.make(name, render_mode="rgb_array", max_episode_steps=limit)
         made.reset()

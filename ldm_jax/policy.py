@@ -39,6 +39,7 @@ from ldm_jax.types import Agent, EnvironmentSpec, Key, TimeStep
 
 _SCHEMA = 3
 _FILE = "policy.json"
+_EXAMPLE = ", such as runs/quickstart/policy, which `make quickstart` writes"
 _OURS = re.compile(r"params(-[0-9a-f]{8})?(\..*)?|\.(policy\.json|params-[0-9a-f]{8})\.[0-9a-f]+\.aside.*")
 """Weights, whole or interrupted, and what is written aside."""
 _TOLD = 5
@@ -309,9 +310,10 @@ def load(directory: str | os.PathLike[str]) -> Policy:
     """
     target = _folder(directory)
     if target.is_file():
-        raise PolicyError(f"{target} is a file, expected the folder of a policy: pass {target.parent}")
+        hint = f": pass {target.parent}" if (target.parent / _FILE).exists() else _EXAMPLE
+        raise PolicyError(f"{target} is a file, expected the folder of a policy{hint}")
     if not target.is_dir():
-        raise PolicyError(f"{target} holds no policy: there is no such folder")
+        raise PolicyError(f"{target} holds no policy: there is no such folder; expected one{_EXAMPLE}")
     with _locked(target, fcntl.LOCK_SH):
         return _read(target, _describe(target))
 
@@ -322,7 +324,7 @@ def _describe(target: pathlib.Path) -> dict[str, typing.Any]:
         description = json.loads(path.read_text())
     except FileNotFoundError as error:
         inside = target / "policy"  # of a run
-        hint = f"; pass {inside}" if (inside / _FILE).exists() else ""
+        hint = f"; pass {inside}" if (inside / _FILE).exists() else f"; expected a folder{_EXAMPLE}"
         raise PolicyError(f"{target} holds no policy: there is no {path}{hint}") from error
     except ValueError as error:
         raise PolicyError(f"{path} is damaged: {error}") from error

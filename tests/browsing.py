@@ -47,14 +47,10 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         self._resize(width, 900)
         self.driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
-        before = self._busy()
         self.driver.get(path.resolve().as_uri())
         self.run("return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        return self._busy() - before
-
-    def _busy(self):
         metrics = self.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
-        return next(each["value"] for each in metrics if each["name"] == "TaskDuration")
+        return next(each["value"] for each in metrics if each["name"] == "TaskDuration")  # of this page alone
 
     def run(self, script, *arguments):
         return self.driver.execute_script(script, *arguments)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import signal
+import subprocess
 import sys
 
 import examples
@@ -12,7 +16,8 @@ import pytest
 
 import environments
 import ldm_jax
-from experiments import command_line
+from data.store import create_dataset
+from experiments import command_line, watching
 
 CATCH = "gymnax/Catch-bsuite"
 
@@ -30,13 +35,16 @@ def run(monkeypatch, capsys, *arguments):
 @pytest.fixture(scope="module")
 def catch_policy(tmp_path_factory):
     """A policy that has learnt nothing, in one environment that it has a card of."""
-    folder = tmp_path_factory.mktemp("play") / "policy"
-    environment = environments.make(CATCH, batch_size=1)
-    spec = environment.spec
-    made = examples.make_card(spec.observation_space, spec.action_space, CATCH)
+    return save_policy(tmp_path_factory.mktemp("play") / "policy", CATCH)
+
+
+def save_policy(folder, id):
+    with contextlib.closing(environments.make(id, batch_size=1)) as environment:
+        spec = environment.spec
+    made = examples.make_card(spec.observation_space, spec.action_space, id)
     card = dataclasses.replace(made, library=spec.library, version=spec.version, time_limit=spec.time_limit)
     cfg = dataclasses.replace(ldm_jax.SIZES["nano"], channels=4)
-    ldm_jax.Policy(cfg, ldm_jax.make_model(cfg).init(jax.random.key(1)), {CATCH: card}).save(folder)
+    ldm_jax.Policy(cfg, ldm_jax.make_model(cfg).init(jax.random.key(1)), {id: card}).save(folder)
     return folder
 
 
@@ -77,12 +85,42 @@ def test_play_tells_each_episode_and_the_same_seed_the_same_ones(monkeypatch, ca
         (("list", "--library=pgx", "--domain=navigation"), "domain is board games"),
         (("play", CATCH, "--policy=FOLDER/.."), "holds no policy: there is no"),
         (("play", CATCH, "--policy=FOLDER/.."), "; pass "),
-        (("report", "nowhere"), "nowhere"),
+        (("play", CATCH, "--policy=FOLDER/policy.json"), "pass FOLDER"),
+        (("play", CATCH, "--policy=FOLDER", "--episodes=x"), "invalid int value: 'x'. See ldm-jax play --help"),
+        (("play", CATCH), "the following arguments are required: --policy. See ldm-jax play --help"),
+        (("lst",), "did you mean list? See ldm-jax --help"),
+        (("list", "--domian=games"), "unrecognized arguments: --domian=games"),
+        (("report", "nowhere"), "expected the folder of a run, such as runs/quickstart"),
+        (("dataset", "verfy"), "did you mean verify?"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_way_out(monkeypatch, capsys, catch_policy, arguments, said):
     out, status = run(monkeypatch, capsys, *(each.replace("FOLDER", str(catch_policy)) for each in arguments))
+    said = said.replace("FOLDER", str(catch_policy))
     assert not out and status.startswith("error: ") and said in status and "\n" not in status
+
+
+@pytest.mark.parametrize("arguments", [["list", "--ids"], ["dataset", "--help"]], ids=" ".join)
+def test_who_stops_reading_ends_a_verb_without_a_word(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as nobody:
+        command = [sys.executable, "-m", "experiments.command_line", *arguments]
+        found = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert found.stderr == "" and found.returncode == 128 + signal.SIGPIPE
+
+
+def test_what_a_dataset_lacks_is_said_in_one_line_and_nothing_before_it(tmp_path):
+    (tmp_path / "dataset").mkdir()
+    create_dataset(tmp_path / "dataset")
+    for flags, said in (
+        ((), "error: --dataset has to be given"),
+        ((f"--dataset={tmp_path}",), f"error: {tmp_path} is not a dataset: pass {tmp_path / 'dataset'}, which is one"),
+    ):
+        command = [sys.executable, "-m", "experiments.command_line", "dataset", "verify", *flags]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert found.returncode == 1 and not found.stdout
+        assert found.stderr.startswith(said) and len(found.stderr.splitlines()) == 1
 
 
 def test_an_environment_that_is_too_large_for_the_model_is_said_with_its_parts(monkeypatch, capsys, catch_policy):
@@ -110,6 +148,15 @@ def test_a_video_holds_each_step_that_was_played_and_changes_nothing_of_it(monke
     # Nine steps, the observation before them, and three episodes.
     assert frames == 3 * 10 and seconds == pytest.approx(frames / 20, abs=0.1)
     assert [path.name for path in tmp_path.iterdir()] == ["catch.mp4"]
+
+
+def test_an_environment_that_draws_itself_is_filmed_so_and_without_a_word(capfd, tmp_path):
+    for library in ("imageio_ffmpeg", "pygame"):
+        pytest.importorskip(library)
+    folder = save_policy(tmp_path / "policy", "gymnasium/CartPole-v1")
+    lines = watching.play_policy("gymnasium/CartPole-v1", str(folder), 1, 0, "card", video=str(tmp_path / "cart.mp4"))
+    assert "rendered by the environment" in lines[-1] and (tmp_path / "cart.mp4").stat().st_size > 1000
+    assert "ALSA" not in capfd.readouterr().err
 
 
 def test_every_verb_says_what_it_is_for_with_an_example_that_is_read(monkeypatch, capsys):

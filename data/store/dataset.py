@@ -219,7 +219,9 @@ def open_dataset(url: str | os.PathLike[str]) -> Dataset:
     storage = Storage(os.fspath(url))
     content = read_manifest(storage).content
     if content is None:
-        raise StoreError(f"there is no dataset at {url}: make one with create_dataset, or check the path")
+        raise StoreError(
+            f"there is no dataset at {url}: check the path; experiments.collect makes one, and create_dataset"
+        )
     return Dataset(storage, read_groups(storage), manifest.decode_manifest(storage.url, content))
 
 
@@ -234,6 +236,11 @@ def read_manifest(storage: Storage) -> File:
         # The manifest is the first file of a dataset: where another writer makes it meanwhile, it is there by now.
         found = storage.read(MANIFEST)
         if found.content is None:
+            inside = storage.read(f"dataset/{MANIFEST}").content is not None  # of a run
+            if inside:
+                raise StoreError(
+                    f"{storage.url} is not a dataset: pass {storage.url.rstrip('/')}/dataset, which is one"
+                )
             raise manifest.foreign(storage.url, f"it has files but no {MANIFEST}")
     if found.content is not None:
         manifest.decode_manifest(storage.url, found.content)

@@ -150,7 +150,9 @@ def check_same_configuration(
 
 def foreign(url: str, reason: str) -> StoreError:
     """The error for a folder that holds something else."""
-    return StoreError(f"{url} is not a dataset: {reason}. Choose an empty folder; nothing was touched")
+    return StoreError(
+        f"{url} is not a dataset: {reason}. Pass one, or an empty folder to make one in; nothing was touched"
+    )
 
 
 def checksum(value: np.ndarray | bytes) -> str:

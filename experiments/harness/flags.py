@@ -12,6 +12,8 @@ import logging
 import os
 import pathlib
 import re
+import select
+import signal
 import sys
 import typing
 
@@ -138,8 +140,6 @@ def call(run: Run[T], config: T, values: flags.FlagValues) -> None:
     Raises:
       absl.flags.Error: the configuration does not hold together.
     """
-    # Orbax alone says a hundred things for each checkpoint.
-    absl_logging.set_verbosity(absl_logging.WARNING)
     try:
         resolved = rebuild(config, values.config)
     except ValueError as error:
@@ -165,6 +165,7 @@ def run_app(main: collections.abc.Callable[[list[str]], None]) -> None:
         return rest
 
     def keep_and_run(argv: list[str]) -> None:
+        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax alone says a hundred things for each checkpoint
         allocator.keep_freed_memory()
         compilation.keep_programs(flags.FLAGS.compilation_cache)
         main(argv)
@@ -228,22 +229,53 @@ _WAYS_OUT = {
 def one_line() -> collections.abc.Iterator[None]:
     """Ends the script in one line and status 1 for what a user can put right; 130 or 143 for SIGINT or SIGTERM.
 
-    Anything else is a fault of ours, and keeps its traceback.
+    Where nobody reads on what is printed, as with `| head`, it ends without a word, as other programs do. Anything else
+    is a fault of ours, and keeps its traceback.
     """
     logger.setLevel(logging.INFO)
     try:
         with signals.ending():
-            yield
+            try:
+                yield
+            except SystemExit:  # of --help, say
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
     except Exception as error:
+        if _is_unread(sys.stdout) and isinstance(error, BrokenPipeError):
+            sys.exit(_UNREAD)
         if not (line := explain(error)):
             raise
         logger.debug("", exc_info=True)
         sys.exit(f"error: {' '.join(line.splitlines())}")
 
 
+_UNREAD = 128 + signal.SIGPIPE
+"""The status that a shell gives a program whose reader has gone."""
+
+
+def _is_unread(stream: typing.TextIO) -> bool:
+    """Whether nobody reads a stream any more; what it still holds is then dropped, or Python would try it again."""
+    try:
+        number, asked = stream.fileno(), select.poll()
+    except (OSError, ValueError):  # no file of the system, or a closed one
+        return False
+    asked.register(number, 0)
+    if not any(event & select.POLLERR for _, event in asked.poll(0)):
+        return False
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), number)
+    return True
+
+
+_MISSING = re.compile(r"flag (--\S+)=None: Flag \1 must have a value other than None")
+
+
 def explain(error: BaseException) -> str:
     """What a user can do about an error, in one line; empty where it is a fault of ours."""
-    if isinstance(error, LdmError | flags.Error):
+    if isinstance(error, flags.Error):
+        return _MISSING.sub(r"\1 has to be given", str(error))
+    if isinstance(error, LdmError):
         return str(error)
     cause: BaseException | None = error
     while cause is not None:

@@ -99,8 +99,11 @@ def _read_scores(folder: pathlib.Path) -> dict[str, typing.Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
         found["environments"], found["curve"], found["registered"]
-    except FileNotFoundError as error:
-        raise ReportError(f"{folder} holds no finished run, there is no report/{path.name} in it: {again}") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        above = next((each for each in folder.resolve().parents if (each / "report" / SCORES).exists()), None)
+        hint = again if folder.is_dir() else "expected the folder of a run, such as runs/quickstart"
+        hint = f"pass {above}, which does" if above else hint
+        raise ReportError(f"{folder} holds no finished run, there is no report/{path.name} in it: {hint}") from error
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ReportError(f"cannot read {path}: {error}; {again} again") from error
     return found
