@@ -29,6 +29,7 @@ import shtab
 
 import environments
 import ldm_jax
+from environments.catalog import entries
 from environments.isolation import containers
 from environments.isolation.caches import cache_folder
 from environments.isolation.groups import isolated_libraries
@@ -81,7 +82,11 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    environments.spec(arguments.id)  # says what is near, if it is unknown
+    library, slash, _ = arguments.id.partition("/")
+    if entries.entries(library) or not slash:
+        environments.spec(arguments.id)  # says what is near, if it is unknown
+    else:
+        environments.list_ids(library)  # of another package, or there is none
     if broken := conformance.check_id(arguments.id, arguments.isolation):
         sys.exit(f"{arguments.id} breaks the contract: {broken}")
     print(f"{arguments.id} keeps the contract")

@@ -35,14 +35,14 @@ def choose(libraries: list[str]) -> list[str]:
 
 
 def check_id(id: str, isolation: str) -> str:
-    """What law an id breaks; empty where it keeps them all."""
-    entry = entries.entries(id.partition("/")[0])[id.partition("/")[2]]
+    """What law an id breaks; empty where it keeps them all. It need not be in the catalog, but be one of a package."""
+    entry = entries.entries(id.partition("/")[0]).get(id.partition("/")[2])
 
     def make(batch_size: int, time_limit: int | None) -> ldm_jax.Environment:
-        kind = isolation if entry.isolated else "auto"
+        kind = isolation if entry and entry.isolated else "auto"
         return environments.make(id, batch_size, time_limit=time_limit, isolation=kind)
 
-    steps = int(np.clip(entry.steps_per_s * _LONG_S / _ROWS, *_STEPS))
+    steps = int(np.clip(entry.steps_per_s * _LONG_S / _ROWS, *_STEPS)) if entry else _STEPS[0]
     try:
         environments.check_environment(make, batch_size=_ROWS, steps=steps)
     except environments.ConformanceError as error:

@@ -137,6 +137,8 @@ WRONG = [
     ("collect", ["--config.data.steps=0"], "steps is 0"),
     ("collect", ["--config.dta.steps=0"], "dta"),
     ("pretrain", ["--config.decoding=gredy"], "gredy"),
+    ("pretrain", ["--dry_run"], "has no --dry_run: `python -m experiments.describe`"),
+    ("scaling", ["--dry_run"], "has no --dry_run"),
     ("pretrain", ["--config.training.weight_decay=nan"], "weight_decay is nan"),
     ("pretrain", ["--config.training.learning_rate=inf"], "learning_rate is inf"),
     ("pretrain", ["--config.training.learning_rate=1e39"], "learning_rate"),

@@ -62,7 +62,7 @@ def stage(
     Args:
       name: of the stage.
       among: `among(config, workdir)`, the ids that patterns and selections choose from; default: all of the catalog.
-      plan: says what a dry run does; default: each environment, of all that are chosen, is to be done.
+      plan: says what a dry run does; default: there is none, and to ask for one is an error.
       retries: whether it keeps what failed, so that it can be asked to try again.
 
     Returns:
@@ -90,7 +90,7 @@ def stage(
                     f"experiments.{name} runs on this machine alone: leave out --engine={choice.engine.kind}"
                 )
             if choice.dry_run:
-                planned = plan(config, workdir, ids) if plan else [*map(Planned, ids)]
+                planned = (plan or _no_plan(name))(config, workdir, ids)
                 print(describe_plan(name, planned, getattr(config, "workers", 1)))
                 return None
             given["workdir"] = workdir
@@ -104,6 +104,13 @@ def stage(
         return typing.cast(F, inside)
 
     return decorate
+
+
+def _no_plan(name: str) -> typing.NoReturn:
+    raise WorkdirError(
+        f"experiments.{name} does not work environment by environment, and has no --dry_run: "
+        "`python -m experiments.describe` says what training a size takes"
+    )
 
 
 def absolute(path: str | os.PathLike[str]) -> pathlib.Path:
