@@ -73,15 +73,17 @@ def export_minari(
             }
         )
         for part in dataset.parts(id):
-            storage.update_episodes(_episodes_of(card, part))
-            progress(part.record.nbytes)
+            storage.update_episodes(_episodes_of(card, part, progress))
         return storage.total_episodes
 
 
-def _episodes_of(card: EnvironmentCard, part: Part) -> collections.abc.Iterator[typing.Any]:
+def _episodes_of(
+    card: EnvironmentCard, part: Part, progress: collections.abc.Callable[[int], object]
+) -> collections.abc.Iterator[typing.Any]:
     from minari.data_collector import EpisodeBuffer
 
     leaves, index = {name: part.read_leaf(name) for name in part.leaf_names}, part.episodes
+    step_bytes = part.record.nbytes // (part.steps * part.streams)
     for begin, length, _, seed, noise, stream in zip(*(column.tolist() for column in index), strict=True):
         if length > 1:
             rows = {name: value[begin : begin + length, stream] for name, value in leaves.items()}
@@ -97,6 +99,7 @@ def _episodes_of(card: EnvironmentCard, part: Part) -> collections.abc.Iterator[
                 truncations=rows["truncated"][1:],  # type: ignore[arg-type]
                 infos={KEY: _nest(own)},
             )
+        progress(length * step_bytes)
 
 
 def _is_own(name: str) -> bool:
