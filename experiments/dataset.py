@@ -330,7 +330,6 @@ VERBS: dict[str, collections.abc.Callable[[], None]] = {
 
 
 _HELP = ("-h", "--help", "--helpshort", "--helpfull")
-_FLAGS = ("dataset", "environments", "page", "sources", "folder", "environment", "random_return", "domain")
 
 
 def main(argv: list[str]) -> None:
@@ -347,34 +346,43 @@ def main(argv: list[str]) -> None:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
         sys.exit(f"error: got {verb}, expected one of {', '.join(VERBS)} first, then flags{hint} See --help")
-    _define(verb)
+    defined = _define(verb)
     if any(word in _HELP for word in argv):
-        print("\n".join(_describe_verb(verb)))
+        print("\n".join(_describe_verb(verb, defined)))
         return
     run_app(lambda _: VERBS[verb]())
 
 
-def _define(verb: str) -> None:
-    flags.DEFINE_string("dataset", None, "path or URL of the dataset", required=True)
+def _define(verb: str) -> list[flags.FlagHolder[typing.Any]]:
+    """Defines the flags of a verb."""
+    defined: list[flags.FlagHolder[typing.Any]] = []
+    defined += [flags.DEFINE_string("dataset", None, "path or URL of the dataset", required=True)]
     if verb == "describe":
-        flags.DEFINE_string("environments", "", "ids with commas between; default: all")
-        flags.DEFINE_string("page", "", "where to write the data card, one HTML file; default: none is written")
+        defined += [
+            flags.DEFINE_string("environments", "", "ids with commas between; default: all"),
+            flags.DEFINE_string("page", "", "where to write the data card, one HTML file; default: none is written"),
+        ]
     if verb == "merge":
-        flags.DEFINE_list("sources", None, "paths or URLs with commas between, of what is copied", required=True)
+        sources = "paths or URLs with commas between, of what is copied"
+        defined += [flags.DEFINE_list("sources", None, sources, required=True)]
     if verb in ("export-minari", "import-minari"):
-        flags.DEFINE_string("folder", None, "of the dataset of Minari, the one of metadata.json", required=True)
+        folder = "of the dataset of Minari, the one of metadata.json"
+        defined += [flags.DEFINE_string("folder", None, folder, required=True)]
     if verb == "export-minari":
-        flags.DEFINE_string("environment", None, "id", required=True)
+        defined += [flags.DEFINE_string("environment", None, "id", required=True)]
     if verb == "import-minari":
-        flags.DEFINE_float("random_return", None, "of the random policy, where the dataset of Minari does not say it")
-        flags.DEFINE_string("domain", "imported", "of the environment, where the dataset of Minari does not say it")
+        unsaid = "where the dataset of Minari does not say it"
+        defined += [
+            flags.DEFINE_float("random_return", None, f"of the random policy, {unsaid}"),
+            flags.DEFINE_string("domain", "imported", f"of the environment, {unsaid}"),
+        ]
+    return defined
 
 
-def _describe_verb(verb: str) -> list[str]:
-    """What a verb is for, and its flags, which have been defined."""
+def _describe_verb(verb: str, defined: collections.abc.Iterable[flags.FlagHolder[typing.Any]]) -> list[str]:
+    """What a verb is for, and its flags."""
     told = next(line.strip() for line in (__doc__ or "").splitlines() if line.strip().startswith(verb))
-    names = [name for name in _FLAGS if name in flags.FLAGS]
-    return [told, "", *(f"  --{name:<14} {flags.FLAGS[name].help}" for name in names)]
+    return [told, "", *(f"  --{each.name:<14} {flags.FLAGS[each.name].help}" for each in defined)]
 
 
 if __name__ == "__main__":

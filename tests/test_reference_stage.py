@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 
+import chex
 import gymnasium as gym
-import jax
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -235,7 +235,7 @@ def test_killed_at_any_moment_a_run_keeps_what_is_finished(tmp_path):
     # And it is what a run gives that nobody killed.
     run(tmp_path / "straight", "Plain0")
     killed, straight = (load_reference(tmp_path / name / "references" / ids[0]) for name in ("run", "straight"))
-    assert jax.tree.all(jax.tree.map(np.array_equal, killed.policy.params, straight.policy.params))
+    chex.assert_trees_all_equal(killed.policy.params, straight.policy.params)
     assert (killed.random_returns, killed.reference_returns) == (straight.random_returns, straight.reference_returns)
 
 

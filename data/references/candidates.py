@@ -87,7 +87,7 @@ def find_candidates(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...
 
     Args:
       spec: of the environment; its id, versions and batch size do not matter.
-      probe: what was seen of it.
+      probe: what was seen of it, `UNKNOWN` where nothing was.
 
     Returns:
       At least one candidate.
@@ -136,10 +136,8 @@ def _by_algorithm(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
         "sac": kinds == {spaces.Box} and not spec.jittable,  # it learns from fewer steps, and takes longer over each
     }
     names = [name for name, fits in wanted.items() if fits and name in ALGORITHMS]
-    if (
-        repeating and not probe.memory
-    ):  # few states, or states that look alike in a way that random acting does not tell
-        names.append("recurrent_ppo")
+    if repeating and not probe.memory:
+        names.append("recurrent_ppo")  # states may look alike in a way that random acting does not tell
     found = tuple(Candidate(name, Recipe(name, _config(name))) for name in names)
     # How near a goal is near enough can be learned where rewards say nothing else.
     if kinds != {spaces.Box} or not has_goals(spec.observation_space) or not 1 <= probe.rewards <= 2:

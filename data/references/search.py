@@ -233,12 +233,9 @@ def search(
     """
     with contextlib.ExitStack() as stack:
         place = _Place(make, id, stack)
-        total = max(1, round(budget * total_steps(place.spec)))
-        if total >= PROBE_SHARE * PROBING_STEPS:
-            seen = place.probe(seed)
-            total = max(1, round(budget * total_steps(place.spec, seen)))  # what has to be remembered fits no table
-        else:
-            seen = UNKNOWN
+        probed = round(budget * total_steps(place.spec)) >= PROBE_SHARE * PROBING_STEPS
+        seen = place.probe(seed) if probed else UNKNOWN
+        total = max(1, round(budget * total_steps(place.spec, seen)))
         candidates = find_candidates(place.spec, seen)
         kept = candidates[: affordable(len(candidates), total)]
         plan = _Plan(place, seed, total, winner_steps(total, len(kept)), target, True, progress, max(1.0, budget))

@@ -236,8 +236,7 @@ def read_manifest(storage: Storage) -> File:
         # The manifest is the first file of a dataset: where another writer makes it meanwhile, it is there by now.
         found = storage.read(MANIFEST)
         if found.content is None:
-            inside = storage.read(f"dataset/{MANIFEST}").content is not None  # of a run
-            if inside:
+            if storage.read(f"dataset/{MANIFEST}").content is not None:  # of a run
                 raise StoreError(
                     f"{storage.url} is not a dataset: pass {storage.url.rstrip('/')}/dataset, which is one"
                 )
