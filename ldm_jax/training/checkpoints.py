@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import sys
 import typing
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -241,6 +242,8 @@ def _say_once(until: contextlib.ExitStack) -> None:
         until.callback(logging.getLogger(name).removeFilter, told)
     sys.unraisablehook = ignored
     until.callback(setattr, sys, "unraisablehook", hook)
+    # Not within `catch_warnings`: what the interpreter collects when it ends asks the first list of filters alone.
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize.*' was never awaited", RuntimeWarning)
 
 
 def save_params(directory: pathlib.Path, params: PyTree) -> None:
