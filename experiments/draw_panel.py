@@ -32,7 +32,7 @@ from absl import flags
 
 import environments
 from data.references.candidates import total_steps
-from data.references.networks import is_image
+from data.references.convolutions import is_image
 from environments.catalog.entries import Entry
 from environments.catalog.selection import place_in_line
 from experiments.harness.flags import run_app

@@ -349,3 +349,15 @@ def test_a_reference_is_found_scored_and_admitted_without_a_hand(monkeypatch):
     assert made.steps >= made.budget_steps and made.seconds > 0 and made.curve[-1][0] <= made.budget_steps + 8192
     assert {form[0] for form in made.forms} == {"greedy", "sample"} and made.public_target == 1.0
     assert scored.share_of_target is not None and scored.weak == (scored.share_of_target < 0.5)
+
+
+@hypothesis.given(st.lists(st.tuples(st.floats(-1e6, 1e6) | st.just(-math.inf), st.floats(0, 1e3)), max_size=6))
+def test_better_candidates_are_kept_and_among_equals_the_likelier(scores):
+    ranked = candidates.rank(scores)
+    assert sorted(ranked) == list(range(len(scores)))
+    for place, chosen in enumerate(ranked):
+        mean, error = max(scores[other] for other in ranked[place:])
+        assert scores[chosen][0] >= mean - math.hypot(error, scores[chosen][1])
+    assert candidates.rank([(mean, 0.0) for mean, _ in scores]) == sorted(
+        range(len(scores)), key=lambda place: -scores[place][0]
+    )

@@ -19,7 +19,7 @@ from gymnasium import spaces as gym_spaces
 
 import environments
 from data import references
-from data.references import action_range, learning, moments, networks, pipeline, ppo, tabular
+from data.references import action_range, convolutions, learning, moments, networks, pipeline, ppo, tabular
 from ldm_jax import cards, rollout
 from ldm_jax.encoding import observations
 from ldm_jax.encoding.actions import action_layout
@@ -226,11 +226,44 @@ def test_what_never_changes_is_not_blown_up():
 def test_teacher_and_student_agree_on_the_axis_of_the_channels(shape):
     space = gym_spaces.Box(0, 255, shape, np.uint8)
     value = np.random.default_rng(0).integers(0, 256, (2, *shape)).astype(np.uint8)
-    image = networks._as_image(jnp.asarray(value), space)
+    image = convolutions._scaled(jnp.asarray(value), space)
     assert image.shape == (2, *observations.channels_last_shape(shape))
-    np.testing.assert_allclose((image + 1) * 127.5, observations.channels_last(value, shape), atol=1e-3)
-    layers = networks._init_convolutions(np.random.default_rng(0), observations.channels_last_shape(shape))
-    assert networks._apply_convolutions(layers, image).shape == (2, networks.IMAGE_FEATURES)
+    np.testing.assert_allclose(image * 255, observations.channels_last(value, shape), atol=1e-3)
+    layers = convolutions.init_convolutions(np.random.default_rng(0), space)
+    assert convolutions.apply_convolutions(layers, value, space).shape == (2, convolutions.IMAGE_FEATURES)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        gym_spaces.Box(0, 255, (7, 7, 3), np.uint8),
+        gym_spaces.Box(0, 1, (10, 10, 4), np.float32),
+        gym_spaces.Box(0, 1, (4, 10, 10), np.uint8),
+        gym_spaces.Box(-1, 11, (4, 4), np.int32),
+        gym_spaces.Box(-np.inf, np.inf, (6, 5), np.float32),
+    ],
+    ids=str,
+)
+def test_a_change_of_any_cell_of_a_grid_is_seen(space):
+    rng = np.random.default_rng(0)
+    layers = convolutions.init_convolutions(rng, space)
+    assert convolutions.is_grid(space) and not convolutions.is_image(space)
+    plain = np.full(space.shape, max(space.low.flat[0], 0), space.dtype)
+    cells = math.prod(space.shape)
+    changed = plain + np.eye(cells, dtype=space.dtype).reshape(cells, *space.shape)
+    seen = np.asarray(convolutions.apply_convolutions(layers, np.stack([plain, *changed]), space))
+    assert seen.shape == (1 + cells, convolutions.GRID_FEATURES) and np.isfinite(seen).all()
+    assert len(np.unique(seen.round(5), axis=0)) == 1 + cells
+
+
+def test_kinds_of_cells_are_told_apart_as_names_and_not_as_more_and_less():
+    """What is seen of a kind of cell says nothing of the next one: no layer sees their number alone."""
+    space = gym_spaces.Box(0, 255, (3, 3), np.uint8)
+    layers = convolutions.init_convolutions(np.random.default_rng(0), space)
+    boards = np.stack([np.full((3, 3), kind, np.uint8) for kind in range(convolutions.CELL_KINDS)])
+    seen = np.asarray(convolutions.apply_convolutions(layers, boards, space))
+    middle = (seen[:-2] + seen[2:]) / 2
+    assert (np.abs(middle - seen[1:-1]).max(-1) > 0.05).all()
 
 
 @pytest.mark.parametrize("unit", [2.0**-30, 1.0, 2.0**60])

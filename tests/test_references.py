@@ -11,7 +11,7 @@ from gymnasium import spaces as gym_spaces
 
 import environments
 from data import references
-from data.references import memory, moments, networks, policy, ppo, tabular
+from data.references import convolutions, memory, moments, networks, policy, ppo, tabular
 from ldm_jax import cards, rollout, spaces
 from ldm_jax.encoding.actions import NOT_ALLOWED_FLOAT16, Slots, action_layout, to_slots
 from ldm_jax.types import EnvironmentSpec, TimeStep
@@ -356,7 +356,7 @@ def test_impossible_hyperparameters_are_refused(changes, words):
 
 
 def test_small_grids_and_vectors_are_not_images():
-    assert networks.is_image(gym_spaces.Box(0, 255, (84, 84, 4), np.uint8))
-    assert networks.is_image(gym_spaces.Box(0, 255, (3, 64, 64), np.uint8))
-    assert not networks.is_image(gym_spaces.Box(0, 1, (10, 10, 4)))
-    assert not networks.is_image(gym_spaces.Box(0, 1, (1000,)))
+    assert convolutions.is_image(gym_spaces.Box(0, 255, (84, 84, 4), np.uint8))
+    assert convolutions.is_image(gym_spaces.Box(0, 255, (3, 64, 64), np.uint8))
+    assert not convolutions.is_image(gym_spaces.Box(0, 1, (10, 10, 4)))
+    assert not convolutions.is_image(gym_spaces.Box(0, 1, (1000,)))

@@ -11,15 +11,14 @@ import dataclasses
 import math
 import typing
 
-import gymnasium
 from gymnasium import spaces
 
 from ldm_jax.spaces import leaves
 from ldm_jax.types import EnvironmentSpec
 
 from . import tabular
+from .convolutions import is_grid, is_image
 from .hindsight import has_goals
-from .networks import is_image
 from .ppo_loss import PPOConfig
 from .probing import UNKNOWN, Probe
 from .recipes import ALGORITHMS, Recipe
@@ -103,13 +102,24 @@ def find_candidates(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...
 def _ppo(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
     continuous = any(isinstance(leaf.space, spaces.Box) for leaf in leaves(spec.action_space))
     base = PPOConfig(budget_steps=JITTABLE_STEPS, entropy_coef=0.0 if continuous else 0.01)
-    if any(map(_is_grid, (leaf.space for leaf in leaves(spec.observation_space)))):
-        grid = dataclasses.replace(base, activation="relu")
+    if _has_grids(spec):
+        cells = dataclasses.replace(base, activation="relu", convolved=True)
         return _named(
             {
-                "grid": dataclasses.replace(grid, learning_rate=2e-3),
-                "grid, slower": dataclasses.replace(grid, learning_rate=5e-4),
-                "grid, far view": dataclasses.replace(grid, discount=0.997, gae_lambda=0.97),
+                "cells": cells,
+                "numbers": dataclasses.replace(cells, learning_rate=2e-3, convolved=False),  # rows may be no places
+                # Many passes fit a rollout too closely in some games (Asterix 12 to 22), and are needed in others.
+                "cells, fewer passes": dataclasses.replace(cells, learning_rate=2e-3, epochs=2),
+                "cells, far view": dataclasses.replace(cells, discount=0.997, gae_lambda=0.97),
+            }
+        )
+    if any(is_image(leaf.space) for leaf in leaves(spec.observation_space)):
+        image = dataclasses.replace(base, activation="relu")
+        return _named(
+            {
+                "image": dataclasses.replace(image, learning_rate=2e-3),
+                "image, slower": dataclasses.replace(image, learning_rate=5e-4),
+                "image, far view": dataclasses.replace(image, discount=0.997, gae_lambda=0.97),
             }
         )
     far = dataclasses.replace(base, discount=0.999, gae_lambda=0.98, learning_rate=5e-4, minibatches=16)
@@ -138,26 +148,28 @@ def _by_algorithm(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
     names = [name for name, fits in wanted.items() if fits and name in ALGORITHMS]
     if repeating and not probe.memory:
         names.append("recurrent_ppo")  # states may look alike in a way that random acting does not tell
-    found = tuple(Candidate(name, Recipe(name, _config(name))) for name in names)
+    found = tuple(Candidate(name, Recipe(name, _config(name, spec))) for name in names)
     # How near a goal is near enough can be learned where rewards say nothing else.
     if kinds != {spaces.Box} or not has_goals(spec.observation_space) or not 1 <= probe.rewards <= 2:
         return found
-    relabelling = dataclasses.replace(_config("sac"), relabelled=RELABELLED, discount=0.98)
+    relabelling = dataclasses.replace(_config("sac", spec), relabelled=RELABELLED, discount=0.98)
     return (Candidate("sac, goals in hindsight", Recipe("sac", relabelling)), *found)
 
 
-def _config(name: str) -> typing.Any:
+def _config(name: str, spec: EnvironmentSpec) -> typing.Any:
     config = ALGORITHMS[name].config()
-    return dataclasses.replace(config, budget_steps=JITTABLE_STEPS) if name in ("recurrent_ppo", "pqn") else config
+    if name not in ("recurrent_ppo", "pqn"):
+        return config
+    return dataclasses.replace(config, budget_steps=JITTABLE_STEPS, convolved=_has_grids(spec))
 
 
 def _named(configs: collections.abc.Mapping[str, PPOConfig]) -> tuple[Candidate, ...]:
     return tuple(Candidate(name, Recipe("ppo", config)) for name, config in configs.items())
 
 
-def _is_grid(space: gymnasium.Space) -> bool:
-    """Whether a leaf holds cells in rows and columns, an image or a board."""
-    return is_image(space) or (isinstance(space, spaces.Box) and len(space.shape) in (2, 3) and min(space.shape) > 1)
+def _has_grids(spec: EnvironmentSpec) -> bool:
+    """Whether a part of what is seen are cells in rows and columns."""
+    return any(is_grid(leaf.space) for leaf in leaves(spec.observation_space))
 
 
 def rungs(count: int) -> tuple[Rung, ...]:
@@ -170,6 +182,24 @@ def rungs(count: int) -> tuple[Rung, ...]:
     while counts[-1] > 1:
         counts.append(math.ceil(counts[-1] / 2))
     return tuple(Rung(n, float(HALVING) ** -(len(counts) - 1 - i)) for i, n in enumerate(counts))
+
+
+def rank(scores: collections.abc.Sequence[tuple[float, float]]) -> list[int]:
+    """The places of candidates, the best first; of those that their errors do not tell apart the likelier is better.
+
+    Args:
+      scores: mean returns and their standard errors, of the likeliest candidate first.
+
+    >>> rank([(1.0, 0.3), (1.2, 0.3), (5.0, 0.3)])
+    [2, 0, 1]
+    """
+    left, ranked = list(range(len(scores))), list[int]()
+    while left:
+        mean, error = max(scores[place] for place in left)
+        chosen = next(place for place in left if scores[place][0] >= mean - math.hypot(error, scores[place][1]))
+        left.remove(chosen)
+        ranked.append(chosen)
+    return ranked
 
 
 def winner_steps(total: int, count: int) -> int:

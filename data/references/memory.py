@@ -23,7 +23,8 @@ from ldm_jax.spaces import zeros
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from .moments import Moments
-from .networks import Network, network, orthogonal
+from .networks import Network, network
+from .perceptrons import orthogonal
 from .policy import Memory
 
 Outputs = tuple[Array, Array, Array]
@@ -78,7 +79,13 @@ def memoryless(net: Network) -> ActorCritic:
 
 
 def recurrent(
-    spec: EnvironmentSpec, layout: ActionLayout, hidden: tuple[int, ...], activation: str, width: int
+    spec: EnvironmentSpec,
+    layout: ActionLayout,
+    hidden: tuple[int, ...],
+    activation: str,
+    width: int,
+    *,
+    convolved: bool = False,
 ) -> ActorCritic:
     """A model that sees the observation, the action before it and its reward, and remembers.
 
@@ -90,8 +97,9 @@ def recurrent(
       hidden: widths of the hidden layers of policy and value.
       activation: a name in `jax.nn`.
       width: of the memory.
+      convolved: whether small grids are seen through convolutions.
     """
-    net = network(_seen_space(spec), layout, hidden, activation, extra=width)
+    net = network(_seen_space(spec), layout, hidden, activation, extra=width, convolved=convolved)
 
     def init(rng: np.random.Generator) -> PyTree:
         cell = {
@@ -102,17 +110,11 @@ def recurrent(
         }
         return net.init(rng) | {"cell": cell}
 
-    def remember(params: PyTree, hidden: Array, features: Array, first: Array) -> tuple[Array, Array]:
-        """The memory after each of L steps, features and `first` `[L, N, ...]`; the last, and all."""
-        cell = params["cell"]
-        inputs = features @ cell["input"] + cell["bias"]
-        return jax.lax.scan(functools.partial(_gate, cell["recurrent"]), hidden, (inputs, first))
-
     def act(
         params: PyTree, moments: Moments, memory: Memory, seen: PyTree, timestep: TimeStep
     ) -> tuple[Outputs, Memory]:
         features = net.encode(params, moments, seen)
-        after, _ = remember(params, memory.hidden, features[None], timestep.first[None])
+        after, _ = _remember(params["cell"], memory.hidden, features[None], timestep.first[None])
         outputs = net.decide(params, jnp.concatenate([features, after], -1), timestep.action_mask)
         return outputs, Memory(after, memory.action)
 
@@ -122,7 +124,7 @@ def recurrent(
         assert first is not None, "sequences say where episodes begin"
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
         features = net.encode(params, moments, flat).reshape(*first.shape, net.width)
-        _, remembered = remember(params, memory.hidden, features.swapaxes(0, 1), first.T)
+        _, remembered = _remember(params["cell"], memory.hidden, features.swapaxes(0, 1), first.T)
         return net.decide(params, jnp.concatenate([features, remembered.swapaxes(0, 1)], -1), action_mask)
 
     return ActorCritic(
@@ -139,6 +141,12 @@ def recurrent(
 def begin_memory(spec: EnvironmentSpec, width: int, batch_size: int) -> Memory:
     """What is remembered before anything was seen."""
     return Memory(jnp.zeros((batch_size, width)), jax.tree.map(jnp.asarray, zeros(spec.action_space, (batch_size,))))
+
+
+def _remember(cell: PyTree, hidden: Array, features: Array, first: Array) -> tuple[Array, Array]:
+    """The memory after each of L steps, features and `first` `[L, N, ...]`; the last, and all."""
+    inputs = features @ cell["input"] + cell["bias"]
+    return jax.lax.scan(functools.partial(_gate, cell["recurrent"]), hidden, (inputs, first))
 
 
 def _gate(weights: Array, hidden: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -9,6 +9,9 @@ import numpy as np
 
 from ldm_jax.types import Array
 
+LARGEST = 1e30
+"""Infinite numbers are seen as this one: float32 can still take their mean."""
+
 RESOLUTION = 1e-5
 """A spread below this share of the mean is what float32 makes of a constant."""
 

@@ -112,8 +112,9 @@ def _layout(spec: EnvironmentSpec, config: PPOConfig) -> ActionLayout:
 def _model(spec: EnvironmentSpec, config: PPOConfig) -> ActorCritic:
     layout = _layout(spec, config)
     if config.memory:
-        return recurrent(spec, layout, config.hidden, config.activation, config.memory)
-    return memoryless(network(spec.observation_space, layout, config.hidden, config.activation))
+        return recurrent(spec, layout, config.hidden, config.activation, config.memory, convolved=config.convolved)
+    space = spec.observation_space
+    return memoryless(network(space, layout, config.hidden, config.activation, convolved=config.convolved))
 
 
 def _parts(spec: EnvironmentSpec, config: PPOConfig) -> _Parts:

@@ -42,6 +42,7 @@ class PPOConfig(Hyperparameters):
       max_gradient_norm: of the whole gradient.
       hidden: widths of the hidden layers of policy and value.
       activation: a name in `jax.nn`.
+      convolved: whether small grids are seen through convolutions, and not number by number.
       initial_std: initial standard deviation of continuous slots, in half ranges.
       learn_std: whether it is trained.
       noise_correlation: of the exploration noise of continuous slots from step to step, 0 (white) to below 1.
@@ -77,6 +78,7 @@ class PPOConfig(Hyperparameters):
     max_gradient_norm: float = 0.5
     hidden: tuple[int, ...] = (64, 64)
     activation: str = "tanh"
+    convolved: bool = False
     initial_std: float = 1.0
     learn_std: bool = True
     noise_correlation: float = 0.0

@@ -51,6 +51,7 @@ class PQNConfig(Hyperparameters):
       exploration: share of the budget after which it has ended.
       max_gradient_norm: of the whole gradient.
       hidden: widths of the hidden layers.
+      convolved: whether small grids are seen through convolutions, and not number by number.
     """
 
     traced = ("learning_rate", "discount", "trace_lambda", "first_epsilon", "exploration", "max_gradient_norm")
@@ -68,6 +69,7 @@ class PQNConfig(Hyperparameters):
     exploration: float = 0.2
     max_gradient_norm: float = 10.0
     hidden: tuple[int, ...] = (128, 128)
+    convolved: bool = False
 
     def __post_init__(self) -> None:
         check_hyperparameters(
@@ -162,7 +164,8 @@ def _layout(spec: EnvironmentSpec) -> ActionLayout:
 
 
 def _network(spec: EnvironmentSpec, config: PQNConfig) -> Network:
-    return network(spec.observation_space, _layout(spec), config.hidden, "relu", layer_norm=True)
+    space, layout = spec.observation_space, _layout(spec)
+    return network(space, layout, config.hidden, "relu", layer_norm=True, convolved=config.convolved)
 
 
 def _parts(spec: EnvironmentSpec, config: PQNConfig) -> _Parts:

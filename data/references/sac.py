@@ -29,7 +29,8 @@ from .algorithm import Learned
 from .hyperparameters import Hyperparameters, check_hyperparameters
 from .learning import Experience, LearnerState, Method, Schedule, average, blank
 from .moments import Moments, init_moments, scale
-from .networks import Network, apply_perceptron, init_perceptron, network
+from .networks import Network, network
+from .perceptrons import apply_perceptron, init_perceptron
 from .policy import SlotPolicy, slot_agent
 
 LOG_STD = (-5.0, 2.0)

@@ -23,7 +23,7 @@ from ldm_jax.errors import LdmError
 from ldm_jax.types import Agent, EnvironmentSpec, PyTree
 
 from .algorithm import Learned
-from .candidates import Candidate, Rung, affordable, find_candidates, rungs, total_steps, winner_steps
+from .candidates import Candidate, Rung, affordable, find_candidates, rank, rungs, total_steps, winner_steps
 from .hyperparameters import Hyperparameters
 from .learning import DivergenceError
 from .opening import MakeEnvironment, opened
@@ -330,11 +330,12 @@ def _better_half(plan: _Plan, runs: list[_Run], number: int) -> tuple[list[_Run]
         return runs, ""  # the others failed
     key = _key(plan, number)
     scores = {id(run): plan.place.try_out(run, key) if plan.tries else (run.recent, 0.0) for run in runs}
-    runs = sorted(runs, key=lambda run: -scores[id(run)][0])  # of equals the likelier stays first
-    solved = plan.tries and _is_solved(plan, scores[id(runs[0])])
-    left = 1 if solved else math.ceil(len(runs) / 2)
-    _close(plan, runs[left:])
-    return runs[:left], "solved" if solved else ""
+    best = max(runs, key=lambda run: scores[id(run)][0])
+    solved = plan.tries and _is_solved(plan, scores[id(best)])
+    better = rank([scores[id(run)] for run in runs])[: math.ceil(len(runs) / 2)]
+    kept = [best] if solved else [runs[place] for place in sorted(better)]  # the likelier stay first
+    _close(plan, [run for run in runs if all(run is not one for one in kept)])
+    return kept, "solved" if solved else ""
 
 
 def _close(plan: _Plan, runs: collections.abc.Sequence[_Run]) -> None:
