@@ -12,15 +12,12 @@ import contextlib
 import pathlib
 import typing
 
-from absl import flags
-
 import environments
 from data.references import ReferencePolicyError, ScoredReference, load_reference
 from experiments.harness.experts import read_facts
-from experiments.harness.flags import run_app
+from experiments.harness.flags import run_page
 from experiments.harness.outcomes import UnitOutcome, read_outcome
 from experiments.report.catalog_page import markdown_table
-from ldm_jax import files
 
 _INTRODUCTION = """\
 # Experts
@@ -142,16 +139,5 @@ def _by_library(rows: collections.abc.Iterable[Row]) -> dict[str, list[Row]]:
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
-def _make_page() -> None:
-    references = pathlib.Path(flags.FLAGS.workdir) / "references"
-    text = render_experts(find_rows(references, environments.list_ids(expert=True)))
-    if flags.FLAGS.page:
-        files.write(pathlib.Path(flags.FLAGS.page), text)
-    else:
-        print(text)
-
-
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "folder that has references/", required=True)
-    flags.DEFINE_string("page", "", "file that the page is written to; default: it is printed")
-    run_app(lambda _: _make_page())
+    run_page(lambda folder: render_experts(find_rows(folder, environments.list_ids(expert=True))))

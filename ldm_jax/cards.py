@@ -151,6 +151,7 @@ class Reference:
       forms: name, mean return, its standard error and number of episodes of the greedy and the sampled form, on the
         episodes that chose between them and are not reported.
       public_target: a published return for the task, None where none is known.
+      stopped: why training ended before its budget, `"solved"` or `"flat"`; empty where it did not.
     """
 
     algorithm: str
@@ -169,6 +170,7 @@ class Reference:
     curve: tuple[tuple[int, float], ...] = dataclasses.field(default=(), repr=False)
     forms: tuple[tuple[str, float, float, int], ...] = dataclasses.field(default=(), repr=False)
     public_target: float | None = None
+    stopped: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self) -> None:
         if self.decoding not in ("greedy", "sample"):

@@ -11,17 +11,21 @@ import time
 
 import chex
 import gymnasium as gym
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from gymnasium import spaces
 
 import environments
-from data.references import load_reference
+from data.references import learning, load_reference
 from experiments import references
+from experiments.harness import making, spare_time
 from experiments.harness.ids import Choice
 from experiments.harness.outcomes import UnitOutcome
 from experiments.harness.stage import UnitsFailedError
 from experiments.harness.workdir import WorkdirError
+from ldm_jax import cards
 from ldm_jax.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*failed to close")  # what Unclosable is there for
@@ -152,6 +156,88 @@ def test_what_failed_is_tried_again_only_when_asked(tmp_path):
     finally:
         del gym.registry["Mended-v7"]
     assert outcome_of(tmp_path, ids[0]).verdict in ("admitted", "refused")
+
+
+class Given:
+    """A clock that says what it is told to."""
+
+    def __init__(self, *left):
+        self._left = iter(left)
+
+    @property
+    def left(self):
+        return next(self._left)
+
+
+def test_what_the_hours_do_not_reach_waits_for_the_next_start(tmp_path, monkeypatch):
+    ids = ("gymnasium/Plain-v7", "gymnasium/Unclosable-v7")
+    monkeypatch.setattr(references, "Clock", lambda hours: Given(-1.0, -1.0))
+    with pytest.raises(UnitsFailedError, match=r"1 failed, .*the hours were over"):
+        references.run(CONFIG, tmp_path, ids)
+    made = [(tmp_path / "references" / id / "outcome.json").exists() for id in ids]
+    assert made == [True, False], "what was not begun has no outcome, so that it is not taken for tried"
+    monkeypatch.undo()
+    references.run(CONFIG, tmp_path, ids)
+    assert outcome_of(tmp_path, ids[1]).verdict in ("admitted", "refused")
+
+
+def test_time_that_is_left_goes_to_what_falls_short_and_the_better_is_kept(tmp_path, monkeypatch):
+    config, id = dataclasses.replace(CONFIG, total_hours=1.0), "gymnasium/Plain-v7"
+    monkeypatch.setattr(references, "Clock", lambda hours: Given(9e9, 9e9, -1.0, -1.0))
+    references.run(config, tmp_path, (id,))
+    assert outcome_of(tmp_path, id).budget == spare_time.MORE * CONFIG.budget
+    before = load_reference(tmp_path / "references" / id)
+
+    def none_learns(*_):
+        raise learning.DivergenceError("nothing was learned")
+
+    # Another try that fails leaves what there was, and is not made once more.
+    monkeypatch.setattr(making, "train_reference", none_learns)
+    monkeypatch.setattr(references, "Clock", lambda hours: Given(9e9, 9e9, -1.0, -1.0))
+    references.run(config, tmp_path, (id,))
+    assert outcome_of(tmp_path, id).budget == spare_time.MORE**2 * CONFIG.budget
+    after = load_reference(tmp_path / "references" / id)
+    chex.assert_trees_all_equal(after.policy.params, before.policy.params)
+    assert outcome_of(tmp_path, id).verdict == ("admitted" if before.admission.admitted else "refused")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("reference")
+    run(workdir, "Plain")
+    return load_reference(workdir / "references" / "gymnasium" / "Plain-v7")
+
+
+@hypothesis.given(
+    cases=st.lists(
+        st.tuples(st.booleans(), st.floats(-0.5, 1.5), st.sampled_from(["", "flat"])), min_size=1, max_size=6
+    ),
+    seconds=st.floats(0, 1e5),
+    workers=st.integers(0, 4),
+)
+def test_other_tries_fit_into_the_time_that_is_left_and_are_for_what_may_get_better(reference, cases, seconds, workers):
+    random = cards.Returns.of(np.array([[0.0, 1.0]]))
+
+    def tried(told, share, stopped):
+        target, made = 100.0 if told else None, reference.policy.reference
+        made = dataclasses.replace(made, public_target=target, steps=10**6, seconds=10.0, stopped=stopped)
+        policy = dataclasses.replace(reference.policy, reference=made)
+        returns = cards.Returns.of(np.array([[0.0, 1.0]]) + 100 * share)
+        return dataclasses.replace(reference, policy=policy, random_returns=random, reference_returns=returns)
+
+    scored = {f"library/{i}": tried(*case) for i, case in enumerate(cases)}
+    have = {id: spare_time.Tried(one, 0.5) for id, one in scored.items()}
+    again = spare_time.try_again(have, seconds, workers)
+    assert sum(one.seconds for one in again) <= seconds * max(1, workers)
+    assert all(one.seconds <= seconds and one.budget == 2.0 for one in again)
+    merits = [spare_time._merit(scored[one.id]) for one in again]
+    assert merits == sorted(merits) and all(merit < spare_time.GOOD for merit in merits)
+    for id, one in scored.items():
+        share, made = one.share_of_target, one.policy.reference
+        done = one.admission.admitted and (made.stopped if share is None else share >= spare_time.GOOD)
+        assert not done or id not in {each.id for each in again}
+        if seconds == 1e5 and not done:
+            assert id in {each.id for each in again}
 
 
 PROGRAM = """

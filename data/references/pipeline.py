@@ -123,6 +123,7 @@ def _policy(found: Found, seed: int, target: float | None) -> ReferencePolicy:
             seconds=found.seconds,
             curve=found.curve,
             public_target=target,
+            stopped=found.stopped,
         ),
         spec=spec,
         config=config,

@@ -35,7 +35,7 @@ class ReferencePolicyError(LdmError, ValueError):
     """A folder that is not a saved reference, or a damaged one."""
 
 
-def save_reference(directory: str | os.PathLike[str], scored: ScoredReference) -> None:
+def save_reference(directory: str | os.PathLike[str], scored: ScoredReference, *, halved: bool = False) -> None:
     """Writes a reference so that another process, days later, can act and label with it.
 
     A new folder is whole or not there; whatever interrupts the replacing of an older reference leaves that or the new.
@@ -43,6 +43,7 @@ def save_reference(directory: str | os.PathLike[str], scored: ScoredReference) -
     Args:
       directory: to be made.
       scored: what to save.
+      halved: whether to write what `half` can make smaller in float16; it is read as float32.
 
     Raises:
       ReferencePolicyError: the folder is there and holds something else.
@@ -52,6 +53,7 @@ def save_reference(directory: str | os.PathLike[str], scored: ScoredReference) -
     policy = scored.policy
     arrays: list[np.ndarray] = []
     structure = _number(policy.params, arrays)
+    arrays = list(map(half, arrays)) if halved else arrays
     buffer = io.BytesIO()
     named: dict[str, typing.Any] = {str(i): array for i, array in enumerate(arrays)}
     np.savez(buffer, **named)
@@ -85,6 +87,17 @@ def save_reference(directory: str | os.PathLike[str], scored: ScoredReference) -
     with files.replacing(directory) as aside:
         aside.mkdir()
         _write(aside, description["params_file"], content, text)
+
+
+def half(array: np.ndarray) -> np.ndarray:
+    """A matrix of float32 or a larger array in float16, where it holds all of its numbers; others as they are.
+
+    Vectors are few numbers, and some of them spreads, of which none may become 0.
+    """
+    array = np.asarray(array)
+    if array.dtype != np.float32 or array.ndim < 2 or not np.abs(array).max(initial=0.0) <= np.finfo(np.float16).max:
+        return array
+    return array.astype(np.float16)
 
 
 def _write(directory: pathlib.Path, params_file: str, content: bytes, description: str) -> None:
@@ -127,7 +140,9 @@ def load_reference(directory: str | os.PathLike[str]) -> ScoredReference:
         for name in ("observation_space", "action_space"):
             fields[name] = spaces.from_json(fields[name])
         spec = EnvironmentSpec(**fields)
-        if wrong := _misfits(params, with_decoding(algorithm.example(spec, config), "greedy")):
+        example = with_decoding(algorithm.example(spec, config), "greedy")
+        params = _widened(params, example)
+        if wrong := _misfits(params, example):
             raise ReferencePolicyError(
                 f"the parameters in {path} do not fit its spaces and configuration: {'; '.join(wrong[:3])}; "
                 "train this reference again"
@@ -142,6 +157,18 @@ def load_reference(directory: str | os.PathLike[str]) -> ScoredReference:
         raise
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ReferencePolicyError(f"{directory} is damaged ({error!r}); train this reference again") from error
+
+
+def _widened(params: PyTree, example: PyTree) -> PyTree:
+    """Parameters with what was saved in half of its size as float32 again."""
+    if typing.cast(typing.Any, jax.tree.structure(params)) != jax.tree.structure(example):
+        return params  # they do not fit, which is told of
+
+    def widen(leaf: np.ndarray, like: typing.Any) -> np.ndarray:
+        halved = leaf.dtype == np.float16 and np.asarray(like).dtype == np.float32
+        return leaf.astype(np.float32) if halved else leaf
+
+    return jax.tree.map(widen, params, example)
 
 
 def _misfits(params: PyTree, example: PyTree) -> list[str]:

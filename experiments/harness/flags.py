@@ -25,6 +25,7 @@ from experiments.harness import allocator, compilation, signals
 from experiments.harness.ids import Choice
 from experiments.harness.progress import logger
 from experiments.harness.units import LOCAL, Engine
+from ldm_jax import files
 from ldm_jax.errors import LdmError, check_finite
 
 
@@ -172,6 +173,25 @@ def run_app(main: collections.abc.Callable[[list[str]], None]) -> None:
 
     with one_line():
         app.run(keep_and_run, flags_parser=parse)
+
+
+def run_page(render: collections.abc.Callable[[pathlib.Path], str]) -> None:
+    """Runs a script that writes, or prints, a page of what there is in a workdir.
+
+    Args:
+      render: is given `references/` of the workdir, and makes Markdown.
+    """
+    flags.DEFINE_string("workdir", None, "folder that has references/", required=True)
+    flags.DEFINE_string("page", "", "file that the page is written to; default: it is printed")
+
+    def write(_: list[str]) -> None:
+        text = render(pathlib.Path(flags.FLAGS.workdir) / "references")
+        if flags.FLAGS.page:
+            files.write(pathlib.Path(flags.FLAGS.page), text)
+        else:
+            print(text)
+
+    run_app(write)
 
 
 def rebuild(config: T, values: collections.abc.Mapping[str, typing.Any]) -> T:

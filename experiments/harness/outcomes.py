@@ -30,11 +30,17 @@ class UnitOutcome(typing.NamedTuple):
         stages "collected" and "evaluated", or "left out": what they need of it is not there.
       reason: why, in one sentence.
       cause: the kind of the reason where it failed, in a few words that many share; empty elsewhere.
+      budget: share of an environment's training steps that its last try had; 0 where nothing was tried again.
+      train_seconds: of training a reference, all tries together.
+      score_seconds: of choosing and scoring it.
     """
 
     verdict: Verdict
     reason: str
     cause: str = ""
+    budget: float = 0.0
+    train_seconds: float = 0.0
+    score_seconds: float = 0.0
 
 
 def failure(error: BaseException, cause: str = "") -> UnitOutcome:
@@ -93,7 +99,7 @@ def outcome_table(outcomes: collections.abc.Mapping[str, UnitOutcome]) -> str:
     order = sorted(outcomes, key=lambda id: (_VERDICTS.index(outcomes[id].verdict), outcomes[id].cause, id))
     rows = [("environment", "outcome", "reason")]
     for id in order:
-        verdict, reason, cause = outcomes[id]
+        verdict, reason, cause = outcomes[id][:3]
         rows.append((id, verdict, _shorten(f"{cause}: {reason}" if cause else reason)))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     lines = [f"{id:{widths[0]}} {verdict:{widths[1]}} {reason}".rstrip() for id, verdict, reason in rows]

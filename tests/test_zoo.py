@@ -1,0 +1,120 @@
+"""Zoos: references that others take: they are the same policies, half as large, and only of the same environment."""
+
+import dataclasses
+import json
+
+import chex
+import gymnasium as gym
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+
+import environments
+from data import references
+from data.references import ReferencePolicyError, load_reference, ppo, saving, zoo
+from experiments import pack_zoo
+from experiments import references as stage
+from experiments.harness.outcomes import UnitOutcome
+from experiments.harness.stage import UnitsFailedError
+from ldm_jax import cards
+
+ID = "gymnax/Catch-bsuite"
+QUICK = references.Recipe("ppo", ppo.PPOConfig(budget_steps=60_000, rollout_length=32, hidden=(32,)))
+CONFIG = stage.ReferencesConfig(budget=0.002, num_envs=16, workers=0)
+
+
+@pytest.fixture(scope="module")
+def scored():
+    policy = references.train_reference(environments.make, ID, QUICK)
+    return references.score_reference(environments.make, policy)
+
+
+@pytest.fixture(scope="module")
+def folder(scored, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo")
+    zoo.add_to_zoo(folder, environments.make, scored, seed=1)
+    return folder
+
+
+def test_what_is_packed_is_half_as_large_and_plays_as_well(folder, scored, tmp_path):
+    references.save_reference(tmp_path / "whole", scored)
+    (packed,), (whole,) = folder.rglob("params-*.npz"), (tmp_path / "whole").glob("params-*.npz")
+    assert packed.stat().st_size < 0.7 * whole.stat().st_size
+    with np.load(packed, allow_pickle=False) as arrays:
+        assert {array.dtype for array in arrays.values() if array.ndim >= 2} == {np.dtype(np.float16)}
+    taken = zoo.take_from_zoo(folder, scored.policy.spec)
+    assert {leaf.dtype for leaf in jax.tree.leaves(taken.policy.params)} == {
+        np.asarray(leaf).dtype for leaf in jax.tree.leaves(scored.policy.params)
+    }
+    chex.assert_trees_all_close(taken.policy.params, scored.policy.params, rtol=1e-3, atol=1e-4)
+    assert taken.admission.admitted
+    assert zoo.verify_reference(environments.make, taken, seed=2).holds
+
+
+@hypothesis.given(
+    hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, min_side=0), elements=st.floats(-1e9, 1e9, width=32))
+)
+def test_nothing_becomes_infinite_by_being_halved(array):
+    halved = saving.half(array)
+    assert np.isfinite(halved).all() and halved.shape == array.shape
+    assert halved.dtype == (np.float16 if array.ndim > 1 and (np.abs(array) <= 65504).all() else np.float32)
+    np.testing.assert_allclose(halved.astype(np.float32), array, rtol=1e-3, atol=1e-7)
+
+
+def test_a_reference_that_needs_its_digits_keeps_them(scored, tmp_path, monkeypatch):
+    """Where the rounded policy scores otherwise, the policy is packed as it is."""
+    worse = dataclasses.replace(scored, reference_returns=scored.random_returns)
+    monkeypatch.setattr(zoo, "score_reference", lambda *_: worse)
+    zoo.add_to_zoo(tmp_path, environments.make, scored, seed=1)
+    chex.assert_trees_all_equal(load_reference(tmp_path / ID).policy.params, scored.policy.params)
+
+
+def test_what_is_not_admitted_is_not_packed(scored, tmp_path):
+    worse = dataclasses.replace(scored, reference_returns=scored.random_returns)
+    with pytest.raises(ReferencePolicyError, match="not admitted"):
+        zoo.add_to_zoo(tmp_path, environments.make, worse)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_it_is_taken_only_where_the_environment_is_still_the_one(folder, scored):
+    spec = scored.policy.spec
+    assert zoo.take_from_zoo(folder, dataclasses.replace(spec, id="gymnax/CartPole-v1")) is None
+    for changes in ({"version": "0"}, {"observation_space": gym.spaces.Box(0, 1, (10, 6), np.float32)}):
+        with pytest.raises(cards.CardError, match="is not of this environment"):
+            zoo.take_from_zoo(folder, dataclasses.replace(spec, **changes))
+
+
+def test_the_stage_takes_what_the_zoo_has_and_trains_the_rest(folder, tmp_path):
+    config = dataclasses.replace(CONFIG, zoo=str(folder))
+    stage.run(config, tmp_path, (ID, "gymnax/CartPole-v1"))
+    made = tmp_path / "references"
+    assert UnitOutcome(**json.loads((made / ID / "outcome.json").read_text())).verdict == "admitted"
+    chex.assert_trees_all_equal(load_reference(made / ID).policy.params, load_reference(folder / ID).policy.params)
+    assert load_reference(made / "gymnax/CartPole-v1").policy.reference.candidates
+
+
+def test_a_score_that_is_not_true_is_found(folder, scored, tmp_path, capsys):
+    stage.run(dataclasses.replace(CONFIG, zoo=str(folder), verify=True), tmp_path / "unused", (ID,))
+    assert "1 of 1 references hold" in capsys.readouterr().out and not (tmp_path / "unused" / "references").exists()
+    better = cards.Returns(tuple(tuple(5.0 + value for value in row) for row in scored.reference_returns.values))
+    references.save_reference(tmp_path / "references" / ID, dataclasses.replace(scored, reference_returns=better))
+    with pytest.raises(UnitsFailedError, match=r"recorded .*measured"):
+        stage.run(dataclasses.replace(CONFIG, verify=True), tmp_path, (ID,))
+
+
+def test_a_workdir_is_packed_and_what_is_packed_stays(scored, tmp_path, capsys):
+    references.save_reference(tmp_path / "run" / "references" / ID, scored)
+    refused = dataclasses.replace(scored, reference_returns=scored.random_returns)
+    refused = dataclasses.replace(
+        refused,
+        policy=dataclasses.replace(scored.policy, spec=dataclasses.replace(scored.policy.spec, id="gymnax/Other")),
+    )
+    references.save_reference(tmp_path / "run" / "references" / "gymnax/Other", refused)
+    config = pack_zoo.ZooConfig(folder=str(tmp_path / "packed"))
+    for _ in range(2):
+        pack_zoo.run(config, tmp_path / "run")
+        assert "has 1 references" in capsys.readouterr().out
+    assert zoo.take_from_zoo(tmp_path / "packed", scored.policy.spec) is not None
