@@ -159,8 +159,10 @@ def make_reference(config: ReferencesConfig, unit: ReferenceUnit, advance: progr
         refused = too_large(spec)
         if refused:
             return Made(refused)
-        if taken := _take(config, spec):
+        taken = None if unit.budget else _take(config, spec)
+        if taken:
             save_reference(unit.directory, taken)
+            advance(unit.steps)
             return Made(outcome_of(taken), {"taken": taken.policy.reference.algorithm})
         published = find_target(unit.id)
         target = published and published.target_return
