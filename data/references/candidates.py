@@ -108,9 +108,9 @@ def _ppo(spec: EnvironmentSpec, probe: Probe) -> tuple[Candidate, ...]:
             {
                 "cells": cells,
                 "numbers": dataclasses.replace(cells, learning_rate=2e-3, convolved=False),  # rows may be no places
+                "cells, far view": dataclasses.replace(cells, discount=0.997, gae_lambda=0.97),
                 # Many passes fit a rollout too closely in some games (Asterix 12 to 22), and are needed in others.
                 "cells, fewer passes": dataclasses.replace(cells, learning_rate=2e-3, epochs=2),
-                "cells, far view": dataclasses.replace(cells, discount=0.997, gae_lambda=0.97),
             }
         )
     if any(is_image(leaf.space) for leaf in leaves(spec.observation_space)):

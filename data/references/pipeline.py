@@ -16,7 +16,7 @@ from ldm_jax.evaluation import scores
 from ldm_jax.types import Agent
 
 from . import action_range
-from .candidates import total_steps
+from .candidates import TOTAL_STEPS, total_steps
 from .expert import ExpertConfig, check_learnable, expert_policy
 from .opening import MakeEnvironment, opened, opened_for
 from .policy import ReferencePolicy, SlotDecoding, random_agent, with_decoding
@@ -204,7 +204,7 @@ def _steps_to_score(policy: ReferencePolicy) -> int:
     """What each of two comparisons may take: half of a share of training's steps; of an expert, what training takes."""
     reference = policy.reference
     if reference.expert:
-        return total_steps(policy.spec)
+        return max(TOTAL_STEPS, total_steps(policy.spec))  # a table's would leave long episodes untold
     return int(max(LEAST_STEPS, STEPS_SHARE * max(reference.steps, reference.budget_steps))) // 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 
@@ -36,16 +37,22 @@ _SUCCESS: dict[str, tuple[str, float]] = {
 it `earned` or whether it `ended` by itself (1) or was cut off (0)."""
 
 
-def expert_policies(spec: EnvironmentSpec) -> list[ReferencePolicy]:
+def expert_policies(spec: EnvironmentSpec, target: float | None = None) -> list[ReferencePolicy]:
     """The references that the experts of an environment are.
 
     Args:
       spec: of the environment.
+      target: a public return of the task, None where none is known; for their cards.
     """
-    return [
-        expert_policy(spec, ExpertConfig(info.name, info.version, info.privileged, info.labels_any_state))
+    configs = (
+        ExpertConfig(info.name, info.version, info.privileged, info.labels_any_state)
         for info in environments.experts(spec.id)
-    ]
+    )
+    return [_with_target(expert_policy(spec, config), target) for config in configs]
+
+
+def _with_target(policy: ReferencePolicy, target: float | None) -> ReferencePolicy:
+    return dataclasses.replace(policy, reference=dataclasses.replace(policy.reference, public_target=target))
 
 
 def check_same_expert(id: str, reference: cards.Reference) -> None:

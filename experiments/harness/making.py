@@ -167,7 +167,7 @@ def make_reference(config: ReferencesConfig, unit: ReferenceUnit, advance: progr
         published = find_target(unit.id)
         target = published and published.target_return
         told = progress.up_to(advance)
-        policies = [] if config.algorithms == "trained" else expert_policies(spec)
+        policies = [] if config.algorithms == "trained" else expert_policies(spec, target)
         if config.algorithms != "expert":
             budget = unit.budget or config.budget
             policies.append(train_reference(registry.make, unit.id, None, training_seed, told, budget, target))

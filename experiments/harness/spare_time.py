@@ -6,6 +6,7 @@ Those that solved their task early, or stood still, have left their time; it goe
 from __future__ import annotations
 
 import collections.abc
+import math
 import time
 import typing
 
@@ -17,6 +18,8 @@ MORE = 4
 
 GOOD = 0.9
 """Share of the way to a public target from which on a reference does not fall short."""
+
+_UNKNOWN = math.nextafter(GOOD, 0.0)
 
 _SCORING = 1.25
 """Seconds of training and scoring over those of training."""
@@ -85,7 +88,7 @@ def try_again(tried: collections.abc.Mapping[str, Tried], seconds: float, worker
 
 
 def _merit(scored: ScoredReference) -> float:
-    """How good a reference is known to be: below 0 where it is refused; without a target nobody knows."""
+    """How good a reference is known to be; what is refused comes first, and last what nobody knows to fall short."""
     if not scored.admission.admitted:
-        return -1.0
-    return GOOD / 2 if scored.share_of_target is None else scored.share_of_target
+        return -math.inf
+    return _UNKNOWN if scored.share_of_target is None else scored.share_of_target
