@@ -82,7 +82,7 @@ def render_references(found: collections.abc.Sequence[FoundReference]) -> str:
         [
             _INTRODUCTION,
             f"**{len(found):,} environments: {counts}.** Of {len(shares)} with a public return {near} get {GOOD} of "
-            f"the way to it, and {weak} are weak. Training took {training:.0f} minutes of one process, scoring "
+            f"the way to it; weak: {weak}. Training took {training:.0f} minutes of one process, scoring "
             f"{scoring:.0f}.\n",
             markdown_table(heads, [_cells(one) for one in found]),
         ]

@@ -41,5 +41,5 @@ def test_every_environment_has_a_line_and_weak_ones_say_so(tmp_path):
     assert "| 0.33 |" in lines["gymnax/Weak"] and "**weak**" in lines["gymnax/Weak"]
     assert "refused: as said" in lines["gymnax/Worse"] and "no licence found" in lines["gymnax/Failed"]
     assert "failed: " in lines["gymnax/Damaged"], "what cannot be read is no reference"
-    assert "Of 3 with a public return 1 get 0.9 of the way to it, and 2 are weak" in " ".join(page.split())
+    assert "Of 3 with a public return 1 get 0.9 of the way to it; weak: 2" in " ".join(page.split())
     assert json.loads((tmp_path / ID / "outcome.json").read_text())["train_seconds"] == 90.0
