@@ -24,12 +24,11 @@ import pathlib
 import time
 import typing
 
-from data.references import load_reference
 from experiments import references
 from experiments.harness import progress
-from experiments.harness.outcomes import read_outcome
 from experiments.harness.spare_time import GOOD
 from experiments.harness.stage import UnitsFailedError
+from experiments.references_table import find_reference
 
 from .training import RIVALS, compare_training
 
@@ -62,10 +61,9 @@ def read_panel(path: pathlib.Path = PANEL) -> list[str]:
 
 def read_line(folder: pathlib.Path, id: str, budget: float) -> Line:
     """What is in the folder of a reference."""
-    outcome = read_outcome(folder)
-    if outcome is None or outcome.verdict == "failed":
-        return Line(id, error=outcome.reason if outcome else "not begun")
-    scored = load_reference(folder)
+    _, outcome, scored = find_reference(folder, id)
+    if scored is None:
+        return Line(id, error=outcome.reason)
     made, returns = scored.policy.reference, scored.reference_returns
     return Line(
         id,

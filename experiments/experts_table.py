@@ -17,7 +17,7 @@ from data.references import ReferencePolicyError, ScoredReference, load_referenc
 from experiments.harness.experts import read_facts
 from experiments.harness.flags import run_page
 from experiments.harness.outcomes import UnitOutcome, read_outcome
-from experiments.report.catalog_page import markdown_table
+from experiments.report.catalog_page import markdown_table, mean_with_error
 
 _INTRODUCTION = """\
 # Experts
@@ -119,17 +119,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.id,
         reference.expert,
         made,
-        _mean(scored.reference_returns),
-        _mean(scored.random_returns),
+        mean_with_error(scored.reference_returns),
+        mean_with_error(scored.random_returns),
         str(scored.reference_returns.episodes),
         "" if success is None else f"{success:.2f}",
         f"{float(f'{1 / seconds:.2g}'):,.6g}" if seconds else "",
         "; ".join(filter(None, notes)),
     )
-
-
-def _mean(returns: typing.Any) -> str:
-    return f"{returns.mean:.4g} ± {returns.standard_error:.2g}"
 
 
 def _by_library(rows: collections.abc.Iterable[Row]) -> dict[str, list[Row]]:

@@ -15,7 +15,7 @@ from data.references import ReferencePolicyError, ScoredReference, load_referenc
 from experiments.harness.flags import run_page
 from experiments.harness.outcomes import UnitOutcome, failure, read_outcome
 from experiments.harness.spare_time import GOOD
-from experiments.report.catalog_page import markdown_table
+from experiments.report.catalog_page import markdown_table, mean_with_error
 from experiments.report.targets import find_target
 from ldm_jax import cards
 
@@ -48,11 +48,12 @@ class FoundReference(typing.NamedTuple):
 def find_references(references: pathlib.Path) -> list[FoundReference]:
     """Reads what came of all environments of a folder of references, by id."""
     folders = sorted(path.parent for path in references.rglob("outcome.json"))
-    return [_find(folder, folder.relative_to(references).as_posix()) for folder in folders]
+    return [find_reference(folder, folder.relative_to(references).as_posix()) for folder in folders]
 
 
-def _find(folder: pathlib.Path, id: str) -> FoundReference:
-    outcome = read_outcome(folder) or UnitOutcome("failed", "its outcome cannot be read")
+def find_reference(folder: pathlib.Path, id: str) -> FoundReference:
+    """Reads what came of one environment, whose folder it is; a damaged reference has failed."""
+    outcome = read_outcome(folder) or UnitOutcome("failed", "not begun, or its outcome cannot be read")
     if outcome.verdict == "failed":
         return FoundReference(id, outcome, None)
     try:
@@ -102,17 +103,13 @@ def _cells(one: FoundReference) -> tuple[str, ...]:
         made.algorithm,
         made.expert or made.candidate,
         f"{made.steps:,}",
-        _with_error(scored.random_returns),
-        _with_error(scored.reference_returns),
+        mean_with_error(scored.random_returns),
+        mean_with_error(scored.reference_returns),
         public,
         "" if share is None else f"{share:.2f}",
         f"{outcome.train_seconds:.0f} + {outcome.score_seconds:.0f}",
         "; ".join(filter(None, ["**weak**" * scored.weak, said])),
     )
-
-
-def _with_error(returns: cards.Returns) -> str:
-    return f"{returns.mean:.4g} ± {returns.standard_error:.2g}"
 
 
 if __name__ == "__main__":

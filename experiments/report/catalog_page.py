@@ -11,6 +11,7 @@ import typing
 
 from environments.catalog.entries import Entry
 from environments.catalog.experts import experts
+from ldm_jax.cards import Returns
 
 _EXAMPLES = 3
 _VARYING = re.compile(r"\[[^\]]*\]?|'[^']*'|`[^`]*`|-?\d[\d.e+-]*")
@@ -142,6 +143,11 @@ def _counts(entries: list[Entry]) -> tuple[str, str, str]:
 
 def _distinct(entries: list[Entry], field: str) -> int:
     return len({getattr(entry, field) for entry in entries})
+
+
+def mean_with_error(returns: Returns) -> str:
+    """A cell: the mean of returns and its standard error."""
+    return f"{returns.mean:.4g} ± {returns.standard_error:.2g}"
 
 
 def markdown_table(head: tuple[str, ...], rows: collections.abc.Sequence[tuple[str, ...]]) -> str:
