@@ -212,9 +212,10 @@ def test_containers_end_when_the_host_is_killed(new_image):
 
 def test_nothing_is_left_of_hosts_that_are_killed_while_their_containers_start(new_image, monkeypatch):
     with tempfile.TemporaryDirectory() as folder:  # a short path: the names of sockets are limited
-        victims = [host(new_image, "Steady", TMPDIR=folder) for _ in range(3)]
+        delays_s = (0.0, 0.08, 0.15, 0.3)
+        victims = [host(new_image, "Steady", TMPDIR=folder) for _ in delays_s]
         services = []
-        for victim, delay_s in zip(victims, (0.0, 0.15, 0.3), strict=True):
+        for victim, delay_s in zip(victims, delays_s, strict=True):
             assert soon(lambda victim=victim: service_of(victim.pid), 60)
             services.append(service_of(victim.pid))
             time.sleep(delay_s)

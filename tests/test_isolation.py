@@ -76,7 +76,7 @@ def alive(pid):
         return False
 
 
-def soon(condition, seconds=5.0):
+def soon(condition, seconds=30.0):
     """Whether a condition holds now or becomes true in a while."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:

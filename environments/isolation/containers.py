@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import pathlib
@@ -40,7 +41,6 @@ HARD_MEMORY_MARGIN_BYTES = 256 << 20
 _IMAGES = pathlib.Path(__file__).parents[1] / "images"
 _CONTAINERFILE, _SETTINGS = _IMAGES / "Containerfile", _IMAGES / "containers.conf"
 _SUITES = {"3.9": "bullseye", "3.11": "bookworm", "3.13": "trixie"}
-_LABEL = "ldm_jax.host"
 _WALLS = ("--init", "--network=none", "--read-only", "--cap-drop=ALL", "--env=HOME=/tmp")
 _SERVICE_TIMEOUT_S, _END_TIMEOUT_S, _PULL_TIMEOUT_S, _PROBE_TIMEOUT_S = 30.0, 30.0, 120.0, 60.0
 TRIED_AGAIN_S = 3600.0
@@ -174,7 +174,7 @@ class ContainerProcess:
         memory_limit_bytes: int,
         start_timeout_s: float,
     ):
-        # Named by us: what a service that was killed has half made can be found and removed.
+        # Named by us: what a service that was killed has half made can be found and removed. See `_remove_left`.
         self.name = f"ldm_jax-{os.getpid()}-{uuid.uuid4().hex}"
         run = tempfile.mkdtemp(prefix="run-", dir=folder)
         os.chmod(run, 0o711)  # the worker is another user
@@ -258,7 +258,6 @@ def _create(
         pids_limit=PIDS_LIMIT,
         init=True,  # ends with the worker, and everything in the container with it
         auto_remove=True,
-        labels={_LABEL: str(os.getpid())},
         mounts=mounts,
     )
 
@@ -281,7 +280,9 @@ def _service(folder: str) -> collections.abc.Iterator[typing.Any]:
     """A client of a Podman service that lives as long as this context."""
     address = f"unix://{folder}/podman"
     # The kernel ends it with the thread that started it. Its own clock may run out in a long call: let that be late.
-    ends_with_us = ["setpriv", "--pdeathsig=TERM"] if shutil.which("setpriv") else []
+    # It is killed, never asked: asked while it makes a container, Podman 4.3 waits for itself, with its locks held, one
+    # time in ten.
+    ends_with_us = ["setpriv", "--pdeathsig=KILL"] if shutil.which("setpriv") else []
     command = [*ends_with_us, "podman", "system", "service", f"--time={_SERVICE_IDLE_S}", address]
     service = subprocess.Popen(
         command, env=_environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -295,7 +296,7 @@ def _service(folder: str) -> collections.abc.Iterator[typing.Any]:
         with importlib.import_module("podman").PodmanClient(base_url=address, timeout=60) as client:
             yield client
     finally:
-        service.terminate()
+        service.kill()
         service.wait()
 
 
@@ -310,11 +311,15 @@ def _listens(path: str) -> bool:
 
 
 def _remove_left(client: typing.Any) -> None:
-    """Removes containers that a killed host has created and not started; those that ran remove themselves."""
+    """Removes containers that a killed host has begun to make and not started; those that ran remove themselves."""
     try:
-        for container in client.containers.list(all=True, filters={"label": _LABEL, "status": "created"}):
-            if not os.path.exists(f"/proc/{container.labels.get(_LABEL)}"):
-                container.remove(force=True)
+        # podman-py's own list leaves out those of which there is only the file system so far.
+        asked = {"all": True, "external": True, "filters": json.dumps({"name": ["^ldm_jax-"]})}
+        for listed in client.api.get("/containers/json", params=asked).json():
+            host = re.fullmatch(r"ldm_jax-(\d+)-[0-9a-f]{32}", listed["Names"][0])
+            unstarted = listed["State"] in ("created", "initialized", "storage")
+            if host and unstarted and not os.path.exists(f"/proc/{host[1]}"):
+                client.api.delete(f"/containers/{listed['Names'][0]}", params={"force": True})
     except Exception as error:  # others may remove the same ones, and a list fails if one goes while it is made
         _log.debug("containers that a killed host left were not removed: %r", error)
 
