@@ -5,6 +5,8 @@ import functools
 import importlib
 import re
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from test_isolation import LIBRARY, LIMIT_S, make, play, same, worker_spec
@@ -13,6 +15,7 @@ import environments
 import ldm_jax
 from environments.catalog.experts import LISTS, read_list
 from environments.isolation import IsolatedEnvironment, Isolation
+from environments.isolation.worker.experts import GeneratorState
 
 FILE = str(LIBRARY / "experts.py")
 
@@ -119,6 +122,34 @@ def test_an_expert_that_draws_from_the_environment_s_generator_changes_nothing_a
         report = environment.expert_report
     assert all(same(one._replace(expert=None), other) for one, other in zip(seen, plain, strict=True))
     assert report.counts["drew"] and "drew from the environment's own generator" in report.notes[0]
+
+
+DRAWS = {
+    "nothing": lambda generator: None,
+    "a double": lambda generator: generator.random(),
+    "half a number": lambda generator: generator.random(dtype=np.float32),
+    "a whole number": lambda generator: generator.integers(7),
+    "normal": lambda generator: generator.normal(size=3),
+    "an order": lambda generator: generator.permutation(5),
+}
+
+
+@hypothesis.given(st.integers(0, 2**128), st.lists(st.sampled_from(sorted(DRAWS)), max_size=6), st.booleans())
+def test_a_generator_s_state_is_seen_to_change_as_numpy_says_and_put_back(seed, draws, by_memory):
+    generator = np.random.default_rng(seed)
+    state = GeneratorState(generator)
+    assert state._parts  # as this numpy keeps it
+    if not by_memory:
+        state._parts = []
+    first, told = state.read(), generator.bit_generator.state
+    for draw in draws:
+        before, told_before = state.read(), generator.bit_generator.state
+        DRAWS[draw](generator)
+        assert (state.read() == before) == (generator.bit_generator.state == told_before)
+    expected = np.random.default_rng(seed).random(dtype=np.float32)
+    state.write(first)
+    assert state.read() == first and generator.bit_generator.state == told
+    assert generator.random(dtype=np.float32) == expected
 
 
 def test_an_expert_that_hangs_costs_the_worker_which_says_so():

@@ -15,7 +15,8 @@ class BestResponse:
         self._actions = {}
 
     def reset(self, env, obs, info):
-        self._actions = best_response(env.unwrapped._game.get_type().short_name)
+        if not self._actions:  # the game stays the same
+            self._actions = best_response(env.unwrapped._game.get_type().short_name)
 
     def label(self, env, obs, info):
         state = env.unwrapped._state

@@ -258,6 +258,8 @@ class Rows:
         commands, faults = self.arrays["command"][self.rows.start : self.rows.stop].tolist(), []
         step, reset, calls, heartbeat = self.step, self.reset, self.calls, self.heartbeat
         actions = self.read_actions() if STEP in commands else commands
+        if self.experts is not None:
+            self.experts.begin()
         for row, command, action in zip(self.rows, commands, actions):
             if command == IDLE:
                 continue
