@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
-import difflib
 import importlib
 import importlib.metadata
 import operator
@@ -32,7 +31,7 @@ import warnings
 
 from ldm_jax import spaces
 from ldm_jax.environment import Environment, EnvironmentFaultError, LibraryMissingError
-from ldm_jax.errors import ConfigError, LdmError
+from ldm_jax.errors import ConfigError, LdmError, did_you_mean
 from ldm_jax.types import MAX_TIME_LIMIT, EnvironmentSpec
 
 from .catalog import entries
@@ -214,8 +213,8 @@ def split(id: str) -> tuple[str, str]:
     if slash:
         return library, name
     full = {entry.name: entry.id for entry in entries.entries_of(entries.catalogued()) if entry.verified}
-    near = [full[name] for name in _near(str(id), full)]
-    raise UnknownEnvironmentError(f"got the environment id {id!r}, expected `library/name`{_or(near)}")
+    hint = did_you_mean(str(id), full, shown=full.__getitem__)
+    raise UnknownEnvironmentError(f"got the environment id {id!r}, expected `library/name`{hint}")
 
 
 def _check_known(library: str, name: str, adapter: typing.Any) -> None:
@@ -353,15 +352,15 @@ def unknown_library(library: str) -> UnknownEnvironmentError:
     """The error that says which libraries there are."""
     table = adapter_modules()
     return UnknownEnvironmentError(
-        f"no library {library!r} of environments; known are {', '.join(sorted(table))}{_or(_near(library, table))} "
+        f"no library {library!r} of environments; known are {', '.join(sorted(table))}{did_you_mean(library, table)} "
         f"(a package adds one by an entry point in {ENTRY_POINT_GROUP!r})"
     )
 
 
 def unknown_name(library: str, name: str, known: collections.abc.Iterable[str]) -> UnknownEnvironmentError:
     """The error that says which of the `known` names of a library are near."""
-    near = [f"{library}/{near}" for near in _near(name, known)]
-    return UnknownEnvironmentError(f"{library} has no environment {name!r}{_or(near)}")
+    hint = did_you_mean(name, known, shown=lambda near: f"{library}/{near}")
+    return UnknownEnvironmentError(f"{library} has no environment {name!r}{hint}")
 
 
 def _check_count(what: str, value: object, largest: int) -> int:
@@ -373,12 +372,3 @@ def _check_count(what: str, value: object, largest: int) -> int:
     if isinstance(value, bool) or not 1 <= count <= largest:
         raise ConfigError(f"{what} is {value!r}, expected an integer of at least 1 and at most {largest}")
     return count
-
-
-def _near(name: str, known: collections.abc.Iterable[str]) -> list[str]:
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    return [by_lower[lower] for lower in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
-
-
-def _or(names: list[str]) -> str:
-    return f"; did you mean {' or '.join(names)}?" if names else ""

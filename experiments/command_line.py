@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import collections.abc
-import difflib
 import importlib.metadata
 import pathlib
 import platform
@@ -37,7 +36,7 @@ from experiments import conformance, watching
 from experiments.harness import compilation
 from experiments.harness.flags import one_line
 from ldm_jax.acting import Decoding
-from ldm_jax.errors import LdmError
+from ldm_jax.errors import LdmError, did_you_mean
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "gymnasium", "numpy"),
@@ -197,9 +196,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         chosen = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        near = difflib.get_close_matches(chosen[1], re.findall(r"[\w-]+", chosen[2]), n=1) if chosen else []
-        hint = f"; did you mean {near[0]}?" if near else "."
-        raise CommandError(f"{message}{hint} See {self.prog} --help")
+        hint = did_you_mean(chosen[1], re.findall(r"[\w-]+", chosen[2]), most=1) if chosen else ""
+        raise CommandError(f"{message}{hint or '.'} See {self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import collections
 import collections.abc
 import dataclasses
-import difflib
 import pathlib
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from experiments.report.data_card import CardRow, render_data_card
 from experiments.report.provenance import dataset_digest
 from experiments.report.runs import write_page
 from ldm_jax.cards import EnvironmentCard, Reference
-from ldm_jax.errors import LdmError
+from ldm_jax.errors import LdmError, did_you_mean
 
 
 class DamagedError(LdmError, RuntimeError):
@@ -343,8 +342,7 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
+        hint = did_you_mean(verb, VERBS, most=1) or "."
         sys.exit(f"error: got {verb}, expected one of {', '.join(VERBS)} first, then flags{hint} See --help")
     defined = _define(verb)
     if any(word in _HELP for word in argv):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import difflib
 import math
 import typing
 
@@ -14,6 +15,28 @@ class LdmError(Exception):
 
 class ConfigError(LdmError, ValueError):
     """A configuration that contradicts itself, or a space that a model cannot take."""
+
+
+def did_you_mean(
+    name: str,
+    known: collections.abc.Iterable[str],
+    most: int = 3,
+    shown: collections.abc.Callable[[str], str] = str,
+) -> str:
+    """The end of an error about a name that is not known.
+
+    Args:
+      name: that was given.
+      known: the names that there are.
+      most: of them are said.
+      shown: how one of them is written.
+
+    Returns:
+      `; did you mean A or B?`, those that are like it, whatever their case; empty where none is.
+    """
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    near = [shown(by_lower[each]) for each in difflib.get_close_matches(name.lower(), by_lower, n=most, cutoff=0.5)]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def differences(found: typing.Any, wanted: typing.Any, name: str = "") -> list[str]:

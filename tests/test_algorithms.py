@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+import chex
 import gymnasium as gym
 import hypothesis
 import hypothesis.strategies as st
@@ -26,10 +27,6 @@ CHAIN = "gymnax/MemoryChain-bsuite"
 REMEMBERING = ppo.PPOConfig(
     budget_steps=16_384, num_envs=16, rollout_length=64, hidden=(16,), minibatches=4, memory=16, sequence_length=16
 )
-
-
-def trees_equal(one, other):
-    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), one, other))
 
 
 def made_once(id, rows):
@@ -131,7 +128,7 @@ def test_nothing_is_remembered_beyond_the_beginning_of_an_episode():
     timestep = time_step(np.ones((4, 3), np.float32), np.ones(4, bool))
     known = moments.init_moments(model.size)
     outputs = [model.act(params, known, m, model.see(m, timestep), timestep)[0] for m in (begun, other)]
-    assert trees_equal(*outputs)
+    chex.assert_trees_all_equal(*outputs)
 
 
 @pytest.mark.parametrize("changes", [{"sequence_length": 24}, {"memory": -1}, {"memory": 1.5}, {"minibatches": 128}])
@@ -170,7 +167,7 @@ def test_planning_finds_what_is_hidden_at_the_end_of_a_way(tmp_path):
     config = tabular.TabularConfig(budget_steps=8192, num_envs=16, rollout_length=32, states_limit=64)
     how = references.Recipe("tabular", config)
     trained, again = (references.train_reference(environments.make, "gymnasium/Hidden-v0", how) for _ in range(2))
-    assert trees_equal(trained.params, again.params)  # as learning in a simulator is, where that takes a seed
+    chex.assert_trees_all_equal(trained.params, again.params)  # as learning in a simulator is, where that takes a seed
     scored = references.score_reference(environments.make, trained, num_envs=16)
     assert scored.reference_returns.mean == 1.0  # random: 6 ** -6 at each try
     saved_and_found(tmp_path, scored)

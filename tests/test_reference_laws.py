@@ -8,6 +8,7 @@ import math
 import pickle
 import weakref
 
+import chex
 import gymnasium as gym
 import hypothesis
 import hypothesis.strategies as st
@@ -97,10 +98,6 @@ gym.register("Nowhere-v0", Far, max_episode_steps=10, kwargs={"pay": lambda acti
 gym.register("Diverging-v0", Guess, max_episode_steps=20, kwargs={"reward_unit": math.inf})
 
 
-def trees_equal(one, other):
-    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), one, other))
-
-
 # Units
 
 
@@ -164,7 +161,7 @@ def test_the_units_of_rewards_and_observations_change_no_bit_of_what_is_learned(
             learner = update(learner, trajectory, following, jax.random.key(i))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(learner))
         learned.append(learner)
-    assert trees_equal(learned[0].params, learned[1].params)
+    chex.assert_trees_all_equal(learned[0].params, learned[1].params)
     np.testing.assert_array_equal(learned[0].moments.std * np.float32(2.0**power), learned[1].moments.std)
 
 
@@ -276,7 +273,7 @@ def test_an_image_without_bounds_is_seen_in_any_unit(unit):
     for image in (value, value * np.float32(unit)):
         known = moments.add_moments(moments.init_moments(network.size), network.numbers(image), np.ones(4, bool))
         seen.append(network.apply(params, known, image, None))
-    assert trees_equal(*seen)
+    chex.assert_trees_all_equal(*seen)
     assert len({float(v) for v in seen[0][2]}) == 4
 
 
@@ -373,7 +370,7 @@ def test_a_reference_can_be_pickled_copied_and_compared_before_and_after_use(tra
     assert there == scored and hash(there) == hash(scored)
     assert there.policy == scored.policy and there.policy.config == scored.policy.config
     seen = act(there.policy)
-    assert trees_equal(seen, act(scored.policy))
+    chex.assert_trees_all_equal(seen, act(scored.policy))
     assert travel(there) == scored
     other = there.policy.with_decoding("greedy" if scored.policy.reference.decoding == "sample" else "sample")
     assert other != scored.policy

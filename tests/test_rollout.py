@@ -2,6 +2,7 @@ import dataclasses
 import gc
 import weakref
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,10 +39,6 @@ def agent(environment):
     return Agent(lambda batch_size: jnp.full(batch_size, -7), step)
 
 
-def trees_equal(a, b):
-    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b))
-
-
 def step_by_step(environment, agent, params, loop, key, steps):
     carry, state, timestep = loop
     kept = []
@@ -59,8 +56,8 @@ def test_the_loop_equals_single_steps(environment, agent):
     )
     loop = rollout.start(environment, agent, jax.random.key(1))
     (carry, _, timestep), trajectory = rollout.rollout(environment, agent, 0.5, loop, key, steps)
-    assert trees_equal(trajectory, expected)
-    assert trees_equal((carry, timestep), expected_end)
+    chex.assert_trees_all_equal(trajectory, expected)
+    chex.assert_trees_all_equal((carry, timestep), expected_end)
     assert trajectory.timestep.first.sum() > 5  # episodes ended on the way
 
 
@@ -94,7 +91,7 @@ def test_same_key_same_result_and_nothing_is_compiled_again(environment, agent, 
     before, compiled = compilations()
     assert compiled
     after, compiled = compilations()
-    assert trees_equal(before, after) and not compiled
+    chex.assert_trees_all_equal(before, after) and not compiled
 
 
 @pytest.mark.parametrize("id", [JITTABLE, HOST])
@@ -118,8 +115,8 @@ def test_a_rollout_goes_on_where_the_last_one_ended(environment, agent):
     loop, _ = rollout.rollout(environment, agent, 0.0, loop, jax.random.key(6), 16)
     carry, _, timestep = jax.tree.map(np.array, (loop.carry, (), loop.timestep))
     _, trajectory = rollout.rollout(environment, agent, 0.0, loop, jax.random.key(7), 16)
-    assert trees_equal(jax.tree.map(lambda x: x[0], trajectory.timestep), timestep)
-    assert trees_equal(trajectory.record["age"][0], np.where(timestep.first, 0, carry + 1))
+    chex.assert_trees_all_equal(jax.tree.map(lambda x: x[0], trajectory.timestep), timestep)
+    chex.assert_trees_all_equal(trajectory.record["age"][0], np.where(timestep.first, 0, carry + 1))
 
 
 def test_evaluation_counts_what_the_rollout_shows(environment, agent):

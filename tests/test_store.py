@@ -336,7 +336,7 @@ def test_a_removed_group_leaves_the_others(tmp_path):
     assert not [path for path in (tmp_path / "x/a").rglob("*") if path.is_file() and "b" not in path.parts]
     dataset = append(dataset, "x/a", value=5)
     assert dataset.parts("x/a")[0].read(["reward"], 0, 2, 0)["reward"].tolist() == [5, 5], "not what was cached"
-    with pytest.raises(store.StoreError, match=r"no environment 'x/abc': did you mean x/ab"):
+    with pytest.raises(store.StoreError, match=r"no environment 'x/abc'; did you mean x/ab"):
         store.remove_group(dataset, "x/abc")
 
 

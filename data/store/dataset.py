@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
-import difflib
 import functools
 import json
 import os
@@ -13,6 +12,7 @@ import typing
 import numpy as np
 
 from ldm_jax.cards import EnvironmentCard
+from ldm_jax.errors import did_you_mean
 
 from . import layout, manifest, records
 from .chunks import ChunkReader
@@ -191,9 +191,8 @@ class Dataset:
     def group(self, id: str) -> GroupRecord:
         """What the record of an environment says; raises StoreError where the dataset has no such id."""
         if id not in self.groups:
-            near = difflib.get_close_matches(id, self.ids)
-            hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(self.ids)} environments, see `ids`"
-            raise StoreError(f"the dataset {self.url} has no environment {id!r}: {hint}")
+            hint = did_you_mean(id, self.ids) or f"; it has {len(self.ids)} environments, see `ids`"
+            raise StoreError(f"the dataset {self.url} has no environment {id!r}{hint}")
         return self.groups[id]
 
 

@@ -20,7 +20,7 @@ import shlex
 import types
 import typing
 
-from ldm_jax.errors import LdmError
+from ldm_jax.errors import LdmError, did_you_mean
 
 from .entries import Entry
 from .experts import experts
@@ -154,9 +154,9 @@ def parse(text: str) -> Selection:
 def _term(name: str, relation: str, values: tuple[str, ...]) -> Term:
     known = (*_WORDS, *_NUMBERS)
     if name not in known:
-        near = difflib.get_close_matches(name, (*known, *_DRAWS), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise SelectionError(f"entries of the catalog have no field {name!r}, but {', '.join((*known, *_DRAWS))}{hint}")
+        fields = (*known, *_DRAWS)
+        hint = did_you_mean(name, fields)
+        raise SelectionError(f"entries of the catalog have no field {name!r}, but {', '.join(fields)}{hint}")
     if name in _NUMBERS:
         for value in values:
             try:
