@@ -131,7 +131,7 @@ def train(workdir: pathlib.Path, steps: int) -> dict[str, typing.Any]:
     for expert, ids in TRAINED.items():
         config = quickstart.QuickstartConfig(
             environments=ids,
-            references=references.ReferencesConfig(algorithms="expert", least_episodes=1024),
+            references=references.ReferencesConfig(algorithms="expert", least_episodes=4096),
             collect=collect.CollectStageConfig(data=collecting.CollectConfig(streams=96, steps=512)),
             pretrain=pretrain.PretrainConfig(training=TrainingConfig(steps=steps)),
             evaluate=evaluate.EvaluateConfig(num_envs=256, episodes=16),
