@@ -105,14 +105,14 @@ def work(machines, folder, units, **options):
 
 def test_what_becomes_of_a_unit_is_the_same_as_here(machines, tmp_path):
     units = ["a", "crash", "hang", "leak", "unbuildable", "hang to build", "b"]
-    limits, steps = Limits(seconds=15, memory_gb=1.2, build_seconds=8), []
+    limits, steps = Limits(seconds=30, memory_gb=1.2, build_seconds=8), []
     found = {each.unit: each for each in work(machines, tmp_path, units, limits=limits, advance=steps.append)}
     assert {*found} == {*units}
     assert [found[unit].result for unit in "ab"] == ["a: done", "b: done"]
     assert found["unbuildable"].result == "not built" and not begun(tmp_path, "unbuildable")
     for unit, cause, words in [
         ("crash", DIED, "by SIGSEGV"),
-        ("hang", OUT_OF_TIME, "more than 15 s"),
+        ("hang", OUT_OF_TIME, "more than 30 s"),
         ("leak", OUT_OF_MEMORY, "more than 1.2 GB"),
         ("hang to build", NOT_BUILT, "not built within 8 s"),
     ]:

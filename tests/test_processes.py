@@ -85,7 +85,7 @@ def test_a_child_is_killed_when_the_block_ends():
 def test_a_unit_that_ends_its_process_hangs_or_leaks_costs_nothing_but_itself(tmp_path):
     units = ["a", "exits", "b", "gives up", "crashes", "hangs", "c", "leaks", "d"]
     steps = []
-    limits = Limits(seconds=8, memory_gb=1.5)
+    limits = Limits(seconds=20, memory_gb=1.5)
     found = {each.unit: each for each in _work_in(tmp_path, units, workers=2, limits=limits, advance=steps.append)}
     assert {*found} == {*units} and len(found) == len(units)
     for unit in "abcd":
@@ -94,7 +94,7 @@ def test_a_unit_that_ends_its_process_hangs_or_leaks_costs_nothing_but_itself(tm
         ("exits", DIED, "with status 7"),
         ("gives up", DIED, "with status 3"),
         ("crashes", DIED, "by SIGSEGV"),
-        ("hangs", OUT_OF_TIME, "more than 8 s"),
+        ("hangs", OUT_OF_TIME, "more than 20 s"),
         ("leaks", OUT_OF_MEMORY, "more than 1.5 GB"),
     ]:
         assert found[unit].result is None and found[unit].cause == cause and words in found[unit].reason
