@@ -8,7 +8,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import json
 import logging
 import os
 import pathlib
@@ -22,11 +21,10 @@ import subprocess
 import tempfile
 import time
 import typing
-import uuid
 
 from ldm_jax.environment import LibraryMissingError
 
-from . import venvs
+from . import leftovers, venvs
 from .caches import cache_folder
 from .program import QUIET, SERVER, WorkerFaultError
 
@@ -174,8 +172,8 @@ class ContainerProcess:
         memory_limit_bytes: int,
         start_timeout_s: float,
     ):
-        # Named by us: what a service that was killed has half made can be found and removed. See `_remove_left`.
-        self.name = f"ldm_jax-{os.getpid()}-{uuid.uuid4().hex}"
+        # Named by us: what a service that was killed has half made can be found and removed.
+        self.name = leftovers.name_container()
         run = tempfile.mkdtemp(prefix="run-", dir=folder)
         os.chmod(run, 0o711)  # the worker is another user
         listener = socket.socket(socket.AF_UNIX)
@@ -185,7 +183,7 @@ class ContainerProcess:
             listener.listen(1)
             readable = {str(SERVER.parent): _PROGRAM, run: "/run/ldm_jax", **{each: each for each in path}}
             with _service(run) as client:
-                _remove_left(client)
+                leftovers.remove_unstarted(client)
                 container = _create(client, image, self.name, variables, readable, memory_limit_bytes)
                 container.start()
                 container.reload()
@@ -308,20 +306,6 @@ def _listens(path: str) -> bool:
         except (FileNotFoundError, ConnectionRefusedError):
             return False
     return True
-
-
-def _remove_left(client: typing.Any) -> None:
-    """Removes containers that a killed host has begun to make and not started; those that ran remove themselves."""
-    try:
-        # podman-py's own list leaves out those of which there is only the file system so far.
-        asked = {"all": True, "external": True, "filters": json.dumps({"name": ["^ldm_jax-"]})}
-        for listed in client.api.get("/containers/json", params=asked).json():
-            host = re.fullmatch(r"ldm_jax-(\d+)-[0-9a-f]{32}", listed["Names"][0])
-            unstarted = listed["State"] in ("created", "initialized", "storage")
-            if host and unstarted and not os.path.exists(f"/proc/{host[1]}"):
-                client.api.delete(f"/containers/{listed['Names'][0]}", params={"force": True})
-    except Exception as error:  # others may remove the same ones, and a list fails if one goes while it is made
-        _log.debug("containers that a killed host left were not removed: %r", error)
 
 
 def _base(python: str, folder: pathlib.Path) -> str:
