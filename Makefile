@@ -1,5 +1,5 @@
-# Two commands for a new user: `make quickstart` and `make test`; `make docs` builds the pages. All they need is Python
-# 3.11, git and make.
+# Two commands for a new user: `make quickstart` and `make test`; `make docs` builds the pages, `make panel` trains the
+# policy of two hundred tasks. All they need is Python 3.11, git and make.
 PYTHON ?= python3
 WORKDIR ?= runs/quickstart
 # Further flags of the quickstart, for example FLAGS=--preset=smoke; and options of pytest, for example PYTEST="-k scores".
@@ -13,11 +13,15 @@ DIST := build/dist
 INSTALLED := build/installed
 PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 
-.PHONY: quickstart test docs lint clean
+.PHONY: quickstart panel test docs lint clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m experiments.quickstart --workdir=$(WORKDIR) $(FLAGS)
+
+# From the references in data/zoo to docs/results, hours; goes on where it was.
+panel: $(VENV)/.installed-panel
+	$(BIN)/python -m experiments.panel --workdir=runs/panel200 $(FLAGS)
 
 # Tests see the package as a user gets it: the wheel is installed into an environment of its own, which borrows its
 # dependencies from $(VENV), and PYTHONSAFEPATH keeps the checkout's folders off the path, in subprocesses too. Each worker

@@ -74,7 +74,8 @@ def run(
                     state = follow(parts, state, log)
         params = validate.whole(state.params)
         if jax.process_index() == 0 and (start_step < config.training.steps or not (workdir / "policy").exists()):
-            policy.Policy(cfg, params, cards, config.decoding, buckets).save(workdir / "policy")
+            saved = policy.Policy(cfg, params, cards, config.decoding, buckets)
+            saved.save(workdir / "policy", config.weights_dtype)
     barrier("saved")
 
 

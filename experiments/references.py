@@ -32,6 +32,8 @@ from experiments.harness.making import (
     ReferenceUnit,
     make_reference,
     outcome_of,
+    refused_by,
+    take_isolated,
     too_large,
     zoo_of,
 )
@@ -56,7 +58,7 @@ def foresee(config: ReferencesConfig, workdir: pathlib.Path, environments: tuple
     """What would be done, told without reading a reference."""
     planned = []
     for id in environments:
-        found = read_outcome(workdir / "references" / id) or _foreseen(config, id)
+        found = read_outcome(workdir / "references" / id) or refused_by(config, id) or _foreseen(config, id)
         if isinstance(found, UnitOutcome):
             planned.append(Planned(id, f"{found.verdict} ({found.cause})" if found.cause else found.verdict))
         else:
@@ -87,7 +89,7 @@ def run(
             "no environment was named; give --environments=gymnax/CartPole-v1,envpool/Taxi-v3 or the like, or --select"
         )
     if config.verify:
-        verify_all(config, zoo_of(config) or workdir / "references", environments, engine, seed=config.seed)
+        verify_all(config, zoo_of(config) or workdir / "references", environments, engine)
         return
     folder, clock = workdir / "references", Clock(config.total_hours)
     found = {id: _examine(config, id, folder / id) for id in environments}
@@ -100,8 +102,8 @@ def run(
         _tell(id, made)
 
     for id, known in found.items():
-        if isinstance(known, UnitOutcome):
-            settle(id, Made(known))
+        if made := Made(known) if isinstance(known, UnitOutcome) else take_isolated(config, known):
+            settle(id, made)
     workers = config.workers_for(len(environments))
     unbuilt = (id for id in found if id not in outcomes)
     for id, outcome in build_all(unbuilt, workers, config.build_seconds, engine).items():
@@ -160,7 +162,7 @@ def _examine(config: ReferencesConfig, id: str, directory: pathlib.Path) -> Refe
             made = outcome_of(load_reference(directory))  # what was finished, or what is wrong with it
             before = read_outcome(directory)
             return before if before and before[:2] == made[:2] else made
-        if before := read_outcome(directory):
+        if before := read_outcome(directory) or refused_by(config, id):
             return before
         check_known(id)
     except (ReferencePolicyError, LibraryMissingError) as error:

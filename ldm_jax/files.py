@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
+import fcntl
 import os
 import pathlib
 import secrets
@@ -48,10 +49,33 @@ def replacing(path: str | os.PathLike[str]) -> collections.abc.Iterator[pathlib.
         os.replace(aside, target)
         _flush(target.parent)
     finally:
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink(missing_ok=True)
+        remove(aside)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a file, a symbolic link or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: pathlib.Path, *, shared: bool = False) -> collections.abc.Iterator[None]:
+    """Waits for other processes that have locked a folder, and locks it; the lock ends with its process.
+
+    Args:
+      folder: that is there.
+      shared: whether others that share it, too, may go on.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems have no locks: there, two at once are for their users to keep apart.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _flush(path: pathlib.Path) -> None:

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import collections
 import collections.abc
-import contextlib
 import dataclasses
 import difflib
-import fcntl
 import functools
 import json
 import os
 import pathlib
 import re
 import secrets
-import shutil
 import typing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import acting, files
@@ -37,11 +35,15 @@ from ldm_jax.model.network import Model, Params, count_parameters, make_model
 from ldm_jax.training import checkpoints
 from ldm_jax.types import Agent, EnvironmentSpec, Key, TimeStep
 
+WeightsDtype = typing.Literal["float32", "bfloat16"]
+"""What the numbers of a saved policy take."""
+
 _SCHEMA = 3
 _FILE = "policy.json"
 _EXAMPLE = ", such as runs/quickstart/policy, which `make quickstart` writes"
 _OURS = re.compile(r"params(-[0-9a-f]{8})?(\..*)?|\.(policy\.json|params-[0-9a-f]{8})\.[0-9a-f]+\.aside.*")
 """Weights, whole or interrupted, and what is written aside."""
+_RELEASED = pathlib.Path(__file__).parent / "policies"
 _TOLD = 5
 """Libraries that `repr` names."""
 
@@ -250,16 +252,20 @@ class Policy:
             check_matches(self.cards[id], spec, "the policy")
         return self.cards[id]
 
-    def save(self, directory: str | os.PathLike[str]) -> None:
+    def save(self, directory: str | os.PathLike[str], dtype: WeightsDtype = "float32") -> None:
         """Writes the policy; one that was there stays until the new one is complete, whatever interrupts this.
 
         Args:
           directory: the folder to make, or one that holds a policy, which is replaced; a symbolic link is followed.
+          dtype: of the numbers in the file; `"bfloat16"` rounds them, to half of the size. They are read as float32.
 
         Raises:
-          PolicyError: something else is there, or a parameter is NaN or infinite.
+          PolicyError: something else is there, a parameter is NaN or infinite, or an unknown dtype.
         """
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+        if dtype not in typing.get_args(WeightsDtype):
+            raise PolicyError(f"dtype is {dtype!r}, expected {' or '.join(typing.get_args(WeightsDtype))}")
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), self.params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             if not np.isfinite(leaf).all():
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise PolicyError(f"the parameter {name} is not finite: nothing was saved; go back to a checkpoint")
@@ -267,16 +273,17 @@ class Policy:
         if target.exists() and not target.is_dir():
             raise PolicyError(f"{target} is a file: choose a folder")
         target.mkdir(parents=True, exist_ok=True)
-        with _locked(target, fcntl.LOCK_EX):
+        with files.lock_folder(target):
             present = {path.name for path in target.iterdir()}
             if _FILE not in present and not all(map(_OURS.fullmatch, present)):
                 raise PolicyError(f"{target} exists and holds no policy: choose another folder")
             weights = f"params-{secrets.token_hex(4)}"
             with files.replacing(target / weights) as aside:
-                checkpoints.save_params(aside, self.params)
+                checkpoints.save_params(aside, params)
             description = {
                 "schema": _SCHEMA,
                 "weights": weights,
+                "dtype": dtype,
                 "model": dataclasses.asdict(self.cfg),
                 "decoding": self.decoding,
                 "cards": {id: card.to_json() for id, card in self.cards.items()},
@@ -285,11 +292,11 @@ class Policy:
             files.write(target / _FILE, json.dumps(description, indent=1))
             for name in present - {_FILE}:
                 if _OURS.fullmatch(name):
-                    _remove(target / name)
+                    files.remove(target / name)
 
 
 def load(directory: str | os.PathLike[str]) -> Policy:
-    """Reads a policy that was saved.
+    """Reads a policy that was saved, or one that is part of the package.
 
     >>> import jax, ldm_jax
     >>> cfg = ldm_jax.SIZES["nano"]
@@ -299,7 +306,7 @@ def load(directory: str | os.PathLike[str]) -> Policy:
     Policy(...M parameters, window ..., 0 environments, decoding 'card')
 
     Args:
-      directory: the folder that `Policy.save` wrote.
+      directory: the folder that `Policy.save` wrote; or a name in `released`, where no such folder is here.
 
     Returns:
       The policy.
@@ -309,13 +316,21 @@ def load(directory: str | os.PathLike[str]) -> Policy:
       CheckpointError: damaged weights, or weights of another size than the configuration says.
     """
     target = _folder(directory)
+    if not target.exists() and directory in released():
+        target = _RELEASED / directory
     if target.is_file():
         hint = f": pass {target.parent}" if (target.parent / _FILE).exists() else _EXAMPLE
         raise PolicyError(f"{target} is a file, expected the folder of a policy{hint}")
     if not target.is_dir():
-        raise PolicyError(f"{target} holds no policy: there is no such folder; expected one{_EXAMPLE}")
-    with _locked(target, fcntl.LOCK_SH):
+        names = f", or {' or '.join(map(repr, released()))}" if released() else ""
+        raise PolicyError(f"{target} holds no policy: there is no such folder; expected one{_EXAMPLE}{names}")
+    with files.lock_folder(target, shared=True):
         return _read(target, _describe(target))
+
+
+def released() -> tuple[str, ...]:
+    """The names of the policies that are part of the package, with a card each, `README.md` beside the weights."""
+    return tuple(sorted(path.parent.name for path in _RELEASED.glob(f"*/{_FILE}")))
 
 
 def _describe(target: pathlib.Path) -> dict[str, typing.Any]:
@@ -344,12 +359,15 @@ def _read(target: pathlib.Path, description: dict[str, typing.Any]) -> Policy:
         raise PolicyError(f"{path} is damaged: it lacks {error}") from error
     try:
         weights, decoding = target / description["weights"], description["decoding"]
+        dtype = description.get("dtype", "float32")  # there was no other before it was written down
         cards = {id: EnvironmentCard.from_json(card) for id, card in description["cards"].items()}
         buckets = {id: _bucket(**bucket) for id, bucket in description["buckets"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise PolicyError(f"{path} is damaged: {error!r}") from error
     shapes = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
-    return Policy(cfg, checkpoints.load_params(weights, shapes), cards, decoding, buckets)
+    saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, "float32"), checkpoints.load_params(weights, saved))
+    return Policy(cfg, params, cards, decoding, buckets)
 
 
 def _bucket(grids: list[dict[str, typing.Any]], texts: list[int], **widths: int) -> Bucket:
@@ -358,28 +376,3 @@ def _bucket(grids: list[dict[str, typing.Any]], texts: list[int], **widths: int)
 
 def _folder(directory: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(os.path.realpath(os.path.expanduser(directory)))
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path, kind: int) -> collections.abc.Iterator[None]:
-    """Waits for other processes that save into the folder; the lock ends with its process.
-
-    Args:
-      folder: of a policy.
-      kind: `LOCK_EX` to save, `LOCK_SH` to load.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems have no locks: there, two at once are for their users to keep apart.
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, kind)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

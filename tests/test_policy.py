@@ -17,6 +17,7 @@ import time
 import examples
 import hypothesis
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import compilations
@@ -26,6 +27,7 @@ from runs import copy_while_still
 import environments
 import ldm_jax
 from ldm_jax import acting, rollout
+from ldm_jax import policy as policy_module
 from ldm_jax.cards import CardError, EnvironmentCard
 from ldm_jax.encoding.buckets import bucket_for, join_two
 from ldm_jax.errors import ConfigError
@@ -343,6 +345,33 @@ def test_a_policy_is_saved_whole_and_read_back_equal(tmp_path):
     assert ldm_jax.load(tmp_path / "new" / "policy") == policy
     assert len(list((tmp_path / "new" / "policy").iterdir())) == 2, "old weights stay"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["policy"]
+
+
+def test_what_is_saved_in_bfloat16_is_the_rounded_policy_in_half_the_room(tmp_path):
+    make_policy().save(tmp_path / "whole")
+    make_policy().save(tmp_path / "half", "bfloat16")
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.bfloat16), np.float32), PARAMS)
+    assert ldm_jax.load(tmp_path / "half") == make_policy(params=rounded)
+    ldm_jax.load(tmp_path / "half").save(tmp_path / "again", "bfloat16")
+    assert ldm_jax.load(tmp_path / "again") == ldm_jax.load(tmp_path / "half"), "what is round stays as it is"
+    whole, half = (sum(path.stat().st_size for path in (tmp_path / name).rglob("*/d/*")) for name in ("whole", "half"))
+    assert half < 0.7 * whole
+    with pytest.raises(PolicyError, match="dtype is 'float16', expected float32 or bfloat16"):
+        make_policy().save(tmp_path / "half", "float16")
+    huge = jax.tree.map(lambda leaf: np.full_like(leaf, np.finfo(np.float32).max), PARAMS)
+    with pytest.raises(PolicyError, match="not finite"):
+        make_policy(params=huge).save(tmp_path / "half", "bfloat16")
+
+
+def test_a_name_is_a_released_policy_unless_there_is_such_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(policy_module, "_RELEASED", tmp_path / "package")
+    make_policy().save(tmp_path / "package" / "panel")
+    assert policy_module.released() == ("panel",) and ldm_jax.load("panel") == make_policy()
+    with pytest.raises(PolicyError, match=r"no such folder.*, or 'panel'$"):
+        ldm_jax.load("pannel")
+    make_policy(decoding="mode").save("panel")
+    assert ldm_jax.load("panel").decoding == "mode"
 
 
 def test_saving_goes_through_symbolic_links_and_keeps_them(tmp_path):

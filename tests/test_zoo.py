@@ -15,9 +15,12 @@ import pytest
 import environments
 from data import references
 from data.references import ReferencePolicyError, load_reference, ppo, saving, zoo
+from environments import registry
 from experiments import pack_zoo
 from experiments import references as stage
-from experiments.harness.outcomes import UnitOutcome
+from experiments.harness import making
+from experiments.harness.experts import expert_policies
+from experiments.harness.outcomes import UnitOutcome, read_outcome, write_outcome
 from experiments.harness.stage import UnitsFailedError
 from ldm_jax import cards
 
@@ -114,7 +117,32 @@ def test_a_workdir_is_packed_and_what_is_packed_stays(scored, tmp_path, capsys):
     )
     references.save_reference(tmp_path / "run" / "references" / "gymnax/Other", refused)
     config = pack_zoo.ZooConfig(folder=str(tmp_path / "packed"))
+    failed = UnitOutcome("failed", "it hangs", "out of time")
+    write_outcome(tmp_path / "run" / "references" / "envpool/Taxi-v3", failed)
     for _ in range(2):
         pack_zoo.run(config, tmp_path / "run")
         assert "has 1 references" in capsys.readouterr().out
-    assert zoo.take_from_zoo(tmp_path / "packed", scored.policy.spec) is not None
+    packed = tmp_path / "packed"
+    assert zoo.take_from_zoo(packed, scored.policy.spec) is not None
+    assert (
+        read_outcome(packed / "gymnax/Other").verdict == "refused"
+        and read_outcome(packed / "envpool/Taxi-v3") == failed
+    )
+
+
+def test_why_there_is_no_reference_is_taken_like_a_reference(tmp_path):
+    refused = UnitOutcome("refused", "the reference returns 0 and random 0")
+    write_outcome(tmp_path / "zoo" / ID, refused)
+    stage.run(dataclasses.replace(CONFIG, zoo=str(tmp_path / "zoo")), tmp_path / "run", (ID,))
+    assert read_outcome(tmp_path / "run" / "references" / ID) == refused
+
+
+def test_a_reference_of_an_isolated_environment_is_taken_without_building_what_it_lives_in(tmp_path, monkeypatch):
+    id = "bsuite/cartpole_noise/4"
+    policy = expert_policies(environments.spec(id))[0]
+    returns = (cards.Returns(((mean, mean + 1.0), (mean, mean - 1.0))) for mean in (0.0, 100.0))
+    references.save_reference(tmp_path / "zoo" / id, references.ScoredReference(policy, *returns))
+    monkeypatch.setattr(registry, "build_group", None)
+    monkeypatch.setattr(making, "opened", None)
+    stage.run(dataclasses.replace(CONFIG, zoo=str(tmp_path / "zoo")), tmp_path / "run", (id,))
+    assert load_reference(tmp_path / "run" / "references" / id).policy == policy

@@ -22,6 +22,11 @@ from .opening import MakeEnvironment
 from .pipeline import ScoredReference, score_reference
 from .saving import ReferencePolicyError, half, load_reference, save_reference
 
+EpisodeCounts = tuple[int, int, int, int]
+"""Episodes that are played, as `score_reference` takes them: environments, episodes of each in a round, least, most."""
+
+EPISODE_COUNTS: EpisodeCounts = (64, 1, 64, 4096)
+
 NO_FURTHER = 3.0
 """Standard errors of a difference of means up to which two scores are the same."""
 
@@ -60,15 +65,19 @@ def take_from_zoo(folder: str | os.PathLike[str], spec: EnvironmentSpec) -> Scor
       ReferencePolicyError: it is damaged.
     """
     path = pathlib.Path(folder) / spec.id
-    if not path.exists():
-        return None
+    if not (path / "reference.json").exists():
+        return None  # a zoo may say instead why there is none
     found = load_reference(path)
     cards.check_matches(found.policy.spec, spec, f"the reference in {path}")
     return found
 
 
 def add_to_zoo(
-    folder: str | os.PathLike[str], make: MakeEnvironment, scored: ScoredReference, seed: int = 0
+    folder: str | os.PathLike[str],
+    make: MakeEnvironment,
+    scored: ScoredReference,
+    seed: int = 0,
+    played: EpisodeCounts = EPISODE_COUNTS,
 ) -> ScoredReference:
     """Puts a reference into a zoo, in float16 where that changes no score beyond its error.
 
@@ -77,6 +86,7 @@ def add_to_zoo(
       make: makes the environment, as for training.
       scored: an admitted reference.
       seed: of the episodes that tell; not the one that it was scored with.
+      played: how many they are, as `score_reference` takes them after the seed.
 
     Returns:
       What was put there: in float16 with the scores of the rounded policy, else as it was.
@@ -90,7 +100,7 @@ def add_to_zoo(
     path = pathlib.Path(folder) / spec.id
     rounded = dataclasses.replace(scored.policy, params=_rounded(scored.policy.params))
     if not scored.policy.reference.expert:
-        anew = score_reference(make, rounded, seed)
+        anew = score_reference(make, rounded, seed, *played)
         same_form = anew.policy.reference.decoding == scored.policy.reference.decoding
         if same_form and anew.admission.admitted and _compare(scored, anew).holds:
             save_reference(path, anew, halved=True)
@@ -99,18 +109,21 @@ def add_to_zoo(
     return scored
 
 
-def verify_reference(make: MakeEnvironment, scored: ScoredReference, seed: int) -> Comparison:
+def verify_reference(
+    make: MakeEnvironment, scored: ScoredReference, seed: int, played: EpisodeCounts = EPISODE_COUNTS
+) -> Comparison:
     """Scores a reference on other episodes and compares.
 
     Args:
       make: makes the environment, as for training.
       scored: the reference.
       seed: of the episodes; not the one that it was scored with.
+      played: how many they are, as `score_reference` takes them after the seed.
 
     Raises:
       CardError: the environment is no longer the one that it was made for.
     """
-    return _compare(scored, score_reference(make, scored.policy, seed))
+    return _compare(scored, score_reference(make, scored.policy, seed, *played))
 
 
 def _compare(before: ScoredReference, after: ScoredReference) -> Comparison:

@@ -91,15 +91,23 @@ def chosen_ids(choice: Choice, among: Among | None = None) -> tuple[str, ...]:
 
 
 def _lines(word: str) -> list[str]:
-    """A word, or what is in the file that it names: an id a line, `#` begins a remark."""
+    """A word, or what is in the file that it names."""
     if not word.startswith("@"):
         return [word]
-    path = pathlib.Path(word[1:]).expanduser()
+    return [*read_ids(pathlib.Path(word[1:]).expanduser())]
+
+
+def read_ids(path: pathlib.Path) -> tuple[str, ...]:
+    """Reads a list of ids, one a line; `#` begins a remark.
+
+    Raises:
+      WorkdirError: it cannot be read, or is empty.
+    """
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise WorkdirError(f"cannot read the list of environments {path}: {error}") from error
-    found = [id for line in lines if (id := line.partition("#")[0].strip())]
+    found = tuple(id for line in lines if (id := line.partition("#")[0].strip()))
     if not found:
         raise WorkdirError(f"the list of environments {path} is empty: give an id a line")
     return found

@@ -19,9 +19,10 @@ from data.references.choosing import choose_reference
 from data.references.pipeline import ScoredReference, opened
 from data.references.policy import ReferencePolicy
 from data.references.zoo import take_from_zoo
+from environments.registry import group
 from experiments.harness import progress
 from experiments.harness.experts import Watch, expert_policies, write_facts
-from experiments.harness.outcomes import TOO_LARGE, UnitOutcome, failure, in_one_line
+from experiments.harness.outcomes import TOO_LARGE, UnitOutcome, failure, in_one_line, read_outcome
 from experiments.harness.units import UnitsConfig
 from experiments.harness.workdir import FREE, seed_of
 from experiments.report.targets import find_target
@@ -31,7 +32,37 @@ from ldm_jax.types import EnvironmentSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class ReferencesConfig(UnitsConfig):
+class ScoredConfig(UnitsConfig):
+    """How references are scored.
+
+    Attributes:
+      num_envs: parallel environments of scoring.
+      episodes: in each of them in one round; rounds are played until the errors are small enough.
+      least_episodes: of each policy scored, whatever they tell.
+      most_episodes: of each policy scored, however noisy; fewer where they would take a quarter of training's steps.
+    """
+
+    num_envs: int = 64
+    episodes: int = 1
+    least_episodes: int = 64
+    most_episodes: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("num_envs", 1), ("episodes", 1), ("least_episodes", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if self.most_episodes < self.least_episodes:
+            raise ConfigError(f"most_episodes is {self.most_episodes}, expected at least {self.least_episodes}")
+
+    @property
+    def played(self) -> tuple[int, int, int, int]:
+        """As `score_reference` takes them, after the seed."""
+        return self.num_envs, self.episodes, self.least_episodes, self.most_episodes
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferencesConfig(ScoredConfig):
     """How references are made; what they are does not depend on how they are worked on.
 
     Attributes:
@@ -43,12 +74,8 @@ class ReferencesConfig(UnitsConfig):
         with four times the budget, and again, and the better is kept. 0: however long it takes, each once.
       algorithms: `all`, `trained` to leave the experts of environments out, or `expert` to take them alone.
       zoo: folder of references that are taken instead of trained, where the environment is still the one that they were
-        made for; one that every machine sees.
+        made for; one that every machine sees. Where it says that an environment has none, there is none.
       verify: whether to score what there is anew, in the zoo where one is given, and make nothing.
-      num_envs: parallel environments of scoring.
-      episodes: in each of them in one round; rounds are played until the errors are small enough.
-      least_episodes: of each policy scored, whatever they tell.
-      most_episodes: of each policy scored, however noisy; fewer where they would take a quarter of training's steps.
     """
 
     seed: int = 0
@@ -57,10 +84,6 @@ class ReferencesConfig(UnitsConfig):
     algorithms: str = "all"
     zoo: str = ""
     verify: bool = dataclasses.field(default=False, metadata={FREE: True})
-    num_envs: int = 64
-    episodes: int = 1
-    least_episodes: int = 64
-    most_episodes: int = 4096
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,11 +93,6 @@ class ReferencesConfig(UnitsConfig):
             raise ConfigError(f"total_hours is {self.total_hours}, expected a number of hours, or 0")
         if self.algorithms not in ("all", "trained", "expert"):
             raise ConfigError(f"algorithms is {self.algorithms!r}, expected all, trained or expert")
-        for name, least in (("num_envs", 1), ("episodes", 1), ("least_episodes", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {least}")
-        if self.most_episodes < self.least_episodes:
-            raise ConfigError(f"most_episodes is {self.most_episodes}, expected at least {self.least_episodes}")
 
 
 class ReferenceUnit(typing.NamedTuple):
@@ -120,6 +138,13 @@ def zoo_of(config: ReferencesConfig) -> pathlib.Path | None:
     return pathlib.Path(config.zoo).expanduser().absolute() if config.zoo else None
 
 
+def refused_by(config: ReferencesConfig, id: str) -> UnitOutcome | None:
+    """What the zoo says of an environment that it has no reference of, where somebody tried to make one."""
+    folder = zoo_of(config)
+    said = folder and read_outcome(folder / id)
+    return said if said and said.verdict != "admitted" else None
+
+
 def _take(config: ReferencesConfig, spec: EnvironmentSpec) -> ScoredReference | None:
     """What the zoo has of an environment; what is not of this one is told of and left."""
     folder = zoo_of(config)
@@ -134,9 +159,8 @@ def _score_best(config: ReferencesConfig, policies: list[ReferencePolicy], seed:
     """Scores the best; one that fails, or that reads what a policy does not see and cannot be followed, makes room."""
     policy = choose_reference(registry.make, policies, seed, config.num_envs, config.episodes)
     others = [other for other in policies if other is not policy]
-    played = (config.num_envs, config.episodes, config.least_episodes, config.most_episodes)
     try:
-        scored = score_reference(watch, policy, seed, *played)
+        scored = score_reference(watch, policy, seed, *config.played)
         if not policy.reference.privileged:
             return scored
         if scored.reference_returns.mean > scored.random_returns.mean:
@@ -147,6 +171,23 @@ def _score_best(config: ReferencesConfig, policies: list[ReferencePolicy], seed:
         progress.log("left out", id=policy.spec.id, expert=policy.reference.expert, reason=str(error))
         return _score_best(config, others, seed, watch)
     return scored if scored.admission.admitted or not others else _score_best(config, others, seed, watch)
+
+
+def take_isolated(config: ReferencesConfig, unit: ReferenceUnit) -> Made | None:
+    """Takes a reference without opening its environment, if that lives in an interpreter of the catalog's versions."""
+    if not config.zoo or not group(unit.id.partition("/")[0]):
+        return None
+    try:
+        taken = _take(config, registry.spec(unit.id))
+        if taken:
+            save_reference(unit.directory, taken)
+    except LdmError as error:
+        return Made(failure(error))
+    return _taken(taken) if taken else None
+
+
+def _taken(scored: ScoredReference) -> Made:
+    return Made(outcome_of(scored), {"taken": scored.policy.reference.algorithm})
 
 
 def make_reference(config: ReferencesConfig, unit: ReferenceUnit, advance: progress.Advance) -> Made:
@@ -163,7 +204,7 @@ def make_reference(config: ReferencesConfig, unit: ReferenceUnit, advance: progr
         if taken:
             save_reference(unit.directory, taken)
             advance(unit.steps)
-            return Made(outcome_of(taken), {"taken": taken.policy.reference.algorithm})
+            return _taken(taken)
         published = find_target(unit.id)
         target = published and published.target_return
         told = progress.up_to(advance)

@@ -21,6 +21,7 @@ from ldm_jax.encoding.codec import Codec
 from ldm_jax.errors import ConfigError, check_finite
 from ldm_jax.model.config import SIZES, ModelConfig
 from ldm_jax.model.network import Model, make_model
+from ldm_jax.policy import WeightsDtype
 from ldm_jax.training import cost
 from ldm_jax.training.optimizer import TrainingConfig
 
@@ -47,6 +48,7 @@ class PretrainConfig:
       keep_period: checkpoints of steps that this divides stay too; 0 for none.
       log_steps: steps between two rows of metrics.
       decoding: how the saved policy takes its actions.
+      weights_dtype: of the saved policy, `"float32"` or, rounded, in half of the room, `"bfloat16"`.
       evaluation: what is evaluated on the way.
       mesh: over which devices; a run may go on over others.
       hosts: over which processes.
@@ -67,6 +69,7 @@ class PretrainConfig:
     keep_period: int = dataclasses.field(default=0, metadata=_free)
     log_steps: int = 10
     decoding: Decoding = "card"
+    weights_dtype: WeightsDtype = "float32"
     evaluation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig, metadata=_free)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig, metadata=_free)
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig, metadata=_free)
@@ -83,6 +86,10 @@ class PretrainConfig:
         for name in ("rows", "rows_multiple", "checkpoint_steps", "max_to_keep", "log_steps"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.weights_dtype not in typing.get_args(WeightsDtype):
+            raise ConfigError(
+                f"weights_dtype is {self.weights_dtype!r}, expected {' or '.join(typing.get_args(WeightsDtype))}"
+            )
         if self.rows % self.rows_multiple:
             raise ConfigError(f"rows is {self.rows}, expected a multiple of rows_multiple, {self.rows_multiple}")
         if self.held_out < 0 or self.held_out == 1:

@@ -13,9 +13,10 @@ from data.references.zoo import Comparison, verify_reference
 from experiments.harness import progress
 from experiments.harness.building import build_for
 from experiments.harness.engine import work_on
+from experiments.harness.making import ReferencesConfig
 from experiments.harness.outcomes import UnitOutcome, failure
 from experiments.harness.stage import UnitsFailedError
-from experiments.harness.units import Engine, Job, UnitsConfig
+from experiments.harness.units import Engine, Job
 from experiments.harness.workdir import seed_of
 from ldm_jax.cards import Returns
 
@@ -30,22 +31,21 @@ _Verified = Comparison | UnitOutcome
 
 
 def verify_all(
-    config: UnitsConfig, references: pathlib.Path, ids: collections.abc.Sequence[str], engine: Engine, *, seed: int
+    config: ReferencesConfig, references: pathlib.Path, ids: collections.abc.Sequence[str], engine: Engine
 ) -> None:
     """Scores references anew, prints what was recorded beside what was measured, and writes nothing.
 
     Args:
-      config: how units are worked on.
+      config: how they are scored; the episodes are others than its seed had for scoring.
       references: folder of them.
       ids: of the environments.
       engine: where; machines of a cluster have to see the folder.
-      seed: of the episodes.
 
     Raises:
       UnitsFailedError: some do not hold, or could not be scored.
     """
     units = [_Unit(id, references / id) for id in ids]
-    job = Job(functools.partial(_verify, seed), _prepare)
+    job = Job(functools.partial(_verify, config), _prepare)
     found: dict[str, _Verified] = {}
     workers = config.workers_for(len(ids))
     for each in work_on("verify", units, job, config, workers=workers, engine=engine, counted="reference"):
@@ -91,10 +91,10 @@ def _prepare(unit: _Unit) -> _Verified | None:
     return build_for(unit.id)
 
 
-def _verify(seed: int, unit: _Unit, advance: progress.Advance) -> _Verified:
+def _verify(config: ReferencesConfig, unit: _Unit, advance: progress.Advance) -> _Verified:
     try:
         scored = load_reference(unit.directory)
-        found = verify_reference(registry.make, scored, seed_of(seed, "verify", unit.id))
+        found = verify_reference(registry.make, scored, seed_of(config.seed, "verify", unit.id), config.played)
     except (Exception, SystemExit) as error:
         return failure(error)
     advance(1)
