@@ -69,7 +69,12 @@ SMOKE = QuickstartConfig(
     references=references.ReferencesConfig(budget=0.2, num_envs=32, episodes=2),
     collect=collect.CollectStageConfig(data=collecting.CollectConfig(streams=16, steps=256)),
     pretrain=pretrain.PretrainConfig(
-        model=SIZES["nano"], training=TrainingConfig(steps=60, warmup=5), window=16, rows=12, checkpoint_steps=20
+        model=SIZES["nano"],
+        training=TrainingConfig(steps=60, warmup=5),
+        window=16,
+        rows=12,
+        checkpoint_steps=20,
+        weights_dtype="bfloat16",
     ),
     evaluate=evaluate.EvaluateConfig(num_envs=50, episodes=2),
 )

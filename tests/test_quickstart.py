@@ -19,7 +19,7 @@ import pytest
 
 from data.store import open_dataset, verify_dataset
 from environments import UnknownEnvironmentError
-from experiments import collect, pretrain, quickstart, references
+from experiments import collect, pretrain, publish, quickstart, references
 from experiments.harness.flags import rebuild
 from experiments.harness.workdir import WorkdirError, pin_config, resolved
 from ldm_jax import policy
@@ -120,6 +120,39 @@ def test_the_end_is_a_table_and_a_report(killed):
     for stage in ("quickstart", "references", "collect", "pretrain", "evaluate"):
         assert json.loads((workdir / f"{stage}.json").read_text())
     verify_dataset(open_dataset(workdir / "dataset"))
+
+
+def test_what_is_published_is_what_was_evaluated_with_a_card_that_says_so(killed, tmp_path, monkeypatch):
+    workdir, _, _ = killed
+    config = publish.PublishConfig("smoke", str(tmp_path / "policies"), str(tmp_path / "pages"), "make smoke")
+    publish.run(config, workdir)
+    monkeypatch.setattr(policy, "_RELEASED", tmp_path / "policies")
+    assert policy.load("smoke") == policy.load(workdir / "policy")
+    scores = json.loads((workdir / "report" / "scores.json").read_text())["environments"]
+    told = json.loads((tmp_path / "policies" / "smoke" / "scores.json").read_text())
+    assert {id: each["z"] for id, each in told.items()} == {item["id"]: item["z"] for item in scores}
+    card, page = ((tmp_path / path).read_text("utf-8") for path in ("policies/smoke/README.md", "pages/smoke.md"))
+    for text in (card, page):
+        assert "3 environments, 3 admitted" in text and "| pretrain | 0.0" in text
+        assert all(f"| {item['id']} | " in text for item in scores)
+    assert "make smoke" in page and 'ldm_jax.load("smoke")' in card
+    assert {path.name for path in (tmp_path / "pages" / "smoke").iterdir()} == {"curve.png", "report.html"}
+
+
+def test_what_was_not_evaluated_is_not_published(killed, tmp_path):
+    workdir, _, _ = killed
+    shutil.copytree(workdir, tmp_path / "run")
+    config = publish.PublishConfig("smoke", str(tmp_path / "policies"), str(tmp_path / "pages"))
+    with pytest.raises(WorkdirError, match="no name was given"):
+        publish.run(dataclasses.replace(config, name=""), workdir)
+    known = policy.load(workdir / "policy")
+    dataclasses.replace(known, decoding="mode").save(tmp_path / "run" / "policy")
+    with pytest.raises(WorkdirError, match="not the one of its report"):
+        publish.run(config, tmp_path / "run")
+    (tmp_path / "run" / "report" / "scores.json").unlink()
+    with pytest.raises(WorkdirError, match="holds no finished run"):
+        publish.run(config, tmp_path / "run")
+    assert not (tmp_path / "policies").exists()
 
 
 def test_a_run_never_killed_gives_the_same(killed, tmp_path):

@@ -11,6 +11,7 @@ import os
 import pathlib
 import typing
 
+from experiments.harness.costs import counted
 from experiments.harness.dry_run import Planned, describe_plan
 from experiments.harness.ids import Choice, chosen_ids
 from experiments.harness.mesh import HostsConfig
@@ -99,7 +100,8 @@ def stage(
             with lock(workdir, name) if _locks(config) else contextlib.nullcontext():
                 if choice.retry:
                     forget_failed(workdir / "references", ids)
-                return run(*bound.args, **bound.kwargs)
+                with counted(workdir, name) if _locks(config) else contextlib.nullcontext():
+                    return run(*bound.args, **bound.kwargs)
 
         return typing.cast(F, inside)
 
