@@ -13,9 +13,11 @@ import pathlib
 import re
 import typing
 
+import numpy as np
+
 from data.store import Dataset, open_dataset
 from experiments import pretrain
-from experiments.harness import progress, validation
+from experiments.harness import progress
 from experiments.harness.law import fit_points, law_table
 from experiments.harness.metrics_log import read_rows
 from experiments.harness.stage import stage
@@ -23,6 +25,7 @@ from experiments.harness.workdir import WorkdirError, pin_config
 from experiments.report import figures
 from ldm_jax import files
 from ldm_jax.errors import ConfigError
+from ldm_jax.evaluation.aggregates import interquartile_mean
 from ldm_jax.model.config import SIZES, ModelConfig
 from ldm_jax.training.cost import backbone_parameters
 
@@ -35,7 +38,8 @@ class ScalingConfig:
       sizes: with commas between; a named size brings its own window.
       tokens: budgets, with commas between.
       batches: of the held-out loss after the last step.
-      pretrain: everything else; `WIDTHxLAYERS` changes its model.
+      pretrain: everything else; `WIDTHxLAYERS` changes its model. In `pretrain.evaluation.environments` each model acts
+        in the end, and the interquartile mean of its z there is beside its loss.
     """
 
     sizes: str = "32x1,48x2,64x3,96x4,128x4"
@@ -120,6 +124,8 @@ def run(config: ScalingConfig, workdir: pathlib.Path, environments: tuple[str, .
             "tokens": last["tokens"],
             **{f"held_out_{key}": last["held_out"][key] for key in ("loss", "kl", "accuracy")},
         }
+        if z := [played["z"] for played in last.get("evaluation", {}).values()]:
+            point["z"] = float(interquartile_mean(np.array(z)))
         points.append(point)
         progress.log("scaling", **point)
     found = {"points": points, **fit_points(points)}
@@ -150,7 +156,7 @@ def _one(config: ScalingConfig, name: str, budget: float) -> pretrain.PretrainCo
     window = max(base.window, 2 * model.window)
     steps = max(2, math.ceil(budget / (base.rows * window)))
     cfg = dataclasses.replace(base.training, steps=steps, warmup=min(base.training.warmup, steps // 5))
-    evaluated = validation.ValidationConfig(steps=steps, batches=config.batches)
+    evaluated = dataclasses.replace(base.evaluation, steps=steps, batches=config.batches)
     return dataclasses.replace(base, model=model, window=window, training=cfg, evaluation=evaluated)
 
 

@@ -92,12 +92,15 @@ def test_the_script_trains_fits_draws_and_does_nothing_twice(tmp_path):
         "pretrain.rows": 2,
         "pretrain.training.optimizer": "adamw",
         "pretrain.peak_flops": 1e11,
+        "pretrain.evaluation.environments": runs.IDS[0],
+        "pretrain.evaluation.rows": 2,
     }
     command = ["scaling", tmp_path, f"--environments={runs.IDS[0]}", *(f"--config.{k}={v}" for k, v in flags.items())]
     out, code = runs.finish(runs.start_script(*command))
     assert code == 0 and "KL = " in out, out
     found = json.loads((tmp_path / "scaling" / "scaling.json").read_text())
     assert len(found["points"]) == 9 and np.isfinite(list(found["law"].values())).all()
+    assert np.isfinite([point["z"] for point in found["points"]]).all()
     assert [point["tokens"] for point in found["points"]] == [160] * 3 + [320] * 3 + [640] * 3
     assert (tmp_path / "scaling" / "scaling.png").stat().st_size > 10_000
     with (tmp_path / "scaling" / "16x1-160" / "metrics.jsonl").open("a") as file:

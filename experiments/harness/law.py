@@ -41,10 +41,11 @@ def law_table(found: dict[str, typing.Any]) -> str:
       Some lines of text.
     """
     law = scaling_law.Law(**found["law"])
-    lines = [f"{'size':>10} {'N':>12} {'D':>12} {'held-out KL':>16} {'law':>8}"]
+    lines = [f"{'size':>10} {'N':>12} {'D':>12} {'held-out KL':>16} {'law':>8} {'z':>6}"]
     for point in found["points"]:
         n, d = point["parameters"], point["tokens"]
-        lines.append(f"{point['size']:>10} {n:12,} {d:12,} {point['held_out_kl']:16.4f} {law.predict(n, d):8.4f}")
+        told = f"{point['size']:>10} {n:12,} {d:12,} {point['held_out_kl']:16.4f} {law.predict(n, d):8.4f}"
+        lines.append(f"{told} {point['z']:6.3f}" if "z" in point else told)
     spread = {name: f"{low:.3g} to {high:.3g}" for name, (low, high) in found["leave_one_out"].items()}
     return "\n".join(
         [
