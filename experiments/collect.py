@@ -17,7 +17,7 @@ import typing
 import environments as registry
 from data import collect
 from data.references import ScoredReference, load_reference
-from data.references.pipeline import opened_for
+from data.references.opening import opened_for, with_room
 from data.store import MANIFEST, Dataset, StoreError, append_part, create_dataset, open_dataset, remove_group
 from data.store.merging import copy_parts
 from experiments.harness import progress
@@ -31,6 +31,7 @@ from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.units import LOCAL, Engine, Job, Travel, UnitsConfig
 from experiments.harness.workdir import listed, pin_config, resolved, seed_of
 from ldm_jax.cards import EnvironmentCard
+from ldm_jax.environment import Environment
 from ldm_jax.errors import LdmError
 
 
@@ -196,6 +197,15 @@ def _emptied(unit: CollectUnit) -> Dataset:
     return remove_group(dataset, unit.id) if unit.id in dataset.ids else dataset
 
 
+def _collect_streams(
+    config: CollectStageConfig, scored: ScoredReference, advance: progress.Advance, streams: int
+) -> tuple[Environment, collect.Collected]:
+    """The environment, closed, and what was collected in it."""
+    with opened_for(registry.make, scored.policy, streams) as environment:
+        seed = seed_of(config.seed, "collect", scored.policy.spec.id)
+        return environment, collect.collect(environment, scored.policy, seed, config.data, advance)
+
+
 def _collect(config: CollectStageConfig, unit: CollectUnit, advance: progress.Advance) -> dict[str, typing.Any] | str:
     """Collects and stores; returns what the log says of it, or the reason why the environment failed."""
     clock = progress.clock()
@@ -203,11 +213,10 @@ def _collect(config: CollectStageConfig, unit: CollectUnit, advance: progress.Ad
         scored = _load(unit.workdir, unit.id)
         check_same_expert(unit.id, scored.policy.reference)
         streams = collect.affordable_streams(scored.policy.spec, config.data)
-        with opened_for(registry.make, scored.policy, streams) as environment:
-            # What is cut off where a worker fails stays in the data, and its place is filled again.
-            faults: collections.abc.Mapping[str, int] = getattr(environment, "faults", {})
-            seed = seed_of(config.seed, "collect", unit.id)
-            collected = collect.collect(environment, scored.policy, seed, config.data, advance)
+        work = functools.partial(_collect_streams, config, scored, advance)
+        environment, collected = with_room(work, streams)
+        # What is cut off where a worker fails stays in the data, and its place is filled again.
+        faults: collections.abc.Mapping[str, int] = getattr(environment, "faults", {})
         card = EnvironmentCard.of(
             environment.spec,
             statistics=collected.statistics,
@@ -225,7 +234,7 @@ def _collect(config: CollectStageConfig, unit: CollectUnit, advance: progress.Ad
     except LdmError as error:
         return in_one_line(error)
     return {
-        "streams": streams,
+        "streams": environment.spec.batch_size,
         "steps": collected.statistics.steps,
         "episodes": len(collected.episodes.start),
         "failed": int(collected.episodes.failed(config.data.steps, scored.random_returns.mean).sum()),

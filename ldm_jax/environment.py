@@ -16,6 +16,21 @@ class EnvironmentFaultError(LdmError, RuntimeError):
     """An environment broke its contract: NaN rewards, an observation outside its space, a wrong shape."""
 
 
+class TooManyRowsError(LdmError, MemoryError):
+    """More rows of an environment than there is room for in memory.
+
+    Attributes:
+      rows: that there is room for, fewer than were asked for.
+    """
+
+    def __init__(self, text: str, rows: int):
+        super().__init__(text)
+        self.rows = rows
+
+    def __reduce__(self) -> tuple[typing.Any, ...]:
+        return type(self), (str(self), self.rows)
+
+
 class LibraryMissingError(LdmError, ImportError):
     """The library of an environment is known but not installed, or its adapter cannot be imported."""
 

@@ -3,6 +3,7 @@
 import ast
 import concurrent.futures
 import contextlib
+import functools
 import importlib.util
 import os
 import pathlib
@@ -22,10 +23,14 @@ from spaces_strategies import any_spaces
 
 import environments
 import ldm_jax
+from data import references
+from data.references.opening import with_room
+from data.references.ppo import PPOConfig
 from environments.isolation import IsolatedEnvironment, Isolation, WorkerSpec, groups, scratch
 from environments.isolation import host as workers
 from environments.isolation.worker import gym_api, values
 from ldm_jax import spaces
+from ldm_jax.environment import EnvironmentFaultError, TooManyRowsError
 
 LIBRARY = pathlib.Path(__file__).parent / "misbehaving_library"
 LIMIT_S = 0.5
@@ -256,6 +261,35 @@ def test_a_worker_that_leaks_is_replaced():
         assert environment.faults == {"memory": 1}
         assert "more than its limit" in environment.reports[0].text
     assert sum(time_step.first[2] for time_step in seen) == 1
+
+
+def test_more_rows_than_memory_has_room_for_are_refused_at_once_and_fewer_are_taken():
+    """Ten restarts of a worker that is too small for its rows would be no better than one."""
+
+    def reset(rows, limit=300):
+        with make("Heavy", rows, memory_limit_bytes=limit << 20) as environment:
+            environment.reset(jax.random.key(0))
+            return environment
+
+    with pytest.raises(TooManyRowsError, match=r"hold more than its 300 MB: make it with \d+ rows or fewer") as raised:
+        reset(24)
+    assert 2 <= raised.value.rows < 12
+    environment = with_room(reset, 24)
+    assert environment.spec.batch_size in (2, 4, 8) and not environment.faults
+    with pytest.raises(EnvironmentFaultError, match=r"of a worker hold more than its 10 MB: raise Isolation"):
+        with_room(functools.partial(reset, limit=10), 4)
+
+
+def test_a_reference_is_trained_and_scored_in_as_many_rows_as_there_is_room_for():
+    def made(id, batch_size):
+        return IsolatedEnvironment(
+            worker_spec("Heavy"), batch_size, None, Isolation(workers=2, memory_limit_bytes=300 << 20)
+        )
+
+    recipe = references.Recipe("ppo", PPOConfig(budget_steps=2048, rollout_length=16, hidden=(8,)))
+    policy = references.train_reference(made, worker_spec("Heavy").id, recipe)
+    assert policy.config.num_envs <= 8 and policy.config.num_envs * policy.config.rollout_length == 64 * 16
+    assert references.score_reference(made, policy, 0, 24, 1, 24, 24).reference_returns.episodes >= 24
 
 
 def test_a_slow_batch_is_not_a_hang_and_prints_are_no_messages():

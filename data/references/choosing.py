@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import functools
 import logging
 import math
 
@@ -11,7 +12,7 @@ import jax
 from ldm_jax import rollout
 from ldm_jax.errors import ConfigError, LdmError
 
-from .pipeline import MakeEnvironment, opened_for
+from .opening import MakeEnvironment, opened_for, with_room
 from .policy import ReferencePolicy, SlotDecoding, with_decoding
 
 _log = logging.getLogger(__name__)
@@ -46,9 +47,9 @@ def choose_reference(
         return policies[0]
     key = jax.random.fold_in(jax.random.key(seed), _CHOOSING)
 
-    def best_mean(policy: ReferencePolicy) -> float:
+    def best_mean(policy: ReferencePolicy, rows: int) -> float:
         forms: tuple[SlotDecoding, ...] = ("greedy",) if policy.reference.expert else ("greedy", "sample")
-        with opened_for(make, policy, num_envs) as environment, jax.enable_x64(False):
+        with opened_for(make, policy, rows) as environment, jax.enable_x64(False):
             played = (
                 rollout.run_episodes(
                     environment,
@@ -65,7 +66,7 @@ def choose_reference(
     failed: LdmError | None = None
     for policy in policies:
         try:
-            means.append(best_mean(policy))
+            means.append(with_room(functools.partial(best_mean, policy), num_envs))
         except LdmError as error:
             if not policy.reference.expert:
                 raise

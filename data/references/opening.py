@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
+import logging
+import typing
 import warnings
 
-from ldm_jax.environment import Environment
+from ldm_jax.environment import Environment, TooManyRowsError
 
 from .policy import ReferencePolicy
+
+T = typing.TypeVar("T")
+_log = logging.getLogger(__name__)
 
 MakeEnvironment = collections.abc.Callable[..., Environment]
 """`make(id, batch_size=B)`, as `environments.make`; with `expert=name` too, where a reference is an expert."""
@@ -35,6 +40,21 @@ def opened(make: MakeEnvironment, id: str, num_envs: int, expert: str = "") -> c
             environment.close()
         except Exception as error:
             warnings.warn(f"{id} failed to close: {type(error).__name__}: {error}; nothing is lost", stacklevel=3)
+
+
+def with_room(work: collections.abc.Callable[[int], T], rows: int) -> T:
+    """Does something with parallel environments, with fewer of them where memory has no room for so many.
+
+    Args:
+      work: is given the rows, begins anew each time, and raises TooManyRowsError where they are too many.
+      rows: that are wanted; else it is the next power of two that there is room for, which batches divide by.
+    """
+    while True:
+        try:
+            return work(rows)
+        except TooManyRowsError as error:
+            rows = 1 << (error.rows.bit_length() - 1)
+            _log.warning("%s; going on with %d", error, rows)
 
 
 def opened_for(

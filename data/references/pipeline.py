@@ -18,7 +18,7 @@ from ldm_jax.types import Agent
 from . import action_range
 from .candidates import TOTAL_STEPS, total_steps
 from .expert import ExpertConfig, check_learnable, expert_policy
-from .opening import MakeEnvironment, opened, opened_for
+from .opening import MakeEnvironment, opened, opened_for, with_room
 from .policy import ReferencePolicy, SlotDecoding, random_agent, with_decoding
 from .recipes import ALGORITHMS, Recipe
 from .scoring import LEAST_STEPS, STEPS_SHARE, Rounds, play_rounds, told_apart
@@ -163,7 +163,7 @@ def score_reference(
       make: makes the environment, as for training.
       policy: the reference, whichever way it decodes.
       seed: of the episodes.
-      num_envs: parallel environments.
+      num_envs: parallel environments; fewer where memory has no room for so many.
       episodes_per_env: E of one round.
       least: episodes of each policy, at least two, whatever they tell.
       most: episodes of each policy, however noisy.
@@ -175,17 +175,28 @@ def score_reference(
     Raises:
       CardError: the environment is no longer the one that the reference was trained in.
     """
+    played = episodes_per_env, least, most
+
+    def work(rows: int) -> ScoredReference:
+        rounds = Rounds(rows, *played, _steps_to_score(policy))
+        return _score(make, policy, seed, rounds, progress)
+
+    return with_room(work, num_envs)
+
+
+def _score(
+    make: MakeEnvironment, policy: ReferencePolicy, seed: int, rounds: Rounds, progress: rollout.Progress | None
+) -> ScoredReference:
     root = jax.random.fold_in(jax.random.key(seed), _SCORING)
-    rounds = Rounds(num_envs, episodes_per_env, least, most, _steps_to_score(policy))
-    with _opened_to_score(make, policy, num_envs) as players, _single_precision():
+    with _opened_to_score(make, policy, rounds.rows) as players, _single_precision():
         cards.check_matches(policy.spec, players[0][0].spec, f"the reference of {policy.spec.id}")
 
         def play(stage: int, form: SlotDecoding, number: int) -> rollout.EpisodeReturns:
             key = jax.random.fold_in(jax.random.fold_in(root, stage), number)
             params = with_decoding(policy.params["policy"], form)
-            episodes = rollout.run_episodes(*players[form == "random"], params, key, episodes_per_env)
+            episodes = rollout.run_episodes(*players[form == "random"], params, key, rounds.each)
             if progress is not None:
-                progress(min((number + 1) * episodes.returns.size, most), most)
+                progress(min((number + 1) * episodes.returns.size, rounds.most), rounds.most)
             return episodes
 
         if policy.reference.expert:

@@ -11,6 +11,7 @@ import collections.abc
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 import typing
 
@@ -18,15 +19,15 @@ import jax
 import numpy as np
 
 from ldm_jax import cards, rollout
-from ldm_jax.environment import Environment, EnvironmentFaultError
+from ldm_jax.environment import Environment, EnvironmentFaultError, TooManyRowsError
 from ldm_jax.errors import LdmError
 from ldm_jax.types import Agent, EnvironmentSpec, PyTree
 
-from .algorithm import Learned
+from .candidate_run import CandidateRun
 from .candidates import Candidate, Rung, affordable, find_candidates, rank, rungs, total_steps, winner_steps
 from .hyperparameters import Hyperparameters
 from .learning import DivergenceError
-from .opening import MakeEnvironment, opened
+from .opening import MakeEnvironment, opened, with_room
 from .policy import SlotDecoding, with_decoding
 from .probing import PROBING_STEPS, UNKNOWN, Probe, probe
 from .recipes import ALGORITHMS, Recipe
@@ -41,12 +42,6 @@ TRIAL_ROWS, HOST_TRIAL_ROWS = 64, 16
 TRIAL_SHARE = 0.2
 """Of all steps, that one comparison of one candidate may take; where episodes can be longer, those that training itself
 ended compare: they are not reported either."""
-
-FLAT_REPORTS, FLAT_SPREAD = 8, 0.01
-"""Training is flat when so many reports are within that share of all that it has gained; less sure signs cost much."""
-
-FLAT_AFTER = 0.5
-"""Share of the winner's training before which it is not looked for."""
 
 NEAR = 0.9
 """Share of the way to a target from which on it is looked whether it is reached."""
@@ -83,62 +78,21 @@ class Found(typing.NamedTuple):
     stopped: str
 
 
-@dataclasses.dataclass
-class _Run:
-    """A candidate in training."""
-
-    candidate: Candidate
-    config: typing.Any
-    agent: Agent
-    learning: collections.abc.Iterator[Learned]
-    close: collections.abc.Callable[[], None]
-    learned: Learned | None = None
-    ended: bool = False
-    look_after: float = 0.0
-    curve: list[tuple[int, float]] = dataclasses.field(default_factory=list)
-
-    @property
-    def steps(self) -> int:
-        return 0 if self.learned is None else self.learned.steps
-
-    @property
-    def recent(self) -> float:
-        """Mean return of the last episodes that training itself ended."""
-        return self.curve[-1][1] if self.curve else -math.inf
-
-    def advance(self) -> None:
-        """Trains up to the next report."""
-        learned = next(self.learning, None)
-        if learned is None:
-            self.ended = True
-            return
-        self.learned = learned
-        if math.isfinite(learned.mean_return):
-            self.curve.append((learned.steps, float(learned.mean_return)))
-
-    def is_flat(self, steps: int) -> bool:
-        """Whether the last reports bring nothing, late in a training of so many steps."""
-        means = [mean for _, mean in self.curve]
-        late, last = self.steps >= FLAT_AFTER * steps, means[-FLAT_REPORTS:]
-        gained = max(means, default=0.0) - min(means, default=0.0)
-        return late and len(last) == FLAT_REPORTS and max(last) - min(last) <= FLAT_SPREAD * gained and gained > 0
-
-
 class _Place:
     """Where an environment's candidates are trained and compared; all that it opens is closed with it."""
 
-    def __init__(self, make: MakeEnvironment, id: str, stack: contextlib.ExitStack) -> None:
-        self._make, self._id, self._stack = make, id, stack
+    def __init__(self, make: MakeEnvironment, id: str, stack: contextlib.ExitStack, most_rows: int) -> None:
+        self._make, self._id, self._stack, self._most_rows = make, id, stack, most_rows
         self._shared: dict[int, Environment] = {}
         self._agents: dict[tuple[str, typing.Any], Agent] = {}
         with opened(make, id, 1) as environment:
             self.spec = environment.spec
         self.steps = 0  # those of the probe and of trials
-        self.trial_rows = TRIAL_ROWS if self.spec.jittable else HOST_TRIAL_ROWS
+        self.trial_rows = min(most_rows, TRIAL_ROWS if self.spec.jittable else HOST_TRIAL_ROWS)
 
     def _own(self, rows: int) -> tuple[Environment, collections.abc.Callable[[], None]]:
         stack = self._stack.enter_context(contextlib.ExitStack())
-        return stack.enter_context(opened(self._make, self._id, rows)), stack.close
+        return stack.enter_context(opened(self._make, self._id, min(rows, self._most_rows))), stack.close
 
     def training(self, rows: int) -> tuple[Environment, collections.abc.Callable[[], None]]:
         """An environment for one candidate alone, and what closes it; pure ones are shared."""
@@ -164,7 +118,7 @@ class _Place:
         self.steps += found.steps
         return found
 
-    def try_out(self, run: _Run, key: jax.Array) -> tuple[float, float]:
+    def try_out(self, run: CandidateRun, key: jax.Array) -> tuple[float, float]:
         """Mean return and its standard error on fresh episodes, of the better form."""
         assert run.learned is not None, "a candidate is tried when it has learned something"
         found = []
@@ -231,15 +185,27 @@ def search(
       DivergenceError: every candidate diverged.
       EnvironmentFaultError: whoever acted, the environment broke its contract.
     """
-    with contextlib.ExitStack() as stack:
-        place = _Place(make, id, stack)
-        probed = round(budget * total_steps(place.spec)) >= PROBE_SHARE * PROBING_STEPS
-        seen = place.probe(seed) if probed else UNKNOWN
-        total = max(1, round(budget * total_steps(place.spec, seen)))
-        candidates = find_candidates(place.spec, seen)
-        kept = candidates[: affordable(len(candidates), total)]
-        plan = _Plan(place, seed, total, winner_steps(total, len(kept)), target, True, progress, max(1.0, budget))
-        return _halve(plan, kept)
+    return _in_place(make, id, lambda place: _search(place, budget, seed, target, progress))
+
+
+def _in_place(make: MakeEnvironment, id: str, work: collections.abc.Callable[[_Place], Found]) -> Found:
+    """Does something where it may open environments, and anew where memory has no room for as many rows."""
+
+    def begun(rows: int) -> Found:
+        with contextlib.ExitStack() as stack:
+            return work(_Place(make, id, stack, rows))
+
+    return with_room(begun, sys.maxsize)
+
+
+def _search(place: _Place, budget: float, seed: int, target: float | None, progress: rollout.Progress | None) -> Found:
+    probed = round(budget * total_steps(place.spec)) >= PROBE_SHARE * PROBING_STEPS
+    seen = place.probe(seed) if probed else UNKNOWN
+    total = max(1, round(budget * total_steps(place.spec, seen)))
+    candidates = find_candidates(place.spec, seen)
+    kept = candidates[: affordable(len(candidates), total)]
+    plan = _Plan(place, seed, total, winner_steps(total, len(kept)), target, True, progress, max(1.0, budget))
+    return _halve(plan, kept)
 
 
 def train_one(
@@ -258,20 +224,23 @@ def train_one(
       DivergenceError: training diverged.
     """
     steps = recipe.config.budget_steps
-    with contextlib.ExitStack() as stack:
-        plan = _Plan(_Place(make, id, stack), seed, steps, steps, None, False, progress)
+
+    def work(place: _Place) -> Found:
+        plan = _Plan(place, seed, steps, steps, None, False, progress)
         return _halve(plan, (Candidate("given", recipe),))
+
+    return _in_place(make, id, work)
 
 
 def _halve(plan: _Plan, candidates: collections.abc.Sequence[Candidate]) -> Found:
     began, faults = time.monotonic(), list[Exception]()
-    runs: list[_Run] = []
+    runs: list[CandidateRun] = []
     tried: list[str] = []
     stopped = ""
     for number, rung in enumerate(rungs(len(candidates))):
         # One after the other: if the likeliest solves the task at once, the others are not even begun.
         climbing = (_begin(plan, each, faults, tried) for each in candidates) if number == 0 else iter(runs)
-        climbed: list[_Run] = []
+        climbed: list[CandidateRun] = []
         for run in climbing:
             if run is None or (end := _climb(plan, run, rung, sum(one.steps for one in climbed), faults)) == "failed":
                 continue
@@ -305,7 +274,7 @@ def _halve(plan: _Plan, candidates: collections.abc.Sequence[Candidate]) -> Foun
     )
 
 
-def _climb(plan: _Plan, run: _Run, rung: Rung, before: int, faults: list[Exception]) -> str:
+def _climb(plan: _Plan, run: CandidateRun, rung: Rung, before: int, faults: list[Exception]) -> str:
     """Trains a candidate up to a rung; why it ended before: a candidate that fails leaves it to the others."""
     while run.steps < run.config.budget_steps * rung.share and not run.ended:
         try:
@@ -324,7 +293,7 @@ def _climb(plan: _Plan, run: _Run, rung: Rung, before: int, faults: list[Excepti
     return ""
 
 
-def _better_half(plan: _Plan, runs: list[_Run], number: int) -> tuple[list[_Run], str]:
+def _better_half(plan: _Plan, runs: list[CandidateRun], number: int) -> tuple[list[CandidateRun], str]:
     """Those that are trained on, by fresh episodes, and whether the best has solved the task."""
     if len(runs) == 1:
         return runs, ""  # the others failed
@@ -338,14 +307,14 @@ def _better_half(plan: _Plan, runs: list[_Run], number: int) -> tuple[list[_Run]
     return kept, "solved" if solved else ""
 
 
-def _close(plan: _Plan, runs: collections.abc.Sequence[_Run]) -> None:
+def _close(plan: _Plan, runs: collections.abc.Sequence[CandidateRun]) -> None:
     """Frees what candidates hold that are trained no more; their steps were spent all the same."""
     for run in {id(run): run for run in runs}.values():
         run.close()
         plan.place.steps += run.steps
 
 
-def _begin(plan: _Plan, candidate: Candidate, faults: list[Exception], tried: list[str]) -> _Run | None:
+def _begin(plan: _Plan, candidate: Candidate, faults: list[Exception], tried: list[str]) -> CandidateRun | None:
     tried.append(candidate.name)
     algorithm, seed, spec = ALGORITHMS[candidate.recipe.algorithm], plan.seed + candidate.seed, plan.place.spec
     # What learns from fewer steps says so by its own budget, and is given no more unless all are.
@@ -353,16 +322,21 @@ def _begin(plan: _Plan, candidate: Candidate, faults: list[Exception], tried: li
     config = dataclasses.replace(own, budget_steps=min(round(own.budget_steps * plan.more), plan.steps))
     environment, close = plan.place.training(config.num_envs)
     cards.check_matches(spec, environment.spec, f"what {spec.id} said of itself when made a moment ago")
+    if (rows := environment.spec.batch_size) < config.num_envs:  # there is no room for more; as many steps an update
+        longer = config.rollout_length * config.num_envs // rows
+        config = dataclasses.replace(config, num_envs=rows, rollout_length=longer)
     try:
         config = algorithm.settle(environment, config, seed)
+    except TooManyRowsError:
+        raise
     except (LdmError, EnvironmentFaultError) as fault:
         faults.append(fault)
         return None
     agent = plan.place.agent(candidate.recipe.algorithm, config)
-    return _Run(candidate, config, agent, algorithm.learn(environment, config, seed), close)
+    return CandidateRun(candidate, config, agent, algorithm.learn(environment, config, seed), close)
 
 
-def _is_near(plan: _Plan, run: _Run) -> bool:
+def _is_near(plan: _Plan, run: CandidateRun) -> bool:
     """Whether the last report makes it likely that the target is reached; to look costs episodes, so not each time."""
     if (
         plan.target is None

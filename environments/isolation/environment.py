@@ -20,7 +20,7 @@ import weakref
 
 import numpy as np
 
-from ldm_jax.environment import EnvironmentFaultError
+from ldm_jax.environment import EnvironmentFaultError, TooManyRowsError
 from ldm_jax.types import Array, EnvironmentSpec, PyTree, TimeStep
 
 from .. import checks
@@ -35,6 +35,7 @@ from .venvs import normalize_name
 from .worker.gym_api import IDLE, REMAKE, STEP
 
 _REPORTS = 16
+_ROOM = 0.8  # of the environments that filled the memory of a worker when they were new
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class IsolatedEnvironment:
       reports: the newest faults, the last one last.
 
     Raises:
-      EnvironmentFaultError: the library cannot make the environment, or there is no room for its arrays.
+      EnvironmentFaultError: the library cannot make the environment, or there is no room for its arrays. `reset` and
+        `step` raise TooManyRowsError where there is none for the environments of all rows.
     """
 
     spec: EnvironmentSpec
@@ -194,9 +196,24 @@ class IsolatedEnvironment:
         except (KeyError, TypeError, ValueError):
             raise WorkerFaultError("garbage", f"the worker sent {str(content)[:200]}, expected faults") from None
         for row, kind, text in faults:
+            if kind == "rows":
+                raise self._too_many(i, text)
             if row not in self._shares[i]:
                 raise WorkerFaultError(kind if row == -1 else "garbage", text)
         yield from (Fault(kind, (row,), text) for row, kind, text in faults)
+
+    def _too_many(self, i: int, made: str) -> EnvironmentFaultError | TooManyRowsError:
+        """What to raise where a worker has no room for the environments of its rows."""
+        self.close()
+        limit, asked = self._isolation.memory_limit_bytes >> 20, len(self._shares[i])
+        there = int(made) if made.isdecimal() else 0
+        text = f"{self.spec.id}: {there} of the {asked} rows of a worker hold more than its {limit} MB"
+        # Room is left for what they may grow by.
+        rows = min(int(_ROOM * there) * len(self._shares), self.spec.batch_size - 1)
+        if rows < 1:
+            return EnvironmentFaultError(f"{text}: raise Isolation.memory_limit_bytes")
+        advice = f"make it with {rows} rows or fewer, or raise Isolation.memory_limit_bytes"
+        return TooManyRowsError(f"{text}: {advice}", rows)
 
     def _survive(self, fault: Fault) -> None:
         """Counts a fault, or raises when there were too many."""

@@ -220,6 +220,7 @@ class Rows:
     ):
         self.library, self.arrays, self.rows, self.owns_process = library, arrays, rows, owns_process
         self.environments, self.generators, self.spare, self.experts = {}, {}, environment, experts
+        self.is_full = None  # whether memory has no room for another environment; asked while the first are made
         self.action_space = environment.action_space
         self.heartbeat = arrays["heartbeat"][worker : worker + 1]
         self.calls = int(self.heartbeat[0])
@@ -324,6 +325,8 @@ class Rows:
         if row not in self.environments:
             # The environment that told the spaces serves, unless it depends on its seed.
             spare, self.spare = self.spare, None
+            if self.is_full is not None and self.is_full():
+                raise WrongError("rows", str(len(self.environments)))
             self.environments[row] = library.make() if spare is None or library.made_of_seed else spare
         observation, info = library.reset(self.environments[row], seed)
         self.put(row, observation, 0.0, False, False, info)

@@ -267,6 +267,7 @@ def main(where):
         kind, content, descriptors = connection.receive()
         if kind == b"A":
             rows = attach(library, environment, program, job, content, descriptors[0])
+            rows.is_full = lambda: resident_bytes() > job["memory_limit"]
             connection.send(b"K")
             continue
         if kind == b"Q":
@@ -274,6 +275,7 @@ def main(where):
             connection.send(b"K", {"errors": errors} if errors else None)
             leave()
         faults = [[row, kind, gym_api.report(error)] for row, kind, error in rows.obey()]
+        rows.is_full = None  # what is held from now on beyond the limit is a leak
         calls += 1
         if calls % 16 == 0:
             if os.fstat(2).st_size > MAX_LOG_BYTES:

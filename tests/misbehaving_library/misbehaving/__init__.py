@@ -196,6 +196,17 @@ class HangUp(Steady):
             socket.socket(fileno=descriptor).shutdown(socket.SHUT_RDWR)
 
 
+class Heavy(Steady):
+    """Takes 60 MB at its first reset, and no more."""
+
+    held = None
+
+    def reset(self, *, seed=None, options=None):
+        if self.held is None:
+            self.held = np.ones(60 << 17)
+        return super().reset(seed=seed, options=options)
+
+
 class Leak(Steady):
     """Takes 20 MB and never gives it back, again at every step."""
 
