@@ -19,6 +19,7 @@ from .environment import Environment as Environment
 from .environment import EnvironmentFaultError as EnvironmentFaultError
 from .environment import LibraryMissingError as LibraryMissingError
 from .environment import StaleStateError as StaleStateError
+from .environment import TooManyRowsError as TooManyRowsError
 from .episodes import Evaluation as Evaluation
 from .episodes import evaluate as evaluate
 from .errors import LdmError as LdmError

@@ -12,7 +12,7 @@ from ldm_jax.environment import Environment, TooManyRowsError
 
 from .policy import ReferencePolicy
 
-T = typing.TypeVar("T")
+_T = typing.TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 MakeEnvironment = collections.abc.Callable[..., Environment]
@@ -42,7 +42,7 @@ def opened(make: MakeEnvironment, id: str, num_envs: int, expert: str = "") -> c
             warnings.warn(f"{id} failed to close: {type(error).__name__}: {error}; nothing is lost", stacklevel=3)
 
 
-def with_room(work: collections.abc.Callable[[int], T], rows: int) -> T:
+def with_room(work: collections.abc.Callable[[int], _T], rows: int) -> _T:
     """Does something with parallel environments, with fewer of them where memory has no room for so many.
 
     Args:
