@@ -22,6 +22,7 @@ from experiments.harness import making
 from experiments.harness.experts import expert_policies
 from experiments.harness.outcomes import UnitOutcome, read_outcome, write_outcome
 from experiments.harness.stage import UnitsFailedError
+from experiments.harness.workdir import WorkdirError
 from ldm_jax import cards
 
 ID = "gymnax/Catch-bsuite"
@@ -97,6 +98,14 @@ def test_the_stage_takes_what_the_zoo_has_and_trains_the_rest(folder, tmp_path):
     assert UnitOutcome(**json.loads((made / ID / "outcome.json").read_text())).verdict == "admitted"
     chex.assert_trees_all_equal(load_reference(made / ID).policy.params, load_reference(folder / ID).policy.params)
     assert load_reference(made / "gymnax/CartPole-v1").policy.reference.candidates
+
+
+def test_a_zoo_that_is_not_there_is_no_reason_to_train(tmp_path):
+    for verify in (False, True):
+        config = dataclasses.replace(CONFIG, zoo=str(tmp_path / "zoo"), verify=verify)
+        with pytest.raises(WorkdirError, match="there is no zoo"):
+            stage.run(config, tmp_path / "run", (ID,))
+    assert not (tmp_path / "run" / "references").exists()
 
 
 def test_a_score_that_is_not_true_is_found(folder, scored, tmp_path, capsys):

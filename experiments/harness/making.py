@@ -24,7 +24,7 @@ from experiments.harness import progress
 from experiments.harness.experts import Watch, expert_policies, write_facts
 from experiments.harness.outcomes import TOO_LARGE, UnitOutcome, failure, in_one_line, read_outcome
 from experiments.harness.units import UnitsConfig
-from experiments.harness.workdir import FREE, seed_of
+from experiments.harness.workdir import FREE, WorkdirError, seed_of
 from experiments.report.targets import find_target
 from ldm_jax.encoding.buckets import bucket_for
 from ldm_jax.errors import ConfigError, LdmError
@@ -134,8 +134,17 @@ def too_large(spec: EnvironmentSpec) -> UnitOutcome | None:
 
 
 def zoo_of(config: ReferencesConfig) -> pathlib.Path | None:
-    """The folder of the zoo, if there is one."""
-    return pathlib.Path(config.zoo).expanduser().absolute() if config.zoo else None
+    """The folder of the zoo, None where none is named.
+
+    Raises:
+      WorkdirError: it is not there.
+    """
+    if not config.zoo:
+        return None
+    folder = pathlib.Path(config.zoo).expanduser().absolute()
+    if not folder.is_dir():
+        raise WorkdirError(f"there is no zoo {folder}: give the folder that experiments.pack_zoo has written")
+    return folder
 
 
 def refused_by(config: ReferencesConfig, id: str) -> UnitOutcome | None:
