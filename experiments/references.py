@@ -92,7 +92,6 @@ def run(
         verify_all(config, zoo_of(config) or workdir / "references", environments, engine)
         return
     folder, clock = workdir / "references", Clock(config.total_hours)
-    zoo_of(config)  # it is there, or nothing is begun
     found = {id: _examine(config, id, folder / id) for id in environments}
     pin_config(workdir, "references", config, owns=("references",))
     outcomes: dict[str, UnitOutcome] = {}

@@ -264,7 +264,7 @@ class Policy:
         """
         if dtype not in typing.get_args(WeightsDtype):
             raise PolicyError(f"dtype is {dtype!r}, expected {' or '.join(typing.get_args(WeightsDtype))}")
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), self.params)
+        params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), self.params)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             if not np.isfinite(leaf).all():
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -366,7 +366,7 @@ def _read(target: pathlib.Path, description: dict[str, typing.Any]) -> Policy:
         raise PolicyError(f"{path} is damaged: {error!r}") from error
     shapes = jax.eval_shape(make_model(cfg).init, jax.random.key(0))
     saved = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, "float32"), checkpoints.load_params(weights, saved))
+    params = jax.tree.map(lambda leaf: leaf.astype("float32"), checkpoints.load_params(weights, saved))
     return Policy(cfg, params, cards, decoding, buckets)
 
 

@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 import environments
 from data import references
-from data.references import candidates, probing, search
+from data.references import candidate_run, candidates, probing, search
 from data.references.algorithm import Algorithm, Learned
 from data.references.hyperparameters import Hyperparameters
 from data.references.scoring import Rounds, play_rounds, told_apart
@@ -202,7 +202,7 @@ def told(monkeypatch):
     known = {"told": algorithm}
     monkeypatch.setattr(search, "ALGORITHMS", known)
     monkeypatch.setattr(references.recipes, "ALGORITHMS", known)
-    monkeypatch.setattr(search, "FLAT_AFTER", 2.0)
+    monkeypatch.setattr(candidate_run, "FLAT_AFTER", 2.0)
 
     def halve(*configs, target=None, total=10_000, progress=None):
         each = [candidates.Candidate(str(i), references.Recipe("told", config)) for i, config in enumerate(configs)]

@@ -81,7 +81,9 @@ class Found(typing.NamedTuple):
 class _Place:
     """Where an environment's candidates are trained and compared; all that it opens is closed with it."""
 
-    def __init__(self, make: MakeEnvironment, id: str, stack: contextlib.ExitStack, most_rows: int) -> None:
+    def __init__(
+        self, make: MakeEnvironment, id: str, stack: contextlib.ExitStack, most_rows: int = sys.maxsize
+    ) -> None:
         self._make, self._id, self._stack, self._most_rows = make, id, stack, most_rows
         self._shared: dict[int, Environment] = {}
         self._agents: dict[tuple[str, typing.Any], Agent] = {}

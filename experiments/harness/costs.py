@@ -10,24 +10,27 @@ import json
 import pathlib
 
 from experiments.harness import progress
+from experiments.harness.workdir import begun
 
 _FILE = "costs.jsonl"
 
 
 @contextlib.contextmanager
 def counted(workdir: pathlib.Path, stage: str) -> collections.abc.Iterator[None]:
-    """Writes down how long the block takes, however it ends, if the stage has begun to write into the workdir by then.
+    """Writes down how long the block takes, however it ends, if the stage has found the workdir to be its own in it.
 
     Args:
       workdir: of the run.
       stage: its name.
     """
-    clock = progress.clock()
+    clock, token = progress.clock(), begun.set(frozenset())
     try:
         yield
     finally:
+        is_own = (workdir, stage) in begun.get()
+        begun.reset(token)
         with contextlib.suppress(OSError):  # it says what there was to pay, nothing depends on it
-            if (workdir / f"{stage}.json").exists():
+            if is_own:
                 ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
                 line = json.dumps({"stage": stage, "seconds": clock(), "ended": ended})
                 with (workdir / _FILE).open("a") as file:

@@ -31,6 +31,8 @@ FREE = "free"
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems
 _held: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("held", default=frozenset())
+begun: contextvars.ContextVar[frozenset[tuple[typing.Any, str]]] = contextvars.ContextVar("begun", default=frozenset())
+"""Workdirs and the stages that have found them to be theirs, of what this context has begun."""
 
 
 class WorkdirError(LdmError, ValueError):
@@ -140,6 +142,7 @@ def pin_config(workdir: pathlib.Path, name: str, config: typing.Any, owns: tuple
             f"{workdir} was begun with another configuration: {'; '.join(differences(found, wanted))}. "
             "Give the same flags to go on with it, or another --workdir"
         )
+    begun.set(begun.get() | {(workdir, name)})
 
 
 def _is_own(name: str, own: str) -> bool:
