@@ -19,7 +19,7 @@ PURELIB := import sysconfig; print(sysconfig.get_path("purelib"))
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m experiments.quickstart --workdir=$(WORKDIR) $(FLAGS)
 
-# From the references in data/zoo to docs/results, hours; goes on where it was.
+# From the references in data/zoo to a report, in hours; goes on where it was.
 panel: $(VENV)/.installed-panel
 	$(BIN)/python -m experiments.panel --workdir=runs/panel200 $(FLAGS)
 

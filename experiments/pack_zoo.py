@@ -22,7 +22,7 @@ from experiments.harness.making import ScoredConfig, outcome_of
 from experiments.harness.outcomes import OUTCOME, UnitOutcome, failure, read_outcome, write_outcome
 from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.units import Job
-from experiments.harness.workdir import WorkdirError, seed_of
+from experiments.harness.workdir import WorkdirError, listed, seed_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +47,7 @@ class _Unit(typing.NamedTuple):
 
 def _among(config: ZooConfig, workdir: pathlib.Path) -> tuple[str, ...]:
     del config
-    folder = workdir / "references"
-    found = {
-        path.parent.relative_to(folder).as_posix()
-        for name in (OUTCOME, "reference.json")
-        for path in folder.rglob(name)
-    }
-    if not found:
-        raise WorkdirError(f"there is no reference policy in {folder}: run experiments.references first")
-    return tuple(sorted(found))
+    return listed(workdir / "references", names=("reference.json", OUTCOME))
 
 
 @stage("pack_zoo", among=_among)

@@ -13,19 +13,16 @@ import json
 import pathlib
 import typing
 
-import jax
-import jax.numpy as jnp
-
 import ldm_jax
 from data.references import ReferencePolicyError, load_reference
 from experiments.evaluate import fingerprint
 from experiments.harness.costs import read_costs
-from experiments.harness.metrics_log import read_rows
 from experiments.harness.stage import stage
 from experiments.harness.workdir import WorkdirError
 from experiments.report.results import ReferenceFacts, Results, render_card, render_results
-from experiments.report.runs import PROVENANCE, SCORES
+from experiments.report.runs import SCORES, ReportError, read_run
 from ldm_jax import files
+from ldm_jax.policy import rounded
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _WORDS = ("random", "reference", "model", "z", "z_low", "z_high")
@@ -68,10 +65,9 @@ def run(config: PublishConfig, workdir: pathlib.Path, environments: tuple[str, .
         raise WorkdirError("got environments, expected none: all that was evaluated is published")
     found = read_results(workdir, config.name)
     folder, policy = pathlib.Path(config.policies) / config.name, ldm_jax.load(workdir / "policy")
-    if found.provenance["Evaluation"]["Policy"] != fingerprint(policy):
+    if found.provenance.get("Evaluation", {}).get("Policy") != fingerprint(policy):
         raise WorkdirError(f"the policy of {workdir} is not the one of its report: run experiments.evaluate first")
-    rounded = jax.tree.map(lambda leaf: jnp.asarray(jnp.asarray(leaf, "bfloat16"), "float32"), policy.params)
-    if policy != dataclasses.replace(policy, params=rounded):
+    if policy != dataclasses.replace(policy, params=rounded(policy.params, "bfloat16")):
         raise WorkdirError(
             f"the policy of {workdir} was evaluated in float32, and bfloat16 is published: pretrain it with "
             "--config.weights_dtype=bfloat16"
@@ -99,19 +95,17 @@ def read_results(workdir: pathlib.Path, name: str) -> Results:
     Raises:
       WorkdirError: it is not finished.
     """
-    report = workdir / "report"
     try:
-        scores, provenance = (json.loads((report / file).read_text("utf-8")) for file in (SCORES, PROVENANCE))
-        rows = read_rows(workdir / "metrics.jsonl")
-    except (OSError, ValueError) as error:
-        raise WorkdirError(f"{workdir} holds no finished run: {error}. Run all stages to their end") from error
+        read = read_run(workdir)
+    except ReportError as error:
+        raise WorkdirError(str(error)) from error
     zero_shot = workdir / "zero_shot.md"
     return Results(
         name=name,
-        scores=scores,
-        provenance=provenance,
-        references=_reference_facts(workdir / "references", [item["id"] for item in scores["environments"]]),
-        last=rows[-1] if rows else {},
+        scores=read.scores,
+        provenance=read.provenance,
+        references=_reference_facts(workdir / "references", [item["id"] for item in read.scores["environments"]]),
+        last=read.training[-1] if read.training else {},
         costs=read_costs(workdir),
         zero_shot=zero_shot.read_text("utf-8") if zero_shot.exists() else "",
     )
@@ -124,7 +118,7 @@ def _reference_facts(references: pathlib.Path, ids: typing.Iterable[str]) -> dic
             scored = load_reference(references / id)
             made = scored.policy.reference
             if scored.admission.admitted:
-                found[id] = ReferenceFacts(made.expert or made.algorithm, made.steps, scored.weak)
+                found[id] = ReferenceFacts(made.expert or made.algorithm, scored.weak)
     return found
 
 

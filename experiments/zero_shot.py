@@ -16,12 +16,10 @@ import math
 import pathlib
 import typing
 
-import numpy as np
-
 import environments as registry
 import ldm_jax
 from data.references import random_agent
-from data.references.pipeline import opened
+from data.references.opening import opened
 from data.references.zoo import NO_FURTHER
 from experiments.evaluate import fingerprint
 from experiments.harness import progress
@@ -34,7 +32,7 @@ from experiments.harness.workdir import WorkdirError, key_of, pin_config
 from experiments.report.catalog_page import markdown_table, mean_with_error
 from ldm_jax import files, rollout
 from ldm_jax.cards import Returns
-from ldm_jax.errors import ConfigError
+from ldm_jax.errors import check_at_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +51,7 @@ class ZeroShotConfig(UnitsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("seed", 0), ("num_envs", 2), ("episodes", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        check_at_least(self, {"seed": 0, "num_envs": 2, "episodes": 1})
 
 
 class ZeroShot(typing.NamedTuple):
@@ -162,7 +158,7 @@ def _path(workdir: pathlib.Path, id: str) -> pathlib.Path:
 def _read(workdir: pathlib.Path, id: str, digest: str) -> ZeroShot | None:
     try:
         said = json.loads(_path(workdir, id).read_text())
-        found = ZeroShot(*(Returns(tuple(map(tuple, said[name]))) for name in ZeroShot._fields))
+        found = ZeroShot(*(Returns.of(said[name]) for name in ZeroShot._fields))
         return found if said["policy"] == digest else None
     except (OSError, ValueError, TypeError, KeyError):  # what is damaged is played again
         return None
@@ -191,11 +187,7 @@ def _play(config: ZeroShotConfig, unit: _Unit, advance: progress.Advance) -> Zer
     except (Exception, SystemExit) as error:
         return failure(error)
     advance(unit.steps - unit.steps // 2)
-    return ZeroShot(_returns(model.returns), _returns(np.asarray(random.returns)))
-
-
-def _returns(values: np.ndarray) -> Returns:
-    return Returns(tuple(map(tuple, values.astype(np.float64).tolist())))
+    return ZeroShot(Returns.of(model.returns), Returns.of(random.returns))
 
 
 if __name__ == "__main__":

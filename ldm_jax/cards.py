@@ -196,20 +196,20 @@ WEAK = 0.5
 """A reference that gets less of the way from random to a public target is weak: z against it is easily had."""
 
 
-def share_of_target(random: Returns, reference: Returns, target: float | None) -> float | None:
-    """How much of the way from random to a public target a reference gets.
+def share_of_target(random: float, mean: float, target: float | None) -> float | None:
+    """How much of the way from random to a public target a policy gets.
 
     Args:
-      random: returns of the random policy.
-      reference: returns of the reference.
+      random: mean return of the random policy.
+      mean: return of the policy.
       target: a published return, or None.
 
     Returns:
       The share, 1 at the target; None where there is no target above random.
     """
-    if target is None or not target > random.mean:
+    if target is None or not target > random:
         return None
-    return (reference.mean - random.mean) / (target - random.mean)
+    return (mean - random) / (target - random)
 
 
 def _count(name: str, value: typing.Any) -> int:
@@ -260,7 +260,7 @@ class EnvironmentCard:
     @property
     def share_of_target(self) -> float | None:
         """How much of the way from random to the public target the reference gets, None where none is known."""
-        return share_of_target(self.random_returns, self.reference_returns, self.reference.public_target)
+        return share_of_target(self.random_returns.mean, self.reference_returns.mean, self.reference.public_target)
 
     @property
     def weak(self) -> bool:

@@ -73,6 +73,22 @@ def _plain(value: typing.Any) -> typing.Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def check_at_least(config: typing.Any, least: collections.abc.Mapping[str, float], where: str = "") -> None:
+    """Checks that numbers of a configuration are not too small, in their order; a NaN is.
+
+    Args:
+      config: a dataclass.
+      least: the least value, by the name of the field.
+      where: the configuration is, before the names in the error.
+
+    Raises:
+      ConfigError: names the field.
+    """
+    for name, value in least.items():
+        if not getattr(config, name) >= value:
+            raise ConfigError(f"{where}{name} is {getattr(config, name)}, expected at least {value}")
+
+
 def check_finite(config: typing.Any) -> None:
     """Checks that no number of a configuration is NaN or infinite; comparisons would let a NaN pass.
 

@@ -264,7 +264,7 @@ class Policy:
         """
         if dtype not in typing.get_args(WeightsDtype):
             raise PolicyError(f"dtype is {dtype!r}, expected {' or '.join(typing.get_args(WeightsDtype))}")
-        params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), self.params)
+        params = rounded(self.params, dtype)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             if not np.isfinite(leaf).all():
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -293,6 +293,11 @@ class Policy:
             for name in present - {_FILE}:
                 if _OURS.fullmatch(name):
                     files.remove(target / name)
+
+
+def rounded(params: Params, dtype: WeightsDtype) -> Params:
+    """Parameters as NumPy arrays of another dtype, which compare with those of a policy."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), params)
 
 
 def load(directory: str | os.PathLike[str]) -> Policy:

@@ -55,7 +55,8 @@ class ScoredReference:
     @property
     def share_of_target(self) -> float | None:
         """How much of the way from random to the public target it gets, None where none is known."""
-        return cards.share_of_target(self.random_returns, self.reference_returns, self.policy.reference.public_target)
+        target = self.policy.reference.public_target
+        return cards.share_of_target(self.random_returns.mean, self.reference_returns.mean, target)
 
     @property
     def weak(self) -> bool:
@@ -175,13 +176,8 @@ def score_reference(
     Raises:
       CardError: the environment is no longer the one that the reference was trained in.
     """
-    played = episodes_per_env, least, most
-
-    def work(rows: int) -> ScoredReference:
-        rounds = Rounds(rows, *played, _steps_to_score(policy))
-        return _score(make, policy, seed, rounds, progress)
-
-    return with_room(work, num_envs)
+    rounds = Rounds(num_envs, episodes_per_env, least, most, _steps_to_score(policy))
+    return with_room(lambda rows: _score(make, policy, seed, rounds._replace(rows=rows), progress), num_envs)
 
 
 def _score(

@@ -30,7 +30,7 @@ from ldm_jax import acting, files
 from ldm_jax import policy as policies
 from ldm_jax.encoding.buckets import Bucket, join_buckets
 from ldm_jax.encoding.codec import Codec
-from ldm_jax.errors import ConfigError
+from ldm_jax.errors import check_at_least
 from ldm_jax.training.bucket_work import bucket_work
 
 EVALUATION = "evaluation"
@@ -65,16 +65,8 @@ class EvaluateConfig(UnitsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (
-            ("seed", 0),
-            ("num_envs", 2),
-            ("episodes", 1),
-            ("rows", 1),
-            ("buckets", 1),
-            ("together", 1),
-        ):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"evaluate.{name} is {getattr(self, name)}, expected at least {least}")
+        least = {"seed": 0, "num_envs": 2, "episodes": 1, "rows": 1, "buckets": 1, "together": 1}
+        check_at_least(self, least, "evaluate.")
 
 
 class EvaluateUnit(typing.NamedTuple):

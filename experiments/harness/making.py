@@ -16,7 +16,8 @@ from data.references import (
     train_reference,
 )
 from data.references.choosing import choose_reference
-from data.references.pipeline import ScoredReference, opened
+from data.references.opening import opened
+from data.references.pipeline import ScoredReference
 from data.references.policy import ReferencePolicy
 from data.references.zoo import take_from_zoo
 from environments.registry import group
@@ -27,7 +28,7 @@ from experiments.harness.units import UnitsConfig
 from experiments.harness.workdir import FREE, WorkdirError, seed_of
 from experiments.report.targets import find_target
 from ldm_jax.encoding.buckets import bucket_for
-from ldm_jax.errors import ConfigError, LdmError
+from ldm_jax.errors import ConfigError, LdmError, check_at_least
 from ldm_jax.types import EnvironmentSpec
 
 
@@ -49,9 +50,7 @@ class ScoredConfig(UnitsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("num_envs", 1), ("episodes", 1), ("least_episodes", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        check_at_least(self, {"num_envs": 1, "episodes": 1, "least_episodes": 2})
         if self.most_episodes < self.least_episodes:
             raise ConfigError(f"most_episodes is {self.most_episodes}, expected at least {self.least_episodes}")
 

@@ -18,7 +18,7 @@ from experiments.harness.workdir import FREE
 from ldm_jax import sharding, training
 from ldm_jax.acting import Decoding, check_decoding
 from ldm_jax.encoding.codec import Codec
-from ldm_jax.errors import ConfigError, check_finite
+from ldm_jax.errors import ConfigError, check_at_least, check_finite
 from ldm_jax.model.config import SIZES, ModelConfig
 from ldm_jax.model.network import Model, make_model
 from ldm_jax.policy import WeightsDtype
@@ -83,9 +83,8 @@ class PretrainConfig:
                 f"window is {self.window} steps, expected at least {2 * self.model.window}, twice what attention sees: "
                 "else the model is asked for more history than it was trained on"
             )
-        for name in ("rows", "rows_multiple", "checkpoint_steps", "max_to_keep", "log_steps"):
-            if not getattr(self, name) >= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        counts = ("rows", "rows_multiple", "checkpoint_steps", "max_to_keep", "log_steps")
+        check_at_least(self, dict.fromkeys(counts, 1))
         if self.weights_dtype not in typing.get_args(WeightsDtype):
             raise ConfigError(
                 f"weights_dtype is {self.weights_dtype!r}, expected {' or '.join(typing.get_args(WeightsDtype))}"

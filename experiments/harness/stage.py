@@ -97,15 +97,20 @@ def stage(
             given["workdir"] = workdir
             if "environments" in given:
                 given["environments"] = ids
-            with lock(workdir, name) if _locks(config) else contextlib.nullcontext():
+            with _at_work(workdir, name) if _locks(config) else contextlib.nullcontext():
                 if choice.retry:
                     forget_failed(workdir / "references", ids)
-                with counted(workdir, name) if _locks(config) else contextlib.nullcontext():
-                    return run(*bound.args, **bound.kwargs)
+                return run(*bound.args, **bound.kwargs)
 
         return typing.cast(F, inside)
 
     return decorate
+
+
+@contextlib.contextmanager
+def _at_work(workdir: pathlib.Path, name: str) -> collections.abc.Iterator[None]:
+    with lock(workdir, name), counted(workdir, name):
+        yield
 
 
 def _no_plan(name: str) -> typing.NoReturn:

@@ -13,7 +13,7 @@ import typing
 
 from experiments.harness import progress
 from experiments.harness.workdir import FREE
-from ldm_jax.errors import ConfigError, LdmError, check_finite
+from ldm_jax.errors import ConfigError, LdmError, check_at_least, check_finite
 
 U = typing.TypeVar("U")
 R = typing.TypeVar("R")
@@ -77,9 +77,7 @@ class UnitsConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        for name in ("workers", "unit_seconds", "unit_memory_gb", "build_seconds"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 0")
+        check_at_least(self, dict.fromkeys(("workers", "unit_seconds", "unit_memory_gb", "build_seconds"), 0))
         if not self.unit_cores > 0:
             raise ConfigError(f"unit_cores is {self.unit_cores}, expected a positive number")
         for name in ("unit_seconds", "unit_memory_gb"):

@@ -20,7 +20,7 @@ from ldm_jax import acting, sharding
 from ldm_jax.acting import Decoding, check_agent
 from ldm_jax.cards import check_matches
 from ldm_jax.environment import Environment
-from ldm_jax.errors import ConfigError
+from ldm_jax.errors import ConfigError, check_at_least
 from ldm_jax.model.config import ModelConfig
 from ldm_jax.model.network import Model, Params
 from ldm_jax.training import metrics
@@ -50,9 +50,7 @@ class ValidationConfig:
     episodes: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("batches", 0), ("rows", 2), ("episodes", 1)):
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"evaluation.{name} is {getattr(self, name)}, expected at least {least}")
+        check_at_least(self, {"steps": 0, "batches": 0, "rows": 2, "episodes": 1}, "evaluation.")
         _ = self.ids  # they are checked
 
     @property

@@ -157,14 +157,18 @@ def resolved(config: typing.Any) -> dict[str, typing.Any]:
     return {name: resolved(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 
 
-def listed(references: pathlib.Path) -> tuple[str, ...]:
+def listed(references: pathlib.Path, *, names: tuple[str, ...] = ("reference.json",)) -> tuple[str, ...]:
     """The ids that have a reference, finished, in a folder of them.
+
+    Args:
+      references: the folder.
+      names: of files of which an id has one.
 
     Raises:
       WorkdirError: there is none.
     """
-    found = sorted(path.parent.relative_to(references).as_posix() for path in references.rglob("reference.json"))
-    ids = tuple(id for id in found if not any(word.startswith(".") for word in id.split("/")))
+    found = {path.parent.relative_to(references).as_posix() for name in names for path in references.rglob(name)}
+    ids = tuple(id for id in sorted(found) if not any(word.startswith(".") for word in id.split("/")))
     if not ids:
         raise WorkdirError(f"there is no reference policy in {references}: run experiments.references first")
     return ids

@@ -10,13 +10,12 @@ import numpy as np
 
 from experiments.report.catalog_page import markdown_table
 from experiments.report.document import JsonValue
-from ldm_jax.evaluation.aggregates import MATCH, count_reaching, number
+from experiments.report.page import ENOUGH
+from ldm_jax.cards import share_of_target
+from ldm_jax.evaluation.aggregates import MATCH, count_reaching, number, reaches
 
 Item = dict[str, typing.Any]
 """What `scores.json` says of an environment."""
-
-BAR = 0.8
-"""The z from which on the policy is said to do well."""
 
 _WORST = 20
 
@@ -26,12 +25,10 @@ class ReferenceFacts(typing.NamedTuple):
 
     Attributes:
       how: the algorithm, or the expert.
-      steps: of training, 0 of an expert.
       weak: whether it gets less than half of the way to a public return.
     """
 
     how: str
-    steps: int
     weak: bool
 
 
@@ -149,12 +146,12 @@ def render_card(found: Results) -> str:
 def headline(found: Results) -> str:
     """What it came to, in a paragraph."""
     everywhere, admitted = found.scores["environments"], found.admitted
-    count, well, matches = len(admitted), count_reaching(found.scores, BAR), found.scores["matches"]
+    count, well, matches = len(admitted), count_reaching(found.scores, ENOUGH), found.scores["matches"]
     libraries, domains = ({item[field] for item in admitted} for field in ("library", "domain"))
     share = "{} of {} ({:.0%})".format
     return (
         f"**{len(everywhere)} environments, {count} admitted** from {len(libraries)} libraries and {len(domains)} "
-        f"domains. One set of {found.scores['parameters'] / 1e6:.2f}M parameters reaches z ≥ {BAR} in "
+        f"domains. One set of {found.scores['parameters'] / 1e6:.2f}M parameters reaches z ≥ {ENOUGH} in "
         f"**{share(well, count, well / max(count, 1))}** and matches its reference (lower bound of z ≥ {MATCH}) in "
         f"**{share(matches, count, matches / max(count, 1))}**. Interquartile mean of z: "
         f"{_interval(found.scores['iqm'])}; optimality gap: {_interval(found.scores['optimality_gap'])}."
@@ -189,13 +186,13 @@ def _by(found: Results, field: str) -> str:
     for name, items in sorted(groups.items(), key=lambda group: group[0].lower()):
         z = [item["z"] for item in items if item["z"] is not None]
         admitted = sum(item["id"] in found.references for item in items)
-        reaching = f"{sum(value >= BAR for value in z)}", f"{sum(_matches(item) for item in items)}"
+        reaching = f"{reaches(z, ENOUGH).sum()}", f"{sum(_matches(item) for item in items)}"
         rows.append((name, f"{len(items)}", f"{admitted}", *reaching, f"{np.median(z):.2f}" if z else ""))
-    return markdown_table((field, "environments", "admitted", f"z ≥ {BAR}", "matched", "median z"), rows)
+    return markdown_table((field, "environments", "admitted", f"z ≥ {ENOUGH}", "matched", "median z"), rows)
 
 
 def _matches(item: Item) -> bool:
-    return item["z_low"] is not None and item["z_low"] >= MATCH
+    return item["z_low"] is not None and bool(reaches(item["z_low"], MATCH))
 
 
 def _public(found: Results) -> str:
@@ -221,8 +218,8 @@ def _public(found: Results) -> str:
 
 
 def _share(item: Item, who: str) -> str:
-    way = item["public_target"] - item["random"]
-    return "" if item[who] is None or not way else f"{(item[who] - item['random']) / way:.2f}"
+    share = None if item[who] is None else share_of_target(item["random"], item[who], item["public_target"])
+    return "" if share is None else f"{share:.2f}"
 
 
 def _worst(found: Results) -> str:
@@ -267,4 +264,4 @@ def _z(item: Item) -> str:
 
 
 def _reference(found: Results, item: Item) -> ReferenceFacts:
-    return found.references.get(item["id"], ReferenceFacts("", 0, weak=False))
+    return found.references.get(item["id"], ReferenceFacts("", weak=False))

@@ -58,13 +58,18 @@ def curve(
     """
     points, tail = [], (1 - confidence) / 2
     for tau in taus:
-        count = int(np.sum(_reaches(z, tau)))
-        counts = np.sum(_reaches(z_samples, tau), axis=0)
+        count = int(np.sum(reaches(z, tau)))
+        counts = np.sum(reaches(z_samples, tau), axis=0)
         low = int(np.quantile(counts, tail, method="lower"))
         high = int(np.quantile(counts, 1 - tail, method="higher"))
-        conservative = int(np.sum(_reaches(z_low, tau)))
+        conservative = int(np.sum(reaches(z_low, tau)))
         points.append(CurvePoint(tau, count, min(low, count), max(high, count), conservative))
     return points
+
+
+def reaches(z: typing.Any, tau: float) -> np.ndarray:
+    """Where z is at least tau: who does exactly what the reference does must not miss 1 by a rounded sum."""
+    return np.asarray(z) >= tau - ROUNDING
 
 
 def interquartile_mean(z: np.ndarray) -> Floats:
@@ -155,7 +160,7 @@ def scores_json(
     matches = 0
     if admitted:
         z, z_low, _ = _estimates(admitted).T
-        matches = int(np.sum(_reaches(z_low, MATCH)))
+        matches = int(np.sum(reaches(z_low, MATCH)))
         points = curve(z, z_low, np.stack([item.z_samples for item in admitted]), confidence=confidence)
         iqm = aggregate(interquartile_mean, admitted, seed, confidence)._asdict()
         gap = aggregate(optimality_gap, admitted, seed, confidence)._asdict()
@@ -178,7 +183,7 @@ def scores_json(
 
 def count_reaching(scores: dict[str, typing.Any], tau: float) -> int:
     """The number of admitted environments of a `scores.json` with z >= tau."""
-    return sum(item["z"] is not None and bool(_reaches(item["z"], tau)) for item in scores["environments"])
+    return sum(item["z"] is not None and bool(reaches(item["z"], tau)) for item in scores["environments"])
 
 
 def table(scores: dict[str, typing.Any]) -> str:
@@ -236,11 +241,6 @@ def number(value: float | None, form: str = ".4g") -> str:
 def _estimates(admitted: collections.abc.Sequence[EnvironmentScore]) -> Floats:
     """`[E, 3]`: z and the ends of its interval."""
     return np.array([item.z for item in admitted], np.float64)
-
-
-def _reaches(z: typing.Any, tau: float) -> np.ndarray:
-    # A policy that does exactly what the reference does must not miss tau = 1 by a rounded sum.
-    return np.asarray(z) >= tau - ROUNDING
 
 
 def _finite(value: typing.Any) -> typing.Any:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from ldm_jax.errors import ConfigError, check_finite
+from ldm_jax.errors import ConfigError, check_at_least, check_finite
 from ldm_jax.model.network import Params
 from ldm_jax.training.muon import scale_by_muon
 from ldm_jax.types import PyTree
@@ -68,9 +68,7 @@ class TrainingConfig:
             )
         if not 0 <= self.drop_previous <= 1:
             raise ConfigError(f"drop_previous is {self.drop_previous}, expected a probability")
-        for name in ("accumulation", "drawn_slots"):
-            if not getattr(self, name) >= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_at_least(self, {"accumulation": 1, "drawn_slots": 1})
         if not 0 <= self.seed < 1 << 32:
             raise ConfigError(f"seed is {self.seed}, expected 0 to {(1 << 32) - 1}: keys hold no more")
         # Parameters are float32, so what is infinite there would be infinite in them.
