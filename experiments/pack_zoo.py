@@ -1,7 +1,7 @@
 """Packs a zoo of references: `python -m experiments.pack_zoo --workdir=runs/mine --config.folder=runs/zoo`.
 
 Takes the admitted references of a workdir, in float16 where that changes no score beyond its error, and leaves what
-the zoo has. Of environments that have none it takes `outcome.json`, which says why.
+the zoo has. Of environments that have none it takes `outcome.json`, which says why, unless it was for time or memory.
 `experiments.references --config.zoo=runs/zoo` takes both instead of training.
 """
 
@@ -21,7 +21,7 @@ from experiments.harness.engine import work_on
 from experiments.harness.making import ScoredConfig, outcome_of
 from experiments.harness.outcomes import OUTCOME, UnitOutcome, failure, read_outcome, write_outcome
 from experiments.harness.stage import UnitsFailedError, stage
-from experiments.harness.units import Job
+from experiments.harness.units import LIMITS, Job
 from experiments.harness.workdir import WorkdirError, listed, seed_of
 
 
@@ -85,10 +85,12 @@ def run(config: ZooConfig, workdir: pathlib.Path, environments: tuple[str, ...] 
 
 
 def _says_why(unit: _Unit) -> bool:
-    """Packs what there is of an environment without a reference: why it has none."""
+    """Packs what there is of an environment without a reference: why it has none, unless that was up to the machine."""
     said = read_outcome(unit.source)
     if said is None or said.verdict == "admitted":
         return False
+    if said.cause in LIMITS:
+        return True
     write_outcome(unit.target, said)
     return True
 

@@ -126,8 +126,11 @@ def test_a_workdir_is_packed_and_what_is_packed_stays(scored, tmp_path, capsys):
     )
     references.save_reference(tmp_path / "run" / "references" / "gymnax/Other", refused)
     config = pack_zoo.ZooConfig(folder=str(tmp_path / "packed"))
-    failed = UnitOutcome("failed", "it hangs", "out of time")
+    failed = UnitOutcome("failed", "the reward is -inf", "faults")
     write_outcome(tmp_path / "run" / "references" / "envpool/Taxi-v3", failed)
+    # This says something of a machine and nothing of an environment.
+    slow = UnitOutcome("failed", "it took more than 1 s", "out of time")
+    write_outcome(tmp_path / "run" / "references" / "envpool/Slow-v0", slow)
     for _ in range(2):
         pack_zoo.run(config, tmp_path / "run")
         assert "has 1 references" in capsys.readouterr().out
@@ -137,6 +140,7 @@ def test_a_workdir_is_packed_and_what_is_packed_stays(scored, tmp_path, capsys):
         read_outcome(packed / "gymnax/Other").verdict == "refused"
         and read_outcome(packed / "envpool/Taxi-v3") == failed
     )
+    assert not (packed / "envpool/Slow-v0").exists()
 
 
 def test_why_there_is_no_reference_is_taken_like_a_reference(tmp_path):

@@ -158,7 +158,8 @@ def score_reference(
 
     The better of greedy and sampled decoding is found on episodes of its own, and scored afresh: choosing by the
     reported episodes would flatter it. Episodes are played by the round until the errors are small enough, whichever
-    way they lean, or have cost a quarter of the steps of training; an expert, which has had none, as much as training.
+    way they lean, or have cost a quarter of the steps of training; of a full budget's where z is to be told, and of an
+    expert, which has had none, as many as training takes.
 
     Args:
       make: makes the environment, as for training.
@@ -176,7 +177,7 @@ def score_reference(
     Raises:
       CardError: the environment is no longer the one that the reference was trained in.
     """
-    rounds = Rounds(num_envs, episodes_per_env, least, most, _steps_to_score(policy))
+    rounds = Rounds(num_envs, episodes_per_env, least, most, steps=0)
     return with_room(lambda rows: _score(make, policy, seed, rounds._replace(rows=rows), progress), num_envs)
 
 
@@ -198,8 +199,11 @@ def _score(
         if policy.reference.expert:
             policy = policy.with_decoding("greedy")  # it has one form only
         else:
+            trained = max(policy.reference.steps, policy.reference.budget_steps)
+            rounds = rounds._replace(steps=_steps_to_score(trained))
             policy = _in_better_form(policy, play_rounds(lambda i, n: play(i, _FORMS[i], n), rounds, told_apart))
         pair: tuple[SlotDecoding, ...] = (policy.reference.decoding, "random")
+        rounds = rounds._replace(steps=_steps_to_tell_z(policy))
         reference, random = play_rounds(lambda i, n: play(2 + i, pair[i], n), rounds, _z_is_told)
     return ScoredReference(policy, random, reference)
 
@@ -207,12 +211,18 @@ def _score(
 _FORMS: tuple[typing.Literal["greedy"], typing.Literal["sample"]] = ("greedy", "sample")
 
 
-def _steps_to_score(policy: ReferencePolicy) -> int:
-    """What each of two comparisons may take: half of a share of training's steps; of an expert, what training takes."""
-    reference = policy.reference
+def _steps_to_score(trained: int) -> int:
+    """What each of two comparisons may take after so many steps of training: half of a share of them."""
+    return int(max(LEAST_STEPS, STEPS_SHARE * trained)) // 2
+
+
+def _steps_to_tell_z(policy: ReferencePolicy) -> int:
+    """What the comparison with random may take, without which there is no reference; an expert has had no training."""
+    reference, full = policy.reference, total_steps(policy.spec)
     if reference.expert:
-        return max(TOTAL_STEPS, total_steps(policy.spec))  # a table's would leave long episodes untold
-    return int(max(LEAST_STEPS, STEPS_SHARE * max(reference.steps, reference.budget_steps))) // 2
+        return max(TOTAL_STEPS, full)  # a table's would leave long episodes untold
+    # What trained little is as noisy as what trained long: the share is of a full budget at the least.
+    return _steps_to_score(max(reference.steps, reference.budget_steps, full))
 
 
 def _in_better_form(policy: ReferencePolicy, both: tuple[cards.Returns, cards.Returns]) -> ReferencePolicy:

@@ -40,7 +40,8 @@ class ScoredConfig(UnitsConfig):
       num_envs: parallel environments of scoring.
       episodes: in each of them in one round; rounds are played until the errors are small enough.
       least_episodes: of each policy scored, whatever they tell.
-      most_episodes: of each policy scored, however noisy; fewer where they would take a quarter of training's steps.
+      most_episodes: of each policy scored, however noisy; fewer where they would take a quarter of the steps
+        of a full budget.
     """
 
     num_envs: int = 64

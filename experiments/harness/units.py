@@ -20,6 +20,8 @@ R = typing.TypeVar("R")
 
 OUT_OF_TIME, OUT_OF_MEMORY, DIED, LOST = "out of time", "out of memory", "process died", "machine lost"
 NOT_BUILT = "group does not build"
+LIMITS = frozenset((OUT_OF_TIME, OUT_OF_MEMORY, DIED, LOST, NOT_BUILT))
+"""Causes that tell of a machine and its limits, not of the environment: another may have it done."""
 
 
 class ClusterError(LdmError, RuntimeError):
