@@ -32,15 +32,16 @@ def panel_config(name: str) -> quickstart.QuickstartConfig:
     return quickstart.QuickstartConfig(
         environments=read_ids(PANELS / f"{name}.txt"),
         references=references.ReferencesConfig(zoo=ZOO, num_envs=16, least_episodes=32),
-        collect=collect.CollectStageConfig(data=collecting.CollectConfig(streams=48, steps=1024)),
+        collect=collect.CollectStageConfig(data=collecting.CollectConfig(streams=24, steps=1024)),
         pretrain=pretrain.PretrainConfig(
             model=SIZES["micro"],
-            training=TrainingConfig(steps=20_000, warmup=200),
+            training=TrainingConfig(steps=1500, warmup=100),
+            rows=64,
             narrow=False,
-            checkpoint_steps=500,
+            log_steps=25,
             weights_dtype="bfloat16",
         ),
-        evaluate=evaluate.EvaluateConfig(num_envs=16, episodes=4, workers=2),
+        evaluate=evaluate.EvaluateConfig(num_envs=16, episodes=2, workers=2),
     )
 
 
