@@ -26,7 +26,7 @@ from experiments.harness.dry_run import TO_DO, Planned
 from experiments.harness.engine import work_on
 from experiments.harness.experts import check_same_expert
 from experiments.harness.ids import spec_of
-from experiments.harness.outcomes import UnitOutcome, failure, in_one_line, outcome_table, read_outcome
+from experiments.harness.outcomes import UnitOutcome, failure, in_one_line, outcome_table, read_outcome, read_refusal
 from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.units import LOCAL, Engine, Job, Travel, UnitsConfig
 from experiments.harness.workdir import listed, pin_config, resolved, seed_of
@@ -143,9 +143,14 @@ class _ToDo(typing.NamedTuple):
 
 def _examine(config: CollectStageConfig, workdir: pathlib.Path, named: tuple[str, ...]) -> _ToDo:
     found = _ToDo([], {})
+    refused = {id: said for id in named if (said := read_refusal(workdir / "references" / id))}
     for id in named:
-        _load(workdir, id)  # who names an id wants to know first
+        if id not in refused:
+            _load(workdir, id)  # who names an id wants to know first
     for id in named or _listed(workdir):
+        if id in refused:
+            found.outcomes[id] = refused[id]
+            continue
         try:
             scored = _load(workdir, id)
             if scored.admission.admitted:

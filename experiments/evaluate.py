@@ -9,6 +9,7 @@ failed, though the policy knows it, the script ends with status 1 after the repo
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,6 +21,7 @@ import typing
 import jax
 import numpy as np
 
+import environments as registry
 from data.references import ReferencePolicyError, load_reference
 from experiments.harness.dry_run import TO_DO, Planned
 from experiments.harness.evaluating import (
@@ -43,6 +45,7 @@ from experiments.report.targets import find_target
 from ldm_jax import acting, files
 from ldm_jax import policy as policies
 from ldm_jax.cards import CardError, EnvironmentCard, Reference, check_matches
+from ldm_jax.errors import LdmError
 from ldm_jax.evaluation import aggregates, scores
 from ldm_jax.model.network import count_parameters
 
@@ -138,10 +141,17 @@ class _Known(typing.NamedTuple):
     fault: bool = False
 
 
+def _domain_of(id: str) -> str:
+    """What the catalog says of an environment of which nothing else is known."""
+    with contextlib.suppress(LdmError):
+        return registry.spec(id).domain
+    return "unknown"
+
+
 def _known(policy: policies.Policy, workdir: pathlib.Path, id: str, missing: str) -> _Known:
     """Reads what is known of an environment; `missing` says why the policy will not act in it."""
     target = find_target(id)
-    unknown = scores.Measurement(id, "unknown", None, None, None, target and target.target_return, missing)
+    unknown = scores.Measurement(id, _domain_of(id), None, None, None, target and target.target_return, missing)
     directory = workdir / "references" / id
     if missing and not (directory / "reference.json").exists():
         return _Known(unknown)
@@ -151,7 +161,7 @@ def _known(policy: policies.Policy, workdir: pathlib.Path, id: str, missing: str
         if not directory.exists():
             raise  # it was named, and is not known: most often it is misspelled
         outcome = read_outcome(directory)
-        reason = outcome.reason if outcome and outcome.verdict == "failed" else str(error)
+        reason = outcome.reason if outcome and outcome.verdict != "admitted" else str(error)
         return _Known(unknown._replace(missing=reason))
     mismatch = ""
     if id in policy.cards:

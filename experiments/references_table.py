@@ -13,7 +13,7 @@ import typing
 
 from data.references import ReferencePolicyError, ScoredReference, load_reference
 from experiments.harness.flags import run_page
-from experiments.harness.outcomes import UnitOutcome, failure, read_outcome
+from experiments.harness.outcomes import UnitOutcome, failure, read_outcome, read_refusal
 from experiments.harness.spare_time import GOOD
 from experiments.report.catalog_page import markdown_table, mean_with_error
 from experiments.report.targets import find_target
@@ -54,7 +54,7 @@ def find_references(references: pathlib.Path) -> list[FoundReference]:
 def find_reference(folder: pathlib.Path, id: str) -> FoundReference:
     """Reads what came of one environment, whose folder it is; a damaged reference has failed."""
     outcome = read_outcome(folder) or UnitOutcome("failed", "not begun, or its outcome cannot be read")
-    if outcome.verdict == "failed":
+    if outcome.verdict == "failed" or read_refusal(folder):
         return FoundReference(id, outcome, None)
     try:
         return FoundReference(id, outcome, load_reference(folder))

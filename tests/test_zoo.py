@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 
 import environments
+import ldm_jax
+from data import collect as collecting
 from data import references
 from data.references import ReferencePolicyError, load_reference, ppo, saving, zoo
+from data.store import open_dataset
 from environments import registry
-from experiments import pack_zoo
+from experiments import collect, evaluate, pack_zoo, references_table
 from experiments import references as stage
 from experiments.harness import making
 from experiments.harness.experts import expert_policies
@@ -148,6 +151,26 @@ def test_why_there_is_no_reference_is_taken_like_a_reference(tmp_path):
     write_outcome(tmp_path / "zoo" / ID, refused)
     stage.run(dataclasses.replace(CONFIG, zoo=str(tmp_path / "zoo")), tmp_path / "run", (ID,))
     assert read_outcome(tmp_path / "run" / "references" / ID) == refused
+
+
+def test_what_a_zoo_refuses_is_refused_by_all_that_follows(scored, tmp_path):
+    id, why = "bsuite/cartpole_noise/4", "the reference returns 0 and random 0"
+    write_outcome(tmp_path / "zoo" / id, UnitOutcome("refused", why))
+    zoo.save_reference(tmp_path / "zoo" / ID, scored)
+    workdir = tmp_path / "run"
+    stage.run(dataclasses.replace(CONFIG, zoo=str(tmp_path / "zoo")), workdir, (ID, id))
+    small = collecting.CollectConfig(streams=4, steps=32)
+    collect.run(collect.CollectStageConfig(data=small, workers=0), workdir, (ID, id))
+    dataset = open_dataset(workdir / "dataset")
+    assert [*dataset.ids] == [ID]
+    found = {one.id: one for one in references_table.find_references(workdir / "references")}
+    assert found[id].outcome.reason == why and found[id].scored is None and found[ID].scored is not None
+    cfg = ldm_jax.SIZES["nano"]
+    params = ldm_jax.make_model(cfg).init(jax.random.key(0))
+    ldm_jax.Policy(cfg, params, {ID: dataset.card(ID)}).save(workdir / "policy")
+    told = evaluate.run(evaluate.EvaluateConfig(num_envs=4, episodes=1, workers=0), workdir, (ID, id))
+    (item,) = [item for item in told["environments"] if item["id"] == id]
+    assert item["reason"] == why and item["domain"] == registry.spec(id).domain
 
 
 def test_a_reference_of_an_isolated_environment_is_taken_without_building_what_it_lives_in(tmp_path, monkeypatch):

@@ -74,6 +74,12 @@ def read_outcome(directory: pathlib.Path) -> UnitOutcome | None:
     return None
 
 
+def read_refusal(directory: pathlib.Path) -> UnitOutcome | None:
+    """Why the environment of a folder was refused, where nothing else of its reference was kept, as in a zoo."""
+    said = read_outcome(directory)
+    return said if said and said.verdict == "refused" and not (directory / "reference.json").exists() else None
+
+
 def write_outcome(directory: pathlib.Path, outcome: UnitOutcome) -> None:
     """Writes what came of the environment of a folder, which is made if need be."""
     if read_outcome(directory) != outcome:
