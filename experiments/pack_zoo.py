@@ -1,7 +1,8 @@
 """Packs a zoo of references: `python -m experiments.pack_zoo --workdir=runs/mine --config.folder=runs/zoo`.
 
 Takes the admitted references of a workdir, in float16 where that changes no score beyond its error, and leaves what
-the zoo has. Of environments that have none it takes `outcome.json`, which says why, unless it was for time or memory.
+the zoo has, with `outcome.json`, which says what they took. Of environments that have none it takes that alone, which
+says why, unless it was for want of time or memory.
 `experiments.references --config.zoo=runs/zoo` takes both instead of training.
 """
 
@@ -19,7 +20,7 @@ from experiments.harness import progress
 from experiments.harness.building import build_for
 from experiments.harness.engine import work_on
 from experiments.harness.making import ScoredConfig, outcome_of
-from experiments.harness.outcomes import OUTCOME, UnitOutcome, failure, read_outcome, write_outcome
+from experiments.harness.outcomes import OUTCOME, UnitOutcome, failure, read_outcome, with_costs, write_outcome
 from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.units import LIMITS, Job
 from experiments.harness.workdir import WorkdirError, listed, seed_of
@@ -108,7 +109,7 @@ def _pack(config: ZooConfig, folder: pathlib.Path, unit: _Unit, advance: progres
         put = add_to_zoo(folder, registry.make, scored, seed_of(config.seed, "zoo", unit.id), config.played)
     except (Exception, SystemExit) as error:
         return failure(error)
-    (unit.target / OUTCOME).unlink(missing_ok=True)  # it had none before
+    write_outcome(unit.target, with_costs(outcome_of(put), read_outcome(unit.source) or outcome_of(put)))
     advance(1)
     returned = f"returns {put.reference_returns.mean:.4g}, {scored.reference_returns.mean:.4g} before"
     return UnitOutcome("admitted", returned)

@@ -37,12 +37,14 @@ class PublishConfig:
       policies: folder of the policies of the package.
       pages: folder of the pages of results.
       commands: that make the run, one a line, for the page.
+      remark: a paragraph below the headline of the page and of the card; empty for none.
     """
 
     name: str = ""
     policies: str = str(_ROOT / "ldm_jax" / "policies")
     pages: str = str(_ROOT / "docs" / "results")
     commands: str = "make panel"
+    remark: str = ""
 
 
 @stage("publish")
@@ -63,7 +65,7 @@ def run(config: PublishConfig, workdir: pathlib.Path, environments: tuple[str, .
         raise WorkdirError("no name was given: give --config.name=panel200 or the like")
     if environments:
         raise WorkdirError("got environments, expected none: all that was evaluated is published")
-    found = read_results(workdir, config.name)
+    found = read_results(workdir, config.name)._replace(remark=config.remark)
     folder, policy = pathlib.Path(config.policies) / config.name, ldm_jax.load(workdir / "policy")
     if found.provenance.get("Evaluation", {}).get("Policy") != fingerprint(policy):
         raise WorkdirError(f"the policy of {workdir} is not the one of its report: run experiments.evaluate first")

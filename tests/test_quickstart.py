@@ -124,8 +124,8 @@ def test_the_end_is_a_table_and_a_report(killed):
 
 def test_what_is_published_is_what_was_evaluated_with_a_card_that_says_so(killed, tmp_path, monkeypatch):
     workdir, _, _ = killed
-    config = publish.PublishConfig("smoke", str(tmp_path / "policies"), str(tmp_path / "pages"), "make smoke")
-    publish.run(config, workdir)
+    folders = str(tmp_path / "policies"), str(tmp_path / "pages")
+    publish.run(publish.PublishConfig("smoke", *folders, "make smoke", "It is a smoke."), workdir)
     monkeypatch.setattr(policy, "_RELEASED", tmp_path / "policies")
     assert policy.load("smoke") == policy.load(workdir / "policy")
     scores = json.loads((workdir / "report" / "scores.json").read_text())["environments"]
@@ -133,7 +133,7 @@ def test_what_is_published_is_what_was_evaluated_with_a_card_that_says_so(killed
     assert {id: each["z"] for id, each in told.items()} == {item["id"]: item["z"] for item in scores}
     card, page = ((tmp_path / path).read_text("utf-8") for path in ("policies/smoke/README.md", "pages/smoke.md"))
     for text in (card, page):
-        assert "3 environments, 3 admitted" in text and "| pretrain | 0.0" in text
+        assert "3 environments, 3 admitted" in text and "| pretrain | 0.0" in text and "\n\nIt is a smoke.\n" in text
         assert all(f"| {item['id']} | " in text for item in scores)
     assert "make smoke" in page and 'ldm_jax.load("smoke")' in card
     assert {path.name for path in (tmp_path / "pages" / "smoke").iterdir()} == {"curve.png", "report.html"}

@@ -122,6 +122,7 @@ def test_a_score_that_is_not_true_is_found(folder, scored, tmp_path, capsys):
 
 def test_a_workdir_is_packed_and_what_is_packed_stays(scored, tmp_path, capsys):
     references.save_reference(tmp_path / "run" / "references" / ID, scored)
+    write_outcome(tmp_path / "run" / "references" / ID, UnitOutcome("admitted", "", "", 0.5, 12.0, 3.0))
     refused = dataclasses.replace(scored, reference_returns=scored.random_returns)
     refused = dataclasses.replace(
         refused,
@@ -144,6 +145,8 @@ def test_a_workdir_is_packed_and_what_is_packed_stays(scored, tmp_path, capsys):
         and read_outcome(packed / "envpool/Taxi-v3") == failed
     )
     assert not (packed / "envpool/Slow-v0").exists()
+    stage.run(dataclasses.replace(CONFIG, zoo=str(packed)), tmp_path / "other", (ID,))
+    assert read_outcome(tmp_path / "other" / "references" / ID)[3:] == (0.5, 12.0, 3.0)  # what it took to make it
 
 
 def test_why_there_is_no_reference_is_taken_like_a_reference(tmp_path):
@@ -170,7 +173,7 @@ def test_what_a_zoo_refuses_is_refused_by_all_that_follows(scored, tmp_path):
     ldm_jax.Policy(cfg, params, {ID: dataset.card(ID)}).save(workdir / "policy")
     told = evaluate.run(evaluate.EvaluateConfig(num_envs=4, episodes=1, workers=0), workdir, (ID, id))
     (item,) = [item for item in told["environments"] if item["id"] == id]
-    assert item["reason"] == why and item["domain"] == registry.spec(id).domain
+    assert item["reason"] == why and item["domain"] == environments.spec(id).domain
 
 
 def test_a_reference_of_an_isolated_environment_is_taken_without_building_what_it_lives_in(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from data.references.zoo import take_from_zoo
 from environments.registry import group
 from experiments.harness import progress
 from experiments.harness.experts import Watch, expert_policies, write_facts
-from experiments.harness.outcomes import TOO_LARGE, UnitOutcome, failure, in_one_line, read_outcome
+from experiments.harness.outcomes import TOO_LARGE, UnitOutcome, failure, in_one_line, read_outcome, with_costs
 from experiments.harness.units import UnitsConfig
 from experiments.harness.workdir import FREE, WorkdirError, seed_of
 from experiments.report.targets import find_target
@@ -192,11 +192,14 @@ def take_isolated(config: ReferencesConfig, unit: ReferenceUnit) -> Made | None:
             save_reference(unit.directory, taken)
     except LdmError as error:
         return Made(failure(error))
-    return _taken(taken) if taken else None
+    return _taken(config, taken) if taken else None
 
 
-def _taken(scored: ScoredReference) -> Made:
-    return Made(outcome_of(scored), {"taken": scored.policy.reference.algorithm})
+def _taken(config: ReferencesConfig, scored: ScoredReference) -> Made:
+    """What came of taking a reference, with what it took to make it where the zoo says that."""
+    folder, outcome = zoo_of(config), outcome_of(scored)
+    said = folder and read_outcome(folder / scored.policy.spec.id)
+    return Made(with_costs(outcome, said or outcome), {"taken": scored.policy.reference.algorithm})
 
 
 def make_reference(config: ReferencesConfig, unit: ReferenceUnit, advance: progress.Advance) -> Made:
@@ -213,7 +216,7 @@ def make_reference(config: ReferencesConfig, unit: ReferenceUnit, advance: progr
         if taken:
             save_reference(unit.directory, taken)
             advance(unit.steps)
-            return _taken(taken)
+            return _taken(config, taken)
         published = find_target(unit.id)
         target = published and published.target_return
         told = progress.up_to(advance)

@@ -67,6 +67,12 @@ def _cause(error: BaseException) -> str:
     return next((cause for kind, cause in kinds.items() if isinstance(error, kind)), "faults")
 
 
+def with_costs(outcome: UnitOutcome, said: UnitOutcome) -> UnitOutcome:
+    """An outcome with what another says that it took."""
+    costs = {name: getattr(said, name) for name in ("budget", "train_seconds", "score_seconds")}
+    return outcome._replace(**costs)
+
+
 def read_outcome(directory: pathlib.Path) -> UnitOutcome | None:
     """What came of the environment of a folder, if it is written there."""
     with contextlib.suppress(OSError, ValueError, TypeError):

@@ -43,6 +43,7 @@ class Results(typing.NamedTuple):
       last: the last row of metrics.
       costs: seconds of each stage.
       zero_shot: the table of environments that were never trained on; empty where none were played.
+      remark: what the reader is to know beside; may be empty.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Results(typing.NamedTuple):
     last: collections.abc.Mapping[str, typing.Any]
     costs: collections.abc.Mapping[str, float]
     zero_shot: str = ""
+    remark: str = ""
 
     @property
     def admitted(self) -> list[Item]:
@@ -144,18 +146,19 @@ def render_card(found: Results) -> str:
 
 
 def headline(found: Results) -> str:
-    """What it came to, in a paragraph."""
+    """What it came to, in a paragraph, and the remark in another."""
     everywhere, admitted = found.scores["environments"], found.admitted
     count, well, matches = len(admitted), count_reaching(found.scores, ENOUGH), found.scores["matches"]
     libraries, domains = ({item[field] for item in admitted} for field in ("library", "domain"))
     share = "{} of {} ({:.0%})".format
-    return (
+    told = (
         f"**{len(everywhere)} environments, {count} admitted** from {len(libraries)} libraries and {len(domains)} "
         f"domains. One set of {found.scores['parameters'] / 1e6:.2f}M parameters reaches z ≥ {ENOUGH} in "
         f"**{share(well, count, well / max(count, 1))}** and matches its reference (lower bound of z ≥ {MATCH}) in "
         f"**{share(matches, count, matches / max(count, 1))}**. Interquartile mean of z: "
         f"{_interval(found.scores['iqm'])}; optimality gap: {_interval(found.scores['optimality_gap'])}."
     )
+    return f"{told}\n\n{found.remark}" if found.remark else told
 
 
 def _interval(estimate: collections.abc.Mapping[str, float]) -> str:
