@@ -17,8 +17,9 @@ import ldm_jax
 from data.references import ReferencePolicyError, load_reference
 from experiments.evaluate import fingerprint
 from experiments.harness.costs import read_costs
+from experiments.harness.outcomes import OUTCOME, read_outcome
 from experiments.harness.stage import stage
-from experiments.harness.workdir import WorkdirError
+from experiments.harness.workdir import WorkdirError, listed
 from experiments.report.results import ReferenceFacts, Results, render_card, render_results
 from experiments.report.runs import SCORES, ReportError, read_run
 from ldm_jax import files
@@ -108,9 +109,18 @@ def read_results(workdir: pathlib.Path, name: str) -> Results:
         provenance=read.provenance,
         references=_reference_facts(workdir / "references", [item["id"] for item in read.scores["environments"]]),
         last=read.training[-1] if read.training else {},
-        costs=read_costs(workdir),
+        costs=_costs(workdir),
         zero_shot=zero_shot.read_text("utf-8") if zero_shot.exists() else "",
     )
+
+
+def _costs(workdir: pathlib.Path) -> dict[str, float]:
+    """Seconds of each stage, and those that references took which were taken from a zoo; without what holds stages."""
+    ids = listed(workdir / "references", names=(OUTCOME,))
+    outcomes = [said for id in ids if (said := read_outcome(workdir / "references" / id))]
+    made = sum(said.train_seconds + said.score_seconds for said in outcomes)
+    stages = {stage: seconds for stage, seconds in read_costs(workdir).items() if stage != "quickstart"}
+    return {"references, whenever they were made, one process": made, **stages}
 
 
 def _reference_facts(references: pathlib.Path, ids: typing.Iterable[str]) -> dict[str, ReferenceFacts]:

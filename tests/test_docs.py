@@ -177,8 +177,8 @@ def check_flags(module, words):
 # Notebooks
 
 
-def test_there_are_five_notebooks():
-    assert [path.stem[0] for path in NOTEBOOKS] == ["1", "2", "3", "4", "5"]
+def test_there_are_six_notebooks():
+    assert [path.stem[0] for path in NOTEBOOKS] == ["1", "2", "3", "4", "5", "6"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)

@@ -166,9 +166,9 @@ def _interval(estimate: collections.abc.Mapping[str, float]) -> str:
 
 
 def _example(found: Results) -> str:
-    """An environment that everybody has, if the policy knows one."""
+    """An environment that everybody has, if the policy knows one; else the one that it is best in."""
     ids = [item["id"] for item in found.scored]
-    return next((id for id in ids if id.startswith("gymnax/")), ids[0])
+    return next((id for id in ids if id.startswith("gymnax/")), ids[-1])
 
 
 def _made_by(found: Results) -> str:
