@@ -23,7 +23,8 @@ from experiments.harness.workdir import WorkdirError, listed
 from experiments.report.results import ReferenceFacts, Results, render_card, render_results
 from experiments.report.runs import SCORES, ReportError, read_run
 from ldm_jax import files
-from ldm_jax.policy import rounded
+from ldm_jax.policy import PolicyError, rounded
+from ldm_jax.training.checkpoints import CheckpointError
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _WORDS = ("random", "reference", "model", "z", "z_low", "z_high")
@@ -75,7 +76,8 @@ def run(config: PublishConfig, workdir: pathlib.Path, environments: tuple[str, .
             f"the policy of {workdir} was evaluated in float32, and bfloat16 is published: pretrain it with "
             "--config.weights_dtype=bfloat16"
         )
-    policy.save(folder, "bfloat16")
+    if not _holds(folder, policy):  # the same weights under a new name would double a history of versions
+        policy.save(folder, "bfloat16")
     told = {item["id"]: {word: item[word] for word in (*_WORDS, "episodes")} for item in found.scored}
     files.write(folder / SCORES, json.dumps(told, indent=1) + "\n")
     files.write(folder / "README.md", render_card(found))
@@ -112,6 +114,12 @@ def read_results(workdir: pathlib.Path, name: str) -> Results:
         costs=_costs(workdir),
         zero_shot=zero_shot.read_text("utf-8") if zero_shot.exists() else "",
     )
+
+
+def _holds(folder: pathlib.Path, policy: ldm_jax.Policy) -> bool:
+    with contextlib.suppress(PolicyError, CheckpointError):
+        return ldm_jax.load(folder) == policy
+    return False
 
 
 def _costs(workdir: pathlib.Path) -> dict[str, float]:

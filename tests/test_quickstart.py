@@ -135,6 +135,9 @@ def test_what_is_published_is_what_was_evaluated_with_a_card_that_says_so(killed
     for text in (card, page):
         assert "3 environments, 3 admitted" in text and "| pretrain | 0.0" in text and "\n\nIt is a smoke.\n" in text
         assert all(f"| {item['id']} | " in text for item in scores)
+    before = sorted((tmp_path / "policies").rglob("*"))
+    publish.run(publish.PublishConfig("smoke", *folders, "make smoke"), workdir)
+    assert sorted((tmp_path / "policies").rglob("*")) == before  # weights that are there are not written anew
     assert "make smoke" in page and 'ldm_jax.load("smoke")' in card
     assert {path.name for path in (tmp_path / "pages" / "smoke").iterdir()} == {"curve.png", "report.html"}
 
