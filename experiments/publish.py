@@ -7,6 +7,7 @@ report that it shows. It takes what the workdir has, and plays and trains nothin
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -111,9 +112,19 @@ def read_results(workdir: pathlib.Path, name: str) -> Results:
         provenance=read.provenance,
         references=_reference_facts(workdir / "references", [item["id"] for item in read.scores["environments"]]),
         last=read.training[-1] if read.training else {},
+        kl=_late_kl(read.training),
         costs=_costs(workdir),
         zero_shot=zero_shot.read_text("utf-8") if zero_shot.exists() else "",
     )
+
+
+def _late_kl(rows: typing.Sequence[typing.Mapping[str, typing.Any]]) -> dict[str, float]:
+    """The KL of each environment over the last tenth of the rows of metrics: one batch has a few windows of each."""
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for row in rows[-max(1, len(rows) // 10) :]:
+        for id, kl in row.get("kl_by_environment", {}).items():
+            found[id].append(kl)
+    return {id: sum(each) / len(each) for id, each in found.items()}
 
 
 def _holds(folder: pathlib.Path, policy: ldm_jax.Policy) -> bool:

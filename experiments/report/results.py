@@ -41,6 +41,7 @@ class Results(typing.NamedTuple):
       provenance: contents of `provenance.json`.
       references: how those were made that were admitted, by id.
       last: the last row of metrics.
+      kl: nats a step that the policy missed the labels of what it was trained on, at the end of training, by id.
       costs: seconds of each stage.
       zero_shot: the table of environments that were never trained on; empty where none were played.
       remark: what the reader is to know beside; may be empty.
@@ -51,6 +52,7 @@ class Results(typing.NamedTuple):
     provenance: JsonValue
     references: collections.abc.Mapping[str, ReferenceFacts]
     last: collections.abc.Mapping[str, typing.Any]
+    kl: collections.abc.Mapping[str, float]
     costs: collections.abc.Mapping[str, float]
     zero_shot: str = ""
     remark: str = ""
@@ -226,20 +228,27 @@ def _share(item: Item, who: str) -> str:
 
 
 def _worst(found: Results) -> str:
-    """The lowest, with what tells why: how well the held-out labels are predicted, and how the reference was made."""
-    held_out = found.last.get("held_out", {})
+    """The lowest, with what tells why: how well labels are predicted, and how the reference was made."""
+    held_out = found.last.get("held_out", {}).get("kl_by_environment", {})
     rows = [
         (
             item["id"],
             _z(item),
-            "" if (kl := held_out.get("kl_by_environment", {}).get(item["id"])) is None else f"{kl:.3f}",
+            number(found.kl.get(item["id"]), ".3f"),
+            number(held_out.get(item["id"]), ".3f"),
             item.get("decoding", ""),
             _reference(found, item).how,
         )
         for item in found.scored[:_WORST]
     ]
-    note = "KL is of the labels of streams that were held out, in nats a step: what is high there was not learned.\n\n"
-    return note + markdown_table(("environment", "z", "held-out KL", "decoding", "reference"), rows)
+    note = (
+        "KL is of the labels, in nats a step, at the end of training and on streams that were held out. Where both are "
+        "high it was not learned: too few steps or parameters, or a reference that knows what the policy does not see. "
+        "Where the second alone is, there was too little data. Where both are low, the policy gets itself where the "
+        "data is not, or needs a longer context, or another decoding.\n\n"
+    )
+    heads = ("environment", "z", "KL", "held-out KL", "decoding", "reference")
+    return note + markdown_table(heads, rows)
 
 
 def _all(found: Results) -> str:
