@@ -121,6 +121,12 @@ def test_a_policy_is_pickled_copied_and_compared_before_and_after_it_acted():
     assert_equal(act(agent, used.params, card)[1], actions)
 
 
+def test_a_saved_policy_does_not_say_where_it_was_saved(tmp_path):
+    make_policy().save(tmp_path / "somewhere")
+    found = [path.read_bytes() for path in (tmp_path / "somewhere").rglob("*") if path.is_file()]
+    assert found and not any(str(tmp_path).encode() in content for content in found)
+
+
 def test_policies_differ_in_every_part_that_differs():
     policy = make_policy()
     deeper = dataclasses.replace(NANO, layers=3)
