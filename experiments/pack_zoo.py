@@ -109,7 +109,7 @@ def _pack(config: ZooConfig, folder: pathlib.Path, unit: _Unit, advance: progres
         put = add_to_zoo(folder, registry.make, scored, seed_of(config.seed, "zoo", unit.id), config.played)
     except (Exception, SystemExit) as error:
         return failure(error)
-    write_outcome(unit.target, with_costs(outcome_of(put), read_outcome(unit.source) or outcome_of(put)))
+    write_outcome(unit.target, with_costs(outcome_of(put), read_outcome(unit.source)))
     advance(1)
     returned = f"returns {put.reference_returns.mean:.4g}, {scored.reference_returns.mean:.4g} before"
     return UnitOutcome("admitted", returned)

@@ -197,9 +197,9 @@ def take_isolated(config: ReferencesConfig, unit: ReferenceUnit) -> Made | None:
 
 def _taken(config: ReferencesConfig, scored: ScoredReference) -> Made:
     """What came of taking a reference, with what it took to make it where the zoo says that."""
-    folder, outcome = zoo_of(config), outcome_of(scored)
-    said = folder and read_outcome(folder / scored.policy.spec.id)
-    return Made(with_costs(outcome, said or outcome), {"taken": scored.policy.reference.algorithm})
+    folder = zoo_of(config)
+    said = read_outcome(folder / scored.policy.spec.id) if folder else None
+    return Made(with_costs(outcome_of(scored), said), {"taken": scored.policy.reference.algorithm})
 
 
 def make_reference(config: ReferencesConfig, unit: ReferenceUnit, advance: progress.Advance) -> Made:

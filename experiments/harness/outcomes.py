@@ -67,10 +67,11 @@ def _cause(error: BaseException) -> str:
     return next((cause for kind, cause in kinds.items() if isinstance(error, kind)), "faults")
 
 
-def with_costs(outcome: UnitOutcome, said: UnitOutcome) -> UnitOutcome:
-    """An outcome with what another says that it took."""
-    costs = {name: getattr(said, name) for name in ("budget", "train_seconds", "score_seconds")}
-    return outcome._replace(**costs)
+def with_costs(outcome: UnitOutcome, said: UnitOutcome | None) -> UnitOutcome:
+    """An outcome with what another says that it took; as it is where nobody says so."""
+    if said is None:
+        return outcome
+    return outcome._replace(budget=said.budget, train_seconds=said.train_seconds, score_seconds=said.score_seconds)
 
 
 def read_outcome(directory: pathlib.Path) -> UnitOutcome | None:
