@@ -106,6 +106,7 @@ def _pack(config: ZooConfig, folder: pathlib.Path, unit: _Unit, advance: progres
         if not scored.admission.admitted:
             write_outcome(unit.target, outcome_of(scored))
             return outcome_of(scored)
+        (unit.target / OUTCOME).unlink(missing_ok=True)  # an earlier try came to nothing, which is no longer so
         put = add_to_zoo(folder, registry.make, scored, seed_of(config.seed, "zoo", unit.id), config.played)
     except (Exception, SystemExit) as error:
         return failure(error)

@@ -149,6 +149,14 @@ def test_a_workdir_is_packed_and_what_is_packed_stays(scored, tmp_path, capsys):
     assert read_outcome(tmp_path / "other" / "references" / ID)[3:] == (0.5, 12.0, 3.0)  # what it took to make it
 
 
+def test_what_was_refused_is_packed_once_it_is_admitted(scored, tmp_path):
+    references.save_reference(tmp_path / "run" / "references" / ID, scored)
+    write_outcome(tmp_path / "packed" / ID, UnitOutcome("refused", "the reference returns 0 and random 0"))
+    pack_zoo.run(pack_zoo.ZooConfig(folder=str(tmp_path / "packed")), tmp_path / "run")
+    assert zoo.take_from_zoo(tmp_path / "packed", scored.policy.spec) is not None
+    assert read_outcome(tmp_path / "packed" / ID).verdict == "admitted"
+
+
 def test_why_there_is_no_reference_is_taken_like_a_reference(tmp_path):
     refused = UnitOutcome("refused", "the reference returns 0 and random 0")
     write_outcome(tmp_path / "zoo" / ID, refused)
