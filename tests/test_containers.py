@@ -191,7 +191,7 @@ def service_of(pid):
 def left_of(pid):
     """The containers and the processes around them that are there of a host, whatever their state."""
     name = f"ldm_jax-{pid}-"
-    # Podman's own filter lets all through that a build left which was killed.
+    # Podman's own filter lets the working containers of killed builds through, whatever their names.
     listed = containers._podman("ps", "--all", "--external", "--format={{.Names}}").stdout
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     return [line for line in (listed + running).splitlines() if name in line]
