@@ -35,7 +35,7 @@ def panel_config(name: str) -> quickstart.QuickstartConfig:
         collect=collect.CollectStageConfig(data=collecting.CollectConfig(streams=24, steps=1024)),
         pretrain=pretrain.PretrainConfig(
             model=SIZES["micro"],
-            training=TrainingConfig(steps=3000, warmup=100),
+            training=TrainingConfig(steps=6000, warmup=100),
             rows=64,
             narrow=False,
             log_steps=25,
