@@ -100,11 +100,11 @@ def run(
     measured = {id: each.measurement for id, each in known.items()}
     pin_config(workdir, "evaluate", config, owns=("evaluation", "report"))
     digest, play = fingerprint(policy), functools.partial(play_missing, config, policy, workdir, engine=engine)
-    playable = [id for id in ids if not measured[id].missing]
+    playable = {id: config.episodes_beside(measured[id].reference_returns) for id in ids if not measured[id].missing}
     faults = {id: each.measurement.missing for id, each in known.items() if each.fault}
     shown = rollouts.choose_few({id: measured[id].domain for id in playable})
     faults |= play(digest, playable, recorded=shown)
-    beside = [id for id in playable if id not in faults] if config.both else []
+    beside = {id: episodes for id, episodes in playable.items() if config.both and id not in faults}
     broken = play(digest, beside, other=True)
     done = {id: one for id in playable if (one := read_finished(result_path(workdir, id), digest))}
     for id in playable:

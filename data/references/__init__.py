@@ -2,7 +2,7 @@
 
 from .action_range import ActionRangeError
 from .learning import DivergenceError
-from .pipeline import ScoredReference, score_reference, train_reference
+from .pipeline import ScoredReference, score_further, score_reference, train_reference
 from .policy import ReferencePolicy, random_agent
 from .recipes import Recipe
 from .saving import ReferencePolicyError, load_reference, save_reference
@@ -17,6 +17,7 @@ __all__ = [
     "load_reference",
     "random_agent",
     "save_reference",
+    "score_further",
     "score_reference",
     "train_reference",
 ]

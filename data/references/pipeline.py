@@ -181,9 +181,47 @@ def score_reference(
     return with_room(lambda rows: _score(make, policy, seed, rounds._replace(rows=rows), progress), num_envs)
 
 
-def _score(
-    make: MakeEnvironment, policy: ReferencePolicy, seed: int, rounds: Rounds, progress: rollout.Progress | None
+def score_further(
+    make: MakeEnvironment, scored: ScoredReference, z_error: float, rounds: Rounds, seed: int = 0
 ) -> ScoredReference:
+    """Scores a reference, in the form that it has, and a random policy anew, until they tell z more finely.
+
+    Args:
+      make: makes the environment, as for training.
+      scored: the reference.
+      z_error: standard error of z, as `ldm_jax.evaluation.scores.z_error` has it, at which there are enough episodes.
+      rounds: how many are played whatever they tell.
+      seed: of the episodes; not the one that it was scored with.
+
+    Returns:
+      The same reference with the new scores alone: old episodes, which may have chosen it, are not among them.
+
+    Raises:
+      CardError: the environment is no longer the one that it was made for.
+    """
+
+    def score(rows: int) -> ScoredReference:
+        fitting = rounds._replace(rows=rows)
+        with _players(make, scored.policy, seed, fitting) as play:
+            reference, random = _against_random(scored.policy, play, fitting, z_error)
+        return dataclasses.replace(scored, random_returns=random, reference_returns=reference)
+
+    return with_room(score, rounds.rows)
+
+
+_Play = collections.abc.Callable[[int, SlotDecoding, int], rollout.EpisodeReturns]
+"""`play(stage, form, number)`: the episodes of a round, whose randomness is that of its stage and number."""
+
+
+@contextlib.contextmanager
+def _players(
+    make: MakeEnvironment,
+    policy: ReferencePolicy,
+    seed: int,
+    rounds: Rounds,
+    progress: rollout.Progress | None = None,
+) -> collections.abc.Iterator[_Play]:
+    """Where a reference and the random policy play."""
     root = jax.random.fold_in(jax.random.key(seed), _SCORING)
     with _opened_to_score(make, policy, rounds.rows) as players, _single_precision():
         cards.check_matches(policy.spec, players[0][0].spec, f"the reference of {policy.spec.id}")
@@ -196,16 +234,34 @@ def _score(
                 progress(min((number + 1) * episodes.returns.size, rounds.most), rounds.most)
             return episodes
 
+        yield play
+
+
+def _score(
+    make: MakeEnvironment, policy: ReferencePolicy, seed: int, rounds: Rounds, progress: rollout.Progress | None
+) -> ScoredReference:
+    with _players(make, policy, seed, rounds, progress) as play:
         if policy.reference.expert:
             policy = policy.with_decoding("greedy")  # it has one form only
         else:
             trained = max(policy.reference.steps, policy.reference.budget_steps)
             rounds = rounds._replace(steps=_steps_to_score(trained))
             policy = _in_better_form(policy, play_rounds(lambda i, n: play(i, _FORMS[i], n), rounds, told_apart))
-        pair: tuple[SlotDecoding, ...] = (policy.reference.decoding, "random")
         rounds = rounds._replace(steps=_steps_to_tell_z(policy))
-        reference, random = play_rounds(lambda i, n: play(2 + i, pair[i], n), rounds, _z_is_told)
+        reference, random = _against_random(policy, play, rounds, scores.ADMIT_Z_ERROR)
     return ScoredReference(policy, random, reference)
+
+
+def _against_random(
+    policy: ReferencePolicy, play: _Play, rounds: Rounds, z_error: float
+) -> tuple[cards.Returns, cards.Returns]:
+    """The returns of a reference and of the random policy, played until they tell z to an error."""
+    pair: tuple[SlotDecoding, ...] = (policy.reference.decoding, "random")
+
+    def told(reference: np.ndarray, random: np.ndarray) -> bool:
+        return scores.z_error(random, reference) <= z_error
+
+    return play_rounds(lambda i, n: play(2 + i, pair[i], n), rounds, told)
 
 
 _FORMS: tuple[typing.Literal["greedy"], typing.Literal["sample"]] = ("greedy", "sample")
@@ -231,7 +287,3 @@ def _in_better_form(policy: ReferencePolicy, both: tuple[cards.Returns, cards.Re
     told = zip(_FORMS, both, strict=True)
     forms = tuple((form, each.mean, each.standard_error, each.episodes) for form, each in told)
     return dataclasses.replace(policy, reference=dataclasses.replace(policy.reference, forms=forms))
-
-
-def _z_is_told(reference: np.ndarray, random: np.ndarray) -> bool:
-    return scores.z_error(random, reference) <= scores.ADMIT_Z_ERROR

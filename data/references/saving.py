@@ -89,6 +89,17 @@ def save_reference(directory: str | os.PathLike[str], scored: ScoredReference, *
         _write(aside, description["params_file"], content, text)
 
 
+def is_halved(directory: str | os.PathLike[str]) -> bool:
+    """Whether a saved reference was written in half of its size.
+
+    Raises:
+      ReferencePolicyError: the folder is not a saved reference, of another version, or damaged.
+    """
+    path = pathlib.Path(directory) / _read_description(pathlib.Path(directory))["params_file"]
+    with np.load(path, allow_pickle=False) as arrays:
+        return any(array.dtype == np.float16 for array in arrays.values())
+
+
 def half(array: np.ndarray) -> np.ndarray:
     """A matrix of float32 or a larger array in float16, where it holds all of its numbers; others as they are.
 

@@ -46,6 +46,7 @@ class EvaluateConfig(UnitsConfig):
       seed: seed of the episodes.
       num_envs: parallel environments of each id; each starts with an empty context.
       episodes: episodes of each of them, on one context; the first is reported apart, too.
+      as_reference: whether as many as the reference was scored on are played of an id, where those are more.
       both: plays the other form of decoding, too, greedy or sampled, and reports it beside; takes twice the time.
       rows: of a batch that the policy acts in, shared by environments; more take more memory.
       buckets: programs to compile, at most, as long as environments have observations of the same kind.
@@ -57,6 +58,7 @@ class EvaluateConfig(UnitsConfig):
     seed: int = 1_000_003
     num_envs: int = 64
     episodes: int = 4
+    as_reference: bool = False
     both: bool = dataclasses.field(default=False, metadata=_free)
     rows: int = dataclasses.field(default=128, metadata=_free)
     buckets: int = dataclasses.field(default=4, metadata=_free)
@@ -68,11 +70,17 @@ class EvaluateConfig(UnitsConfig):
         least = {"seed": 0, "num_envs": 2, "episodes": 1, "rows": 1, "buckets": 1, "together": 1}
         check_at_least(self, least, "evaluate.")
 
+    def episodes_beside(self, reference: np.ndarray | None) -> int:
+        """Episodes of each row, beside the returns of a reference."""
+        asked = reference.size if self.as_reference and reference is not None else 0
+        return max(self.episodes, -(-asked // self.num_envs))
+
 
 class EvaluateUnit(typing.NamedTuple):
-    """What one process plays: environments, the workdir of the policy and of the results, and how it takes actions."""
+    """What one process plays: environments, with how many episodes of each row, from where to where, and how."""
 
     ids: tuple[str, ...]
+    episodes: tuple[int, ...]
     workdir: pathlib.Path
     digest: str
     other: bool
@@ -118,7 +126,7 @@ def play_missing(
     policy: policies.Policy,
     workdir: pathlib.Path,
     digest: str,
-    ids: collections.abc.Iterable[str],
+    ids: collections.abc.Mapping[str, int],
     *,
     other: bool = False,
     recorded: collections.abc.Container[str] = (),
@@ -131,7 +139,7 @@ def play_missing(
       policy: that plays; in `policy/` of the workdir.
       workdir: gets the results.
       digest: of the policy.
-      ids: of the environments, all of which the policy knows.
+      ids: of the environments, all of which the policy knows, with the episodes of each row.
       other: whether it takes its actions in the form that it is not scored in.
       recorded: those of which the report shows what the policy did.
       engine: where they are played.
@@ -147,9 +155,17 @@ def play_missing(
     job = Job(functools.partial(_play, config, load), _prepare)
     travel = Travel(workdir, lambda unit: (), _moved, _arrived, common=("policy",))
     while groups:
-        episodes, most = config.num_envs * config.episodes, max(map(len, groups))
+        most = max(map(len, groups))
         units = [
-            EvaluateUnit(group, workdir, digest, other, len(group) * episodes, (*filter(recorded.__contains__, group),))
+            EvaluateUnit(
+                group,
+                episodes := tuple(ids[id] for id in group),
+                workdir,
+                digest,
+                other,
+                config.num_envs * sum(episodes),
+                (*filter(recorded.__contains__, group),),
+            )
             for group in groups
         ]
         limited = dataclasses.replace(config, unit_seconds=config.unit_seconds * most)
@@ -251,11 +267,11 @@ def _play(
             codec=Codec(policy.cards[id], buckets[id]),
             make=gallery.watch(id, functools.partial(environments.make, id, config.num_envs)),
             rows=config.num_envs,
-            episodes=config.episodes,
+            episodes=episodes,
             key=key_of(config.seed, "evaluate", id),
             decoding=other_decoding(policy, id) if unit.other else policy.decoding,
         )
-        for id in unit.ids
+        for id, episodes in zip(unit.ids, unit.episodes, strict=True)
     ]
     reasons = {}
     for played in acting.play_trials(policy.cfg, policy.params, trials, config.rows, advance):

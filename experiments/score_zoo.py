@@ -1,0 +1,137 @@
+"""Scores the references of a zoo more finely, in place: `python -m experiments.score_zoo --workdir=runs/scored`.
+
+Each plays, in the form that it has, and a random policy beside it, on episodes of their own, until the standard error
+of z is small or they have taken their steps. The zoo gets the new returns where they tell z more finely than the old
+ones. What they show not to be better than random is refused from then on. Killed and started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+import typing
+
+import environments as registry
+from data.references import load_reference, save_reference, score_further
+from data.references.pipeline import ScoredReference
+from data.references.saving import is_halved
+from data.references.scoring import Rounds
+from experiments.harness import progress
+from experiments.harness.building import build_for
+from experiments.harness.engine import work_on
+from experiments.harness.making import ScoredConfig, outcome_of
+from experiments.harness.outcomes import UnitOutcome, failure, read_outcome, with_costs, write_outcome
+from experiments.harness.stage import UnitsFailedError, stage
+from experiments.harness.units import Job
+from experiments.harness.workdir import WorkdirError, listed, pin_config, seed_of
+from ldm_jax.errors import ConfigError, check_at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class FinerConfig(ScoredConfig):
+    """How finely references are scored.
+
+    Attributes:
+      folder: of the zoo.
+      z_error: standard error of z at which there are enough episodes; a reference that tells it already is left alone.
+      steps: environment steps of both policies after which no further round is begun, once the least were played.
+      seed: of the episodes.
+    """
+
+    folder: str = "data/zoo"
+    z_error: float = 0.025
+    steps: int = 24_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, {"steps": 1})
+        if not self.z_error > 0:
+            raise ConfigError(f"z_error is {self.z_error}, expected a positive number")
+
+
+class _Unit(typing.NamedTuple):
+    id: str
+    directory: pathlib.Path
+    steps: int = 1
+
+
+def _among(config: FinerConfig, workdir: pathlib.Path) -> tuple[str, ...]:
+    del workdir
+    return listed(pathlib.Path(config.folder))
+
+
+@stage("score_zoo", among=_among)
+def run(config: FinerConfig, workdir: pathlib.Path, environments: tuple[str, ...] = ()) -> None:
+    """Scores references anew, in place.
+
+    Args:
+      config: how finely.
+      workdir: gets `scored/`, which says of each what came of it.
+      environments: their ids; default: all of the zoo.
+
+    Raises:
+      WorkdirError: the workdir cannot be used, or there is no zoo.
+      UnitsFailedError: some could not be scored; the others are.
+    """
+    folder = pathlib.Path(config.folder).expanduser().absolute()
+    ids = environments or _among(config, workdir)
+    if not ids:
+        raise WorkdirError(f"{folder} has no references: give --config.folder=data/zoo or the like")
+    pin_config(workdir, "score_zoo", config, owns=("scored",))
+    units = [_Unit(id, folder / id) for id in ids if read_outcome(workdir / "scored" / id) is None]
+    job = Job(functools.partial(_score, config), _prepare)
+    failed: dict[str, str] = {}
+    workers = config.workers_for(len(units))
+    for each in work_on("score", units, job, config, workers=workers, counted="reference"):
+        outcome = each.result or UnitOutcome("failed", each.reason, each.cause)
+        progress.log("scored", id=each.unit.id, verdict=outcome.verdict, reason=outcome.reason)
+        if outcome.verdict == "failed":
+            failed[each.unit.id] = outcome.reason
+        else:
+            write_outcome(workdir / "scored" / each.unit.id, outcome)
+    if failed:
+        raise UnitsFailedError(failed)
+
+
+def _prepare(unit: _Unit) -> UnitOutcome | None:
+    return build_for(unit.id)
+
+
+def _score(config: FinerConfig, unit: _Unit, advance: progress.Advance) -> UnitOutcome:
+    try:
+        before = load_reference(unit.directory)
+        rounds = Rounds(config.num_envs, config.episodes, config.least_episodes, config.most_episodes, config.steps)
+        error = before.admission.z_error
+        if error <= config.z_error:
+            return UnitOutcome("admitted", f"z has a standard error of {error:.2g} already")
+        seed = seed_of(config.seed, "score_zoo", unit.id)
+        after = score_further(registry.make, before, config.z_error, rounds, seed)
+        outcome = _put(unit.directory, before, after)
+    except (Exception, SystemExit) as error:
+        return failure(error)
+    advance(1)
+    return outcome
+
+
+def _put(directory: pathlib.Path, before: ScoredReference, after: ScoredReference) -> UnitOutcome:
+    """Writes the finer of two scores of a reference, or that it is none."""
+    errors = before.admission.z_error, after.admission.z_error
+    if errors[1] >= errors[0]:
+        return UnitOutcome("admitted", f"z has a standard error of {errors[1]:.2g}, left at {errors[0]:.2g}")
+    said = with_costs(outcome_of(after), read_outcome(directory))
+    if not after.admission.admitted:
+        shutil.rmtree(directory)
+        write_outcome(directory, said)
+        return said
+    save_reference(directory, after, halved=is_halved(directory))
+    write_outcome(directory, said)
+    return said._replace(reason=f"z has a standard error of {errors[1]:.2g}, {errors[0]:.2g} before: {said.reason}")
+
+
+if __name__ == "__main__":
+    from experiments.harness.flags import launch
+
+    launch(run, {"default": FinerConfig()})
