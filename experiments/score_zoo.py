@@ -1,8 +1,9 @@
 """Scores the references of a zoo more finely, in place: `python -m experiments.score_zoo --workdir=runs/scored`.
 
 Each plays, in the form that it has, and a random policy beside it, on episodes of their own, until the standard error
-of z is small or they have taken their steps. The zoo gets the new returns where they tell z more finely than the old
-ones. What they show not to be better than random is refused from then on. Killed and started again, it goes on.
+of z near the reference is small or they have taken their steps. The zoo gets the new returns where they tell z more
+finely than the old ones. What they show not to be better than random is refused from then on. Killed and started again,
+it goes on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.units import Job
 from experiments.harness.workdir import WorkdirError, listed, pin_config, seed_of
 from ldm_jax.errors import ConfigError, check_at_least
+from ldm_jax.evaluation import scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,8 @@ class FinerConfig(ScoredConfig):
 
     Attributes:
       folder: of the zoo.
-      z_error: standard error of z at which there are enough episodes; a reference that tells it already is left alone.
+      z_error: standard error of z, of a policy as good as the reference that is played as long, at which there are
+        enough episodes; a reference that tells it already is left alone.
       steps: environment steps of both policies after which no further round is begun, once the least were played.
       seed: of the episodes.
     """
@@ -104,9 +107,8 @@ def _score(config: FinerConfig, unit: _Unit, advance: progress.Advance) -> UnitO
     try:
         before = load_reference(unit.directory)
         rounds = Rounds(config.num_envs, config.episodes, config.least_episodes, config.most_episodes, config.steps)
-        error = before.admission.z_error
-        if error <= config.z_error:
-            return UnitOutcome("admitted", f"z has a standard error of {error:.2g} already")
+        if (known := _error(before)) <= config.z_error:
+            return UnitOutcome("admitted", f"z has a standard error of {known:.2g} already")
         seed = seed_of(config.seed, "score_zoo", unit.id)
         after = score_further(registry.make, before, config.z_error, rounds, seed)
         outcome = _put(unit.directory, before, after)
@@ -116,19 +118,25 @@ def _score(config: FinerConfig, unit: _Unit, advance: progress.Advance) -> UnitO
     return outcome
 
 
+def _error(scored: ScoredReference) -> float:
+    return scores.z_error_at_reference(scored.random_returns.array, scored.reference_returns.array)
+
+
 def _put(directory: pathlib.Path, before: ScoredReference, after: ScoredReference) -> UnitOutcome:
-    """Writes the finer of two scores of a reference, or that it is none."""
-    errors = before.admission.z_error, after.admission.z_error
-    if errors[1] >= errors[0]:
-        return UnitOutcome("admitted", f"z has a standard error of {errors[1]:.2g}, left at {errors[0]:.2g}")
+    """Writes the new score where it is finer, or that there is no reference."""
+    old, new = before.admission, after.admission
+    finer = f"z has a standard error of {_error(after):.2g}, {_error(before):.2g} before"
+    better = new.difference > scores.ADMIT_STANDARD_ERRORS * new.standard_error
+    if new.standard_error >= old.standard_error or (better and not new.admitted):  # it would take more steps to tell
+        return UnitOutcome("admitted", f"{finer}: left as it was")
     said = with_costs(outcome_of(after), read_outcome(directory))
-    if not after.admission.admitted:
+    if not new.admitted:
         shutil.rmtree(directory)
         write_outcome(directory, said)
         return said
     save_reference(directory, after, halved=is_halved(directory))
     write_outcome(directory, said)
-    return said._replace(reason=f"z has a standard error of {errors[1]:.2g}, {errors[0]:.2g} before: {said.reason}")
+    return said._replace(reason=f"{finer}: {said.reason}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from test_isolation import make as misbehaving
 from test_isolation import pids
 
 import environments
-from data.references import ReferencePolicy, ScoredReference, save_reference
+from data.references import ReferencePolicy, ScoredReference, load_reference, save_reference
 from data.references.policy import with_decoding
 from data.references.recipes import ALGORITHMS
 from experiments import evaluate
@@ -121,6 +121,15 @@ def test_a_dry_run_says_what_is_evaluated_already_and_what_the_policy_does_not_k
         "pgx/chess": "the policy was not trained there",
     }
     assert {each.state for each in evaluate.foresee(CONFIG, workdir, HOST)} == {"to do"}
+
+
+def test_a_policy_is_played_as_long_as_its_reference_was_scored(straight, workdir):
+    config = dataclasses.replace(CONFIG, episodes=1, as_reference=True)
+    for item in evaluate.run(config, workdir, HOST)["environments"]:
+        scored = load_reference(workdir / "references" / item["id"]).reference_returns.episodes
+        assert scored > CONFIG.num_envs and item["episodes"] == -(-scored // CONFIG.num_envs) * CONFIG.num_envs
+    longer = dataclasses.replace(config, episodes=1000)
+    assert longer.episodes_beside(np.zeros((32, 8))) == 1000 == longer.episodes_beside(None)
 
 
 def test_the_other_form_of_decoding_is_played_when_asked_and_shown_beside(straight, tmp_path, capsys):

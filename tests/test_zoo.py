@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import chex
 import gymnasium as gym
@@ -19,7 +20,7 @@ from data import references
 from data.references import ReferencePolicyError, load_reference, ppo, saving, zoo
 from data.store import open_dataset
 from environments import registry
-from experiments import collect, evaluate, pack_zoo, references_table
+from experiments import collect, evaluate, pack_zoo, references_table, score_zoo
 from experiments import references as stage
 from experiments.harness import making
 from experiments.harness.experts import expert_policies
@@ -27,6 +28,7 @@ from experiments.harness.outcomes import UnitOutcome, read_outcome, write_outcom
 from experiments.harness.stage import UnitsFailedError
 from experiments.harness.workdir import WorkdirError
 from ldm_jax import cards
+from ldm_jax.evaluation import scores
 
 ID = "gymnax/Catch-bsuite"
 QUICK = references.Recipe("ppo", ppo.PPOConfig(budget_steps=60_000, rollout_length=32, hidden=(32,)))
@@ -118,6 +120,46 @@ def test_a_score_that_is_not_true_is_found(folder, scored, tmp_path, capsys):
     references.save_reference(tmp_path / "references" / ID, dataclasses.replace(scored, reference_returns=better))
     with pytest.raises(UnitsFailedError, match=r"recorded .*measured"):
         stage.run(dataclasses.replace(CONFIG, verify=True), tmp_path, (ID,))
+
+
+FINER = score_zoo.FinerConfig(num_envs=32, least_episodes=64, most_episodes=512, z_error=0.05, workers=0)
+
+
+def test_a_score_is_made_finer_in_place_once(folder, scored, tmp_path):
+    """The same policy, as small as it was, with returns of other episodes that tell z as finely as was asked."""
+    rough = cards.Returns(((1.0, 1.0), (1.0, -1.0)))
+    few = dataclasses.replace(zoo.take_from_zoo(folder, scored.policy.spec), reference_returns=rough)
+    references.save_reference(tmp_path / "zoo" / ID, few, halved=True)
+    write_outcome(tmp_path / "zoo" / ID, UnitOutcome("admitted", "", "", 0.5, 12.0, 3.0))
+    config, (params,) = dataclasses.replace(FINER, folder=str(tmp_path / "zoo")), tmp_path.rglob("params-*.npz")
+    content = params.read_bytes()
+    score_zoo.run(config, tmp_path / "run")
+    finer = load_reference(tmp_path / "zoo" / ID)
+    assert scores.z_error_at_reference(finer.random_returns.array, finer.reference_returns.array) <= 0.05
+    assert finer.reference_returns.episodes >= 64 and zoo._compare(scored, finer).holds
+    assert params.read_bytes() == content and read_outcome(tmp_path / "zoo" / ID)[3:] == (0.5, 12.0, 3.0)
+    references.save_reference(tmp_path / "zoo" / ID, few, halved=True)
+    score_zoo.run(config, tmp_path / "run")  # it goes on, and this one is done
+    assert load_reference(tmp_path / "zoo" / ID).reference_returns == rough
+
+
+def test_what_was_admitted_by_luck_is_refused_once_it_is_scored_more_finely(scored, tmp_path):
+    nothing = dataclasses.replace(scored.policy, params=jax.tree.map(np.zeros_like, scored.policy.params))
+    few = cards.Returns(((1.0, 1.0), (1.0, 0.8)))
+    lucky = dataclasses.replace(scored, policy=nothing.with_decoding("greedy"), reference_returns=few)
+    assert lucky.admission.admitted
+    references.save_reference(tmp_path / "zoo" / ID, lucky)
+    score_zoo.run(dataclasses.replace(FINER, folder=str(tmp_path / "zoo"), z_error=0.01), tmp_path / "run")
+    assert zoo.take_from_zoo(tmp_path / "zoo", scored.policy.spec) is None
+    assert read_outcome(tmp_path / "zoo" / ID).verdict == "refused"
+
+
+def test_a_score_that_would_be_no_finer_stays(folder, scored, tmp_path):
+    shutil.copytree(folder, tmp_path / "zoo")
+    fine = load_reference(tmp_path / "zoo" / ID)
+    config = dataclasses.replace(FINER, folder=str(tmp_path / "zoo"), z_error=1e-6, least_episodes=2, num_envs=2)
+    score_zoo.run(dataclasses.replace(config, most_episodes=4), tmp_path / "run")
+    assert load_reference(tmp_path / "zoo" / ID) == fine
 
 
 def test_a_workdir_is_packed_and_what_is_packed_stays(scored, tmp_path, capsys):

@@ -21,7 +21,7 @@ from .expert import ExpertConfig, check_learnable, expert_policy
 from .opening import MakeEnvironment, opened, opened_for, with_room
 from .policy import ReferencePolicy, SlotDecoding, random_agent, with_decoding
 from .recipes import ALGORITHMS, Recipe
-from .scoring import LEAST_STEPS, STEPS_SHARE, Rounds, play_rounds, told_apart
+from .scoring import LEAST_STEPS, STEPS_SHARE, Enough, Rounds, play_rounds, told_apart
 from .search import Found, search, train_one
 
 _SCORING = 0x5C0E  # sets the randomness of scoring apart from that of training
@@ -189,7 +189,8 @@ def score_further(
     Args:
       make: makes the environment, as for training.
       scored: the reference.
-      z_error: standard error of z, as `ldm_jax.evaluation.scores.z_error` has it, at which there are enough episodes.
+      z_error: standard error of z, of a policy as good as the reference that is played as long, at which there are
+        enough episodes.
       rounds: how many are played whatever they tell.
       seed: of the episodes; not the one that it was scored with.
 
@@ -200,10 +201,13 @@ def score_further(
       CardError: the environment is no longer the one that it was made for.
     """
 
+    def told(reference: np.ndarray, random: np.ndarray) -> bool:
+        return scores.z_error_at_reference(random, reference) <= z_error and _z_is_told(reference, random)
+
     def score(rows: int) -> ScoredReference:
         fitting = rounds._replace(rows=rows)
         with _players(make, scored.policy, seed, fitting) as play:
-            reference, random = _against_random(scored.policy, play, fitting, z_error)
+            reference, random = _against_random(scored.policy, play, fitting, told)
         return dataclasses.replace(scored, random_returns=random, reference_returns=reference)
 
     return with_room(score, rounds.rows)
@@ -248,19 +252,15 @@ def _score(
             rounds = rounds._replace(steps=_steps_to_score(trained))
             policy = _in_better_form(policy, play_rounds(lambda i, n: play(i, _FORMS[i], n), rounds, told_apart))
         rounds = rounds._replace(steps=_steps_to_tell_z(policy))
-        reference, random = _against_random(policy, play, rounds, scores.ADMIT_Z_ERROR)
+        reference, random = _against_random(policy, play, rounds, _z_is_told)
     return ScoredReference(policy, random, reference)
 
 
 def _against_random(
-    policy: ReferencePolicy, play: _Play, rounds: Rounds, z_error: float
+    policy: ReferencePolicy, play: _Play, rounds: Rounds, told: Enough
 ) -> tuple[cards.Returns, cards.Returns]:
-    """The returns of a reference and of the random policy, played until they tell z to an error."""
+    """The returns of a reference and of the random policy, played until they tell enough."""
     pair: tuple[SlotDecoding, ...] = (policy.reference.decoding, "random")
-
-    def told(reference: np.ndarray, random: np.ndarray) -> bool:
-        return scores.z_error(random, reference) <= z_error
-
     return play_rounds(lambda i, n: play(2 + i, pair[i], n), rounds, told)
 
 
@@ -287,3 +287,7 @@ def _in_better_form(policy: ReferencePolicy, both: tuple[cards.Returns, cards.Re
     told = zip(_FORMS, both, strict=True)
     forms = tuple((form, each.mean, each.standard_error, each.episodes) for form, each in told)
     return dataclasses.replace(policy, reference=dataclasses.replace(policy.reference, forms=forms))
+
+
+def _z_is_told(reference: np.ndarray, random: np.ndarray) -> bool:
+    return scores.z_error(random, reference) <= scores.ADMIT_Z_ERROR

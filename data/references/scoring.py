@@ -20,6 +20,10 @@ SAME = 0.1
 """Forms whose difference is known to so much of the larger spread are as good as each other."""
 
 
+Enough = collections.abc.Callable[[np.ndarray, np.ndarray], bool]
+"""`enough(first, second)`, of returns `[rows, episodes]`; it looks at errors, and never at which is better."""
+
+
 class Rounds(typing.NamedTuple):
     """When to stop playing; a round is added whole.
 
@@ -41,14 +45,14 @@ class Rounds(typing.NamedTuple):
 def play_rounds(
     play: collections.abc.Callable[[int, int], rollout.EpisodeReturns],
     rounds: Rounds,
-    enough: collections.abc.Callable[[np.ndarray, np.ndarray], bool],
+    enough: Enough,
 ) -> tuple[cards.Returns, cards.Returns]:
     """Plays two policies in turn, equally many episodes in every row, until there are enough of them.
 
     Args:
       play: `play(which, number)`, the episodes of one round of the first (0) or the second (1).
       rounds: how many whatever they tell.
-      enough: `enough(first, second)`, of returns `[rows, episodes]`; it looks at errors, and never at which is better.
+      enough: when the returns of both tell enough.
 
     Returns:
       The returns of both.

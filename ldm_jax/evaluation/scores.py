@@ -176,10 +176,21 @@ def z_error(random_returns: np.ndarray, reference_returns: np.ndarray) -> float:
       The error; it does not tell which of the two is better. Infinite where their means are the same, 0 where nothing
       varies.
     """
+    return max(_z_errors(random_returns, reference_returns))
+
+
+def z_error_at_reference(random_returns: np.ndarray, reference_returns: np.ndarray) -> float:
+    """The same of a policy that is as good as the reference: the random policy's error hardly tells there."""
+    return _z_errors(random_returns, reference_returns)[1]
+
+
+def _z_errors(random_returns: np.ndarray, reference_returns: np.ndarray) -> tuple[float, float]:
+    """The standard errors of z of policies like the random one and like the reference, played as long."""
     random, reference = episodes_of(random_returns, "random"), episodes_of(reference_returns, "reference")
     difference = abs(float(reference.mean() - random.mean()))
-    error = math.sqrt(2) * max(standard_error_of(random), standard_error_of(reference))
-    return error / difference if difference > 0 else math.inf
+    near = [math.sqrt(2) * standard_error_of(returns) for returns in (random, reference)]
+    at_random, at_reference = (error / difference if difference > 0 else math.inf for error in near)
+    return at_random, at_reference
 
 
 def admit(random_returns: np.ndarray, reference_returns: np.ndarray) -> Admission:
