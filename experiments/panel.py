@@ -41,7 +41,7 @@ def panel_config(name: str) -> quickstart.QuickstartConfig:
             log_steps=25,
             weights_dtype="bfloat16",
         ),
-        evaluate=evaluate.EvaluateConfig(num_envs=16, episodes=2, as_reference=True, workers=2),
+        evaluate=evaluate.EvaluateConfig(num_envs=16, episodes=2, workers=2),
     )
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import shutil
+import time
 import typing
 
 import environments as registry
@@ -109,9 +110,9 @@ def _score(config: FinerConfig, unit: _Unit, advance: progress.Advance) -> UnitO
         rounds = Rounds(config.num_envs, config.episodes, config.least_episodes, config.most_episodes, config.steps)
         if (known := _error(before)) <= config.z_error:
             return UnitOutcome("admitted", f"z has a standard error of {known:.2g} already")
-        seed = seed_of(config.seed, "score_zoo", unit.id)
+        seed, begun = seed_of(config.seed, "score_zoo", unit.id), time.perf_counter()
         after = score_further(registry.make, before, config.z_error, rounds, seed)
-        outcome = _put(unit.directory, before, after)
+        outcome = _put(unit.directory, before, after, time.perf_counter() - begun)
     except (Exception, SystemExit) as error:
         return failure(error)
     advance(1)
@@ -122,7 +123,7 @@ def _error(scored: ScoredReference) -> float:
     return scores.z_error_at_reference(scored.random_returns.array, scored.reference_returns.array)
 
 
-def _put(directory: pathlib.Path, before: ScoredReference, after: ScoredReference) -> UnitOutcome:
+def _put(directory: pathlib.Path, before: ScoredReference, after: ScoredReference, seconds: float) -> UnitOutcome:
     """Writes the new score where it is finer, or that there is no reference."""
     old, new = before.admission, after.admission
     finer = f"z has a standard error of {_error(after):.2g}, {_error(before):.2g} before"
@@ -130,6 +131,7 @@ def _put(directory: pathlib.Path, before: ScoredReference, after: ScoredReferenc
     if new.standard_error >= old.standard_error or (better and not new.admitted):  # it would take more steps to tell
         return UnitOutcome("admitted", f"{finer}: left as it was")
     said = with_costs(outcome_of(after), read_outcome(directory))
+    said = said._replace(score_seconds=round(said.score_seconds + seconds, 1))
     if not new.admitted:
         shutil.rmtree(directory)
         write_outcome(directory, said)
