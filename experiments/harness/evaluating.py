@@ -156,18 +156,10 @@ def play_missing(
     travel = Travel(workdir, lambda unit: (), _moved, _arrived, common=("policy",))
     while groups:
         most = max(map(len, groups))
-        units = [
-            EvaluateUnit(
-                group,
-                episodes := tuple(ids[id] for id in group),
-                workdir,
-                digest,
-                other,
-                config.num_envs * sum(episodes),
-                (*filter(recorded.__contains__, group),),
-            )
-            for group in groups
-        ]
+        units = []
+        for group in groups:
+            episodes, shown = tuple(ids[id] for id in group), (*filter(recorded.__contains__, group),)
+            units.append(EvaluateUnit(group, episodes, workdir, digest, other, config.num_envs * sum(episodes), shown))
         limited = dataclasses.replace(config, unit_seconds=config.unit_seconds * most)
         groups = []
         for each in work_on(
