@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import shutil
 import time
 import typing
 
@@ -27,7 +26,7 @@ from experiments.harness.making import ScoredConfig, outcome_of
 from experiments.harness.outcomes import UnitOutcome, failure, read_outcome, with_costs, write_outcome
 from experiments.harness.stage import UnitsFailedError, stage
 from experiments.harness.units import Job
-from experiments.harness.workdir import WorkdirError, listed, pin_config, seed_of
+from experiments.harness.workdir import listed, pin_config, seed_of
 from ldm_jax.errors import ConfigError, check_at_least
 from ldm_jax.evaluation import scores
 
@@ -49,6 +48,11 @@ class FinerConfig(ScoredConfig):
     steps: int = 24_000
     seed: int = 0
 
+    @property
+    def zoo(self) -> pathlib.Path:
+        """The folder, wherever this process goes."""
+        return pathlib.Path(self.folder).expanduser().absolute()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, {"steps": 1})
@@ -64,7 +68,7 @@ class _Unit(typing.NamedTuple):
 
 def _among(config: FinerConfig, workdir: pathlib.Path) -> tuple[str, ...]:
     del workdir
-    return listed(pathlib.Path(config.folder))
+    return listed(config.zoo)
 
 
 @stage("score_zoo", among=_among)
@@ -80,13 +84,10 @@ def run(config: FinerConfig, workdir: pathlib.Path, environments: tuple[str, ...
       WorkdirError: the workdir cannot be used, or there is no zoo.
       UnitsFailedError: some could not be scored; the others are.
     """
-    folder = pathlib.Path(config.folder).expanduser().absolute()
     ids = environments or _among(config, workdir)
-    if not ids:
-        raise WorkdirError(f"{folder} has no references: give --config.folder=data/zoo or the like")
     pin_config(workdir, "score_zoo", config, owns=("scored",))
-    units = [_Unit(id, folder / id) for id in ids if read_outcome(workdir / "scored" / id) is None]
-    job = Job(functools.partial(_score, config), _prepare)
+    units = [_Unit(id, config.zoo / id) for id in ids if read_outcome(workdir / "scored" / id) is None]
+    job = Job(functools.partial(_score, config), functools.partial(_prepare, config))
     failed: dict[str, str] = {}
     workers = config.workers_for(len(units))
     for each in work_on("score", units, job, config, workers=workers, counted="reference"):
@@ -100,18 +101,22 @@ def run(config: FinerConfig, workdir: pathlib.Path, environments: tuple[str, ...
         raise UnitsFailedError(failed)
 
 
-def _prepare(unit: _Unit) -> UnitOutcome | None:
+def _prepare(config: FinerConfig, unit: _Unit) -> UnitOutcome | None:
+    """Builds what the environment lives in, unless its reference needs no finer score, or is damaged."""
+    try:
+        known = _error(load_reference(unit.directory))
+    except (Exception, SystemExit) as error:
+        return failure(error)
+    if known <= config.z_error:
+        return UnitOutcome("admitted", f"z has a standard error of {known:.2g} already")
     return build_for(unit.id)
 
 
 def _score(config: FinerConfig, unit: _Unit, advance: progress.Advance) -> UnitOutcome:
     try:
-        before = load_reference(unit.directory)
-        rounds = Rounds(config.num_envs, config.episodes, config.least_episodes, config.most_episodes, config.steps)
-        if (known := _error(before)) <= config.z_error:
-            return UnitOutcome("admitted", f"z has a standard error of {known:.2g} already")
-        seed, begun = seed_of(config.seed, "score_zoo", unit.id), time.perf_counter()
-        after = score_further(registry.make, before, config.z_error, rounds, seed)
+        before, begun = load_reference(unit.directory), time.perf_counter()
+        seed = seed_of(config.seed, "score_zoo", unit.id)
+        after = score_further(registry.make, before, config.z_error, Rounds(*config.played, config.steps), seed)
         outcome = _put(unit.directory, before, after, time.perf_counter() - begun)
     except (Exception, SystemExit) as error:
         return failure(error)
@@ -132,13 +137,15 @@ def _put(directory: pathlib.Path, before: ScoredReference, after: ScoredReferenc
         return UnitOutcome("admitted", f"{finer}: left as it was")
     said = with_costs(outcome_of(after), read_outcome(directory))
     said = said._replace(score_seconds=round(said.score_seconds + seconds, 1))
-    if not new.admitted:
-        shutil.rmtree(directory)
+    if new.admitted:
+        save_reference(directory, after, halved=is_halved(directory))
         write_outcome(directory, said)
-        return said
-    save_reference(directory, after, halved=is_halved(directory))
-    write_outcome(directory, said)
-    return said._replace(reason=f"{finer}: {said.reason}")
+        return said._replace(reason=f"{finer}: {said.reason}")
+    write_outcome(directory, said)  # first: a reference that is still there is scored again, if this is interrupted
+    (directory / "reference.json").unlink()
+    for path in directory.glob("params-*.npz"):
+        path.unlink()
+    return said
 
 
 if __name__ == "__main__":
